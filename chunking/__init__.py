@@ -1,0 +1,1 @@
+"""Document to chunks, by character offsets."""

@@ -1,0 +1,1 @@
+"""KV layout, the paged pool, and (chunk) KV storage."""

@@ -1,0 +1,1 @@
+"""From retrieved chunks to cited sentences, and whether an answer is there at all."""

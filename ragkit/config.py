@@ -1,0 +1,166 @@
+"""Frozen settings, one class a part. `ragkit.settings` fills them from TOML, environment and flags.
+
+Components receive their own part, never the whole. Impossible values raise `ConfigError` on construction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ragkit.errors import ConfigError
+
+
+class Device(StrEnum):
+    """Where models run; `auto` takes CUDA when it is there."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class SearchMode(StrEnum):
+    """Which legs a search uses."""
+
+    HYBRID = "hybrid"
+    DENSE = "dense"
+    BM25 = "bm25"
+
+
+class Strategy(StrEnum):
+    """How a prompt is prefilled. `auto` takes the fastest that keeps the answer."""
+
+    AUTO = "auto"
+    FULL = "full"
+
+
+class EncoderBackend(StrEnum):
+    """How embeddings are computed; `auto` takes the thin encoder where the folder is of BERT type."""
+
+    AUTO = "auto"
+    ENCODER = "encoder"
+    SENTENCE_TRANSFORMERS = "sentence-transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkingConfig:
+    """How documents are cut. `max_tokens` is a hard cap in the generator's tokens."""
+
+    chunker: str = "recursive"
+    max_tokens: int = 256
+    overlap_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("chunking.max_tokens", self.max_tokens, 1)
+        _at_least("chunking.overlap_tokens", self.overlap_tokens, 0)
+        if self.overlap_tokens >= self.max_tokens:
+            raise ConfigError(
+                f"chunking.overlap_tokens must be below chunking.max_tokens ({self.max_tokens}), got {self.overlap_tokens}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingConfig:
+    """Which embedder, and how it runs. `batch_tokens` bounds the padded tokens of one forward."""
+
+    model: str = "all-minilm-l6-v2"
+    backend: EncoderBackend = EncoderBackend.AUTO
+    batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        _at_least("embedding.batch_tokens", self.batch_tokens, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalConfig:
+    """How chunks are found.
+
+    `rrf_k` is the constant of reciprocal rank fusion; `candidates` is how many hits each leg contributes.
+    """
+
+    mode: SearchMode = SearchMode.HYBRID
+    k: int = 8
+    candidates: int = 100
+    rrf_k: int = 60
+    flat_limit: int = 100_000
+
+    def __post_init__(self) -> None:
+        _at_least("retrieval.k", self.k, 1)
+        _at_least("retrieval.candidates", self.candidates, 1)
+        _at_least("retrieval.rrf_k", self.rrf_k, 0)
+        _at_least("retrieval.flat_limit", self.flat_limit, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """Which generator, and how it decodes. `temperature` 0 is greedy; `context_tokens` 0 is the model's window."""
+
+    model: str = "smollm2-135m-instruct"
+    dtype: str = "auto"
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    context_tokens: int = 0
+    system_prompt: str = ""
+    strategy: Strategy = Strategy.AUTO
+
+    def __post_init__(self) -> None:
+        _at_least("generation.max_new_tokens", self.max_new_tokens, 1)
+        _at_least("generation.context_tokens", self.context_tokens, 0)
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"generation.temperature must be a finite number >= 0, got {self.temperature}")
+        if not (math.isfinite(self.top_p) and 0 < self.top_p <= 1):
+            raise ConfigError(f"generation.top_p must lie in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerConfig:
+    """How answers are cited and refused. The defaults were chosen on data (docs/benchmarks.md)."""
+
+    max_citations: int = 5
+    max_quote_chars: int = 300
+
+    def __post_init__(self) -> None:
+        _at_least("answers.max_citations", self.max_citations, 1)
+        _at_least("answers.max_quote_chars", self.max_quote_chars, 20)
+
+
+@dataclass(frozen=True, slots=True)
+class IngestConfig:
+    """Which sources are read, and the limits that a parser runs under."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    parse_timeout_s: float = 120.0
+    parse_memory_mb: int = 2048
+    commit_mb: int = 64
+    lock_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.parse_timeout_s) and self.parse_timeout_s > 0):
+            raise ConfigError(f"ingest.parse_timeout_s must be a finite number > 0, got {self.parse_timeout_s}")
+        _at_least("ingest.parse_memory_mb", self.parse_memory_mb, 64)
+        _at_least("ingest.commit_mb", self.commit_mb, 1)
+        if not self.lock_timeout_s >= 0:
+            raise ConfigError(f"ingest.lock_timeout_s must be >= 0, got {self.lock_timeout_s}")
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    """Everything a `Pipeline` can be told."""
+
+    device: Device = Device.AUTO
+    offline: bool = False
+    chunking: ChunkingConfig = field(default_factory=ChunkingConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    answers: AnswerConfig = field(default_factory=AnswerConfig)
+    ingest: IngestConfig = field(default_factory=IngestConfig)
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} must be a whole number >= {low}, got {value!r}")

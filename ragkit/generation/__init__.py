@@ -1,0 +1,1 @@
+"""The engine: prompts, decoder, prefill strategies, decoding."""

@@ -1,0 +1,1 @@
+"""Work over many documents or questions: steps and executors."""

@@ -1,0 +1,1 @@
+"""Model names to folders, weights and tokenizers."""

@@ -1,0 +1,1 @@
+"""Sources to documents: sniffing, parsing in a killable child, page spans."""

@@ -1,0 +1,1 @@
+"""The catalogue and its segment files: the only place that writes to a store folder."""

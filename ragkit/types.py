@@ -1,0 +1,216 @@
+"""The plain data that every part of ragkit exchanges.
+
+Nothing here imports torch, numpy or any other heavy package: `import ragkit` stays cheap. Spans are half-open
+and count Unicode code points of a document's text. Scores are higher-is-better everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+MetadataValue = str | int | float | bool | None
+Metadata = Mapping[str, MetadataValue]
+
+
+@dataclass(frozen=True, slots=True)
+class PageSpan:
+    """One page of a paginated source: `document.text[char_start:char_stop]` is what stands on page `number`."""
+
+    number: int
+    char_start: int
+    char_stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text with a stable identity.
+
+    Attributes:
+        doc_id: hex digest of the text and its page spans (`document_id`), so equal content has equal identity.
+        uri: where it came from: a path or URL, with `#row=N` for one row of a table of documents.
+        text: the decoded content. For a UTF-8 text file this is the file's content unchanged.
+        pages: page spans in ascending order; empty for sources without pages.
+        metadata: flat values that filters can use (`title`, `author`, columns of a table, ...).
+    """
+
+    doc_id: str
+    uri: str
+    text: str
+    pages: tuple[PageSpan, ...] = ()
+    metadata: Metadata = field(default_factory=dict)
+
+    @classmethod
+    def from_text(
+        cls, text: str, uri: str = "memory:", pages: Sequence[PageSpan] = (), metadata: Metadata | None = None
+    ) -> Document:
+        """Return a document whose `doc_id` is computed from `text` and `pages`."""
+        return cls(document_id(text, pages), uri, text, tuple(pages), dict(metadata or {}))
+
+    def page_at(self, char: int) -> int | None:
+        """Return the number of the page that holds code point `char`, or None where the source has no pages."""
+        return page_of(self.pages, char)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A stretch of one document: always `text == document.text[char_start:char_stop]`.
+
+    Attributes:
+        chunk_id: `chunk_id_of(doc_id, char_start, char_stop)`.
+        doc_id: the document it was cut from.
+        index: 0-based place among the chunks of its document.
+        text: the exact text.
+        char_start, char_stop: half-open span in the document's text.
+        token_count: the generator's tokens of `text` alone, without special tokens.
+        page: page of the first code point, or None where the source has no pages.
+    """
+
+    chunk_id: str
+    doc_id: str
+    index: int
+    text: str
+    char_start: int
+    char_stop: int
+    token_count: int
+    page: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchHit:
+    """One retrieved chunk; `score` is higher-is-better for every metric, `rank` starts at 1."""
+
+    chunk_id: str
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of token ids of a prompt; `chunk_id` names the chunk it came from, None for template and question."""
+
+    token_ids: tuple[int, ...]
+    chunk_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as segments that were tokenised apart and are joined as ids.
+
+    The same chunk has the same ids wherever it stands, which is what makes its KV cache reusable.
+    """
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All token ids in order."""
+        return tuple(token for segment in self.segments for token in segment.token_ids)
+
+    def __len__(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A sentence-level span that supports an answer: `document.text[char_start:char_stop] == quote`."""
+
+    doc_id: str
+    uri: str
+    page: int | None
+    char_start: int
+    char_stop: int
+    quote: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsage:
+    """Tokens of one request: `prompt = reused + recomputed`, and what was generated."""
+
+    prompt: int = 0
+    reused: int = 0
+    recomputed: int = 0
+    generated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to one question, with what it rests on and what it cost.
+
+    Attributes:
+        text: the generated answer; a refusal sentence where `found` is False.
+        found: False when nothing retrieved supports an answer.
+        citations: supporting spans, best first, at most five.
+        strategy: the prefill strategy that ran: full, blend or pages.
+        model: name of the generator.
+        tokens: token counts.
+        timings_ms: load_models, retrieve, load_kv, prefill, first_token, total.
+        dropped_chunks: chunk ids that did not fit the context budget, best first.
+        warnings: one line each; every fallback shows up here.
+    """
+
+    text: str
+    found: bool
+    citations: tuple[Citation, ...]
+    strategy: str
+    model: str
+    tokens: TokenUsage
+    timings_ms: Mapping[str, float]
+    dropped_chunks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """What chunking and prompts need from a generator's tokenizer. No method adds special tokens."""
+
+    @property
+    def tokenizer_id(self) -> str:
+        """Hex digest of everything that changes the ids."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`."""
+        ...
+
+    def count_batch(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text."""
+        ...
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return the half-open code point span of each token of `text`."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of `token_ids`, special tokens left out."""
+        ...
+
+
+def document_id(text: str, pages: Sequence[PageSpan] = ()) -> str:
+    """Return the 32 hex digits that identify a text with its page spans."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    if pages:
+        spans = [(page.number, page.char_start, page.char_stop) for page in pages]
+        digest.update(b"\0" + json.dumps(spans).encode())
+    return digest.hexdigest()[:32]
+
+
+def chunk_id_of(doc_id: str, char_start: int, char_stop: int) -> str:
+    """Return the 32 hex digits that identify one span of one document."""
+    return hashlib.sha256(f"{doc_id}:{char_start}:{char_stop}".encode()).hexdigest()[:32]
+
+
+def page_of(pages: Sequence[PageSpan], char: int) -> int | None:
+    """Return the number of the last page that starts at or before `char`, or None without pages."""
+    low, high = 0, len(pages)
+    while low < high:
+        middle = (low + high) // 2
+        if pages[middle].char_start <= char:
+            low = middle + 1
+        else:
+            high = middle
+    return pages[low - 1].number if low else (pages[0].number if pages else None)
