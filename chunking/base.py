@@ -48,7 +48,9 @@ def check_chunks(document: Document, chunks: Sequence[Chunk], max_tokens: int) -
         if chunk.text != document.text[chunk.char_start : chunk.char_stop]:
             raise ChunkingError(f"{document.uri}: chunk {index} does not hold the text of its span {span}")
         if chunk.token_count > max_tokens:
-            raise ChunkingError(f"{document.uri}: chunk {index} has {chunk.token_count} tokens, the cap is {max_tokens}")
+            raise ChunkingError(
+                f"{document.uri}: chunk {index} has {chunk.token_count} tokens, the cap is {max_tokens}"
+            )
         covered = chunk.char_stop
     if covered != len(document.text):
         raise ChunkingError(f"{document.uri}: the chunks end at {covered}, the text at {len(document.text)}")
