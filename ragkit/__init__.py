@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ragkit.config import PipelineConfig
     from ragkit.errors import RagkitError
-    from ragkit.pipeline import IngestReport, Pipeline
+    from ragkit.pipeline import Pipeline
+    from ragkit.reports import IngestReport
     from ragkit.types import Answer, Chunk, Citation, Document, PageSpan, Prompt, SearchHit, Segment
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ _HOME = {
     "Chunk": "ragkit.types",
     "Citation": "ragkit.types",
     "Document": "ragkit.types",
-    "IngestReport": "ragkit.pipeline",
+    "IngestReport": "ragkit.reports",
     "PageSpan": "ragkit.types",
     "Pipeline": "ragkit.pipeline",
     "PipelineConfig": "ragkit.config",

@@ -56,7 +56,8 @@ class ChunkingConfig:
         _at_least("chunking.overlap_tokens", self.overlap_tokens, 0)
         if self.overlap_tokens >= self.max_tokens:
             raise ConfigError(
-                f"chunking.overlap_tokens must be below chunking.max_tokens ({self.max_tokens}), got {self.overlap_tokens}"
+                f"chunking.overlap_tokens must be below chunking.max_tokens = {self.max_tokens}, "
+                f"got {self.overlap_tokens}"
             )
 
 
