@@ -1,0 +1,21 @@
+#!/bin/sh
+# Reads the collection beside this script and asks it three questions, one answered from a PDF, one from HTML and one
+# from a CSV file. `make demo` runs it in the environment of the checkout; anywhere else `ragkit` must be on the path.
+set -eu
+cd "$(dirname "$0")"
+RAGKIT="${RAGKIT:-ragkit}"
+export RAGKIT_STORE="${RAGKIT_STORE:-.ragkit}"
+
+run() {
+    printf '\n$ ragkit'
+    for word in "$@"; do
+        case "$word" in *' '*) printf ' "%s"' "$word" ;; *) printf ' %s' "$word" ;; esac
+    done
+    printf '\n'
+    "$RAGKIT" "$@"
+}
+
+run ingest collection
+run query "What is the maximum number of columns in a table?"
+run query "Do readers block writers in WAL mode?"
+run query "What does SQLITE_BUSY mean?"
