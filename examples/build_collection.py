@@ -21,8 +21,8 @@ SOURCE = Path("/usr/share/doc/sqlite3")
 COLLECTION = Path(__file__).resolve().parent / "collection"
 
 COPIED = """
-    about appfileformat autoinc copyright datatype3 different faq flextypegood footprint foreignkeys gencol howitworks
-    howtocorrupt inmemorydb intern-v-extern-blob isolation lang_savepoint lang_transaction lang_vacuum lockingv3 lts
+    about appfileformat autoinc copyright datatype3 different faq footprint gencol howitworks
+    howtocorrupt inmemorydb intern-v-extern-blob isolation lang_savepoint lang_transaction lockingv3 lts
     mmap mostdeployed onefile quirks security selfcontained serverless testing threadsafe transactional wal whentouse
     withoutrowid zeroconf
 """
