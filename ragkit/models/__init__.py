@@ -1,1 +1,17 @@
-"""Model names to folders, weights and tokenizers."""
+"""Which model a name means, where its files are, and how its text becomes ids."""
+
+from ragkit.models.catalogue import CATALOGUE, CatalogueEntry, ModelRole
+from ragkit.models.fingerprint import weights_fingerprint
+from ragkit.models.pull import pull
+from ragkit.models.resolve import ModelInfo, list_models, resolve
+
+__all__ = [
+    "CATALOGUE",
+    "CatalogueEntry",
+    "ModelInfo",
+    "ModelRole",
+    "list_models",
+    "pull",
+    "resolve",
+    "weights_fingerprint",
+]

@@ -1,0 +1,163 @@
+"""The generator's tokenizer, straight on the `tokenizers` library so that chunking starts without transformers.
+
+Two views of one `tokenizer.json`: `encode` and everything of `TextTokenizer` treat their input as plain text, so a
+document that contains `<|im_end|>` yields the tokens of those ten characters and never the control token;
+`encode_template` is for the text of the chat template, which is the model's own, and does parse control tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ragkit.errors import ModelError
+
+_ID_FORMAT = b"ragkit-tokenizer-1\0"  # part of every tokenizer_id; raised when the rules below change the ids
+_BATCH_CHARACTERS = 4_000_000  # bounds the memory of one parallel batch
+
+
+class ModelTokenizer:
+    """A `TextTokenizer` over one `tokenizer.json`.
+
+    Attributes:
+        folder: the model folder it was loaded from.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        content = _content(folder / "tokenizer.json")
+        self._raw = _parsed(content, folder / "tokenizer.json")
+        self._text = _tokenizer(_without_markup(self._raw), folder)
+        self._digest = hashlib.sha256(_ID_FORMAT + content).hexdigest()
+
+    @property
+    def tokenizer_id(self) -> str:
+        """Hex digest of everything that changes the ids."""
+        return self._digest
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        size: int = self._template.get_vocab_size(with_added_tokens=True)
+        return size
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the tokens that document text never yields."""
+        added = self._template.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text` as plain text, without special tokens."""
+        ids: list[int] = self._text.encode(_checked(text), add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, computed in parallel."""
+        return [list(encoding.ids) for batch in _batches(texts) for encoding in self._encode(batch)]
+
+    def count_batch(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, computed in parallel."""
+        return [len(encoding) for batch in _batches(texts) for encoding in self._encode(batch)]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return the half-open code point span of each token of `text`.
+
+        Spans ascend and include the space that a token begins with. Tokens that share one code point (a character
+        of several bytes) all have its span.
+        """
+        spans: list[tuple[int, int]] = self._text.encode(_checked(text), add_special_tokens=False).offsets
+        return spans
+
+    def encode_template(self, text: str) -> list[int]:
+        """Return the token ids of chat-template text, control tokens parsed. Never for text of users or documents."""
+        ids: list[int] = self._template.encode(_checked(text), add_special_tokens=False).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of `token_ids`, special tokens left out."""
+        text: str = self._template.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of the vocabulary entry `token`, or None where there is none."""
+        found: int | None = self._template.token_to_id(token)
+        return found
+
+    @cached_property
+    def _template(self) -> Tokenizer:
+        # Built on first use: chunking never needs it, and building takes as long as the other view's.
+        return _tokenizer(self._raw, self.folder)
+
+    def _encode(self, batch: list[str]) -> list[Any]:
+        encodings: list[Any] = self._text.encode_batch_fast(batch, add_special_tokens=False)
+        return encodings
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path.parent} holds no tokenizer.json; ragkit reads that format alone: "
+            "save the model's fast tokenizer there"
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _parsed(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(content)
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be read as a tokenizer: {error}") from error
+    if not isinstance(raw, dict) or "model" not in raw:
+        raise ModelError(f"{path} is no tokenizer of the tokenizers library: it has no model")
+    return raw
+
+
+def _tokenizer(raw: dict[str, Any], folder: Path) -> Tokenizer:
+    try:
+        # Post-processors add special tokens and trim spaces off offsets; truncation and padding would hide text.
+        return Tokenizer.from_str(json.dumps({**raw, "post_processor": None, "truncation": None, "padding": None}))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{folder / 'tokenizer.json'} cannot be loaded as a tokenizer: {error}") from error
+
+
+def _without_markup(raw: dict[str, Any]) -> dict[str, Any]:
+    # Added tokens are matched before anything else. Those that are not runs of whitespace are markup, special by
+    # flag or not (<|fim_prefix|>, <tool_call>, ...), and a document must not be able to write markup.
+    kept = [
+        token
+        for token in raw.get("added_tokens", [])
+        if not token.get("special") and not str(token.get("content", "")).strip()
+    ]
+    return {**raw, "added_tokens": kept}
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            f"text holds the lone surrogate {text[error.start]!a} at character {error.start}; decode it properly first"
+        ) from error
+    return text
+
+
+def _batches(texts: Sequence[str]) -> list[list[str]]:
+    batches: list[list[str]] = []
+    size = _BATCH_CHARACTERS
+    for text in texts:
+        if size >= _BATCH_CHARACTERS:
+            batches.append([])
+            size = 0
+        batches[-1].append(_checked(text))
+        size += len(text)
+    return batches
