@@ -1,0 +1,92 @@
+"""Values of settings: from TOML or text to the type that a dataclass field declares."""
+
+from __future__ import annotations
+
+import types
+import typing
+from enum import Enum
+from typing import Any
+
+from ragkit.errors import ConfigError
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+def convert(key: str, value: object, wanted: Any, origin: str) -> object:
+    """Return `value` as the type `wanted`, or raise `ConfigError` naming key, value, origin and the type.
+
+    A whole number does for a float and a list for a tuple; nothing else is bent.
+    """
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(wanted, type) and issubclass(wanted, Enum):
+        for member in wanted:
+            if value in (member, member.value):
+                return member
+    elif typing.get_origin(wanted) is tuple:
+        item_type = typing.get_args(wanted)[0]
+        if isinstance(value, list | tuple):
+            return tuple(convert(key, item, item_type, origin) for item in value)
+    elif typing.get_origin(wanted) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return convert(key, value, _without_none(wanted), origin)
+    elif isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{key} must be {type_name(wanted)}, got {value!r} (set by {origin})")
+
+
+def from_text(key: str, text: str, wanted: Any, origin: str) -> object:
+    """Return the value that an environment variable holds. Lists are separated by commas, booleans are words.
+
+    Raises:
+        ConfigError: the text is no value of the type `wanted`.
+    """
+    if typing.get_origin(wanted) in (types.UnionType, typing.Union):
+        return None if text == "" else from_text(key, text, _without_none(wanted), origin)
+    if wanted is bool:
+        word = text.strip().lower()
+        return convert(key, True if word in _TRUE else False if word in _FALSE else text, bool, origin)
+    if wanted in (int, float):
+        try:
+            return wanted(text)
+        except ValueError as error:
+            raise ConfigError(f"{key} must be {type_name(wanted)}, got {text!r} (set by {origin})") from error
+    if typing.get_origin(wanted) is tuple:
+        item_type = typing.get_args(wanted)[0]
+        items = [item.strip() for item in text.split(",")]
+        return tuple(from_text(key, item, item_type, origin) for item in items if item)
+    return convert(key, text, wanted, origin)
+
+
+def type_name(wanted: Any) -> str:
+    """Return a type in words: `a whole number`, `one of auto, cpu, cuda`."""
+    if isinstance(wanted, type) and issubclass(wanted, Enum):
+        return "one of " + ", ".join(str(member.value) for member in wanted)
+    if typing.get_origin(wanted) is tuple:
+        return "a list, each " + type_name(typing.get_args(wanted)[0])
+    if typing.get_origin(wanted) in (types.UnionType, typing.Union):
+        return type_name(_without_none(wanted)) + ", or nothing"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[wanted]
+
+
+def to_text(value: object) -> str:
+    """Return a value as TOML writes it; nothing for None."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(to_text(item) for item in value) + "]"
+    if isinstance(value, int | float):
+        return str(value)
+    if value is None:
+        return ""
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _without_none(wanted: Any) -> Any:
+    kept = [item for item in typing.get_args(wanted) if item is not type(None)]
+    if len(kept) != 1:
+        raise TypeError(f"a setting has one type besides None, got {wanted}")
+    return kept[0]
