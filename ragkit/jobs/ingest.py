@@ -1,0 +1,256 @@
+"""Ingest: plan, read, chunk, embed, commit. Everything that is reported as done is committed.
+
+A commit group holds one large source or many small ones. Until its transaction the store shows the old state of each
+of its sources, so a crash costs at most the group at hand, and the same command goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from threading import Event
+
+import numpy as np
+
+from ragkit.chunking.base import Chunker, check_chunks
+from ragkit.errors import ChunkingError, ReadError, RetrievalError
+from ragkit.jobs.plan import Action, IngestPlan, PlannedSource
+from ragkit.progress import Progress
+from ragkit.readers import ReaderPool, ReadLimits, ReadResult
+from ragkit.reports import FailedSource, IngestReport
+from ragkit.retrieval.base import Embedder
+from ragkit.store.base import (
+    IndexedDocument,
+    KnownDocument,
+    SourceFailure,
+    SourceUpdate,
+    StoreReader,
+    StoreWriter,
+)
+from ragkit.types import Chunk, Document
+
+logger = logging.getLogger(__name__)
+
+# A group is committed at the latest after this many chunks, so that a kill costs well under a minute of embedding.
+COMMIT_CHUNKS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class IngestTools:
+    """What an ingest works with."""
+
+    chunker: Chunker
+    embedder: Embedder
+    max_tokens: int
+    recipe: str
+    limits: ReadLimits
+    commit_bytes: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A source that was read and chunked and waits for its vectors; `chunks` is None for a document known already."""
+
+    item: PlannedSource
+    result: ReadResult
+    documents: list[tuple[Document, list[Chunk] | None]]
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What has been committed so far."""
+
+    added: int = 0
+    updated: int = 0
+    chunks: int = 0
+    tokens: int = 0
+    failed: list[FailedSource] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"chunk": 0.0, "embed": 0.0, "embed_cpu": 0.0, "commit": 0.0}
+    )
+
+
+class Ingest:
+    """One run over a plan. Not reusable."""
+
+    def __init__(
+        self, store: StoreReader, writer: StoreWriter, tools: IngestTools, progress: Progress, stop: Event | None = None
+    ) -> None:
+        self._store = store
+        self._writer = writer
+        self._tools = tools
+        self._progress = progress
+        self._stop = stop or Event()
+        self._tally = _Tally()
+        self._pending: list[_Pending] = []
+        self._pending_chunks = 0
+        self._pending_bytes = 0
+
+    def run(self, plan: IngestPlan) -> IngestReport:
+        """Carry the plan out and return what was committed.
+
+        Raises:
+            StoreError: the store cannot be written (full disk, damage); everything committed before stays.
+        """
+        started = time.perf_counter()
+        work = plan.of(Action.ADD, Action.UPDATE)
+        self._progress.start(len(work), sum(item.source.size for item in work))
+        self._relink(plan)
+        for item in plan.of(Action.KNOWN_FAILURE):
+            self._report_known_failure(item)
+        removed = self._writer.remove(plan.removed) if plan.removed else ()
+        for item, outcome in self._read(work):
+            if isinstance(outcome, ReadError):
+                self._commit_failure(item, outcome)
+            else:
+                self._add(item, outcome)
+            if self._stop.is_set():
+                break
+        self._flush()
+        tally = self._tally
+        return IngestReport(
+            added=tally.added,
+            updated=tally.updated,
+            unchanged=len(plan.of(Action.UNCHANGED)),
+            relinked=len(plan.of(Action.RELINK)),
+            removed=len(removed),
+            failed=tuple(tally.failed),
+            chunks=tally.chunks,
+            tokens=tally.tokens,
+            seconds=time.perf_counter() - started,
+            interrupted=self._stop.is_set(),
+            warnings=tuple(tally.warnings),
+            timings_s=dict(tally.seconds),
+        )
+
+    def _relink(self, plan: IngestPlan) -> None:
+        for item in plan.of(Action.RELINK):
+            assert item.record is not None
+            source = item.source
+            self._writer.relink(item.record.uri, source.uri, size=source.size, mtime_ns=source.mtime_ns)
+        for item in plan.of(Action.UNCHANGED):
+            assert item.record is not None
+            if (item.record.size, item.record.mtime_ns) != (item.source.size, item.source.mtime_ns):
+                self._writer.touch(item.source.uri, size=item.source.size, mtime_ns=item.source.mtime_ns)
+
+    def _report_known_failure(self, item: PlannedSource) -> None:
+        failure = item.record.failure if item.record else None
+        if failure is not None:
+            message = f"{failure.message} (known; --retry-failed reads it again)"
+            self._tally.failed.append(FailedSource(item.source.uri, failure.stage, failure.code, message))
+
+    def _read(self, work: list[PlannedSource]) -> Iterator[tuple[PlannedSource, ReadResult | ReadError]]:
+        with closing(ReaderPool(limits=self._tools.limits)) as pool:
+            results = pool.read(item.source for item in work)
+            yield from zip(work, results, strict=True)
+
+    def _add(self, item: PlannedSource, result: ReadResult) -> None:
+        """Chunk what was read and queue it; commit when the group is full."""
+        started = time.perf_counter()
+        self._tally.warnings.extend(f"{item.source.uri}: {warning}" for warning in result.warnings)
+        pending = _Pending(item, result, [])
+        try:
+            for document in result.documents:
+                pending.documents.append((document, self._chunks_of(document)))
+        except ChunkingError as error:
+            self._commit_failure(item, ReadError(str(error), code=error.code, stage="chunk"))
+            return
+        finally:
+            self._tally.seconds["chunk"] += time.perf_counter() - started
+        self._pending.append(pending)
+        self._pending_chunks += sum(len(chunks or ()) for _, chunks in pending.documents)
+        self._pending_bytes += sum(len(document.text) for document, _ in pending.documents)
+        self._progress.advance(bytes=item.source.size)
+        if self._pending_chunks >= COMMIT_CHUNKS or self._pending_bytes >= self._tools.commit_bytes:
+            self._flush()
+
+    def _chunks_of(self, document: Document) -> list[Chunk] | None:
+        if self._store.document_recipe(document.doc_id) == self._tools.recipe:
+            return None
+        chunks = self._tools.chunker.chunk(document)
+        check_chunks(document, chunks, self._tools.max_tokens)
+        return chunks
+
+    def _flush(self) -> None:
+        """Embed and commit what is pending, all of it in one transaction."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        self._pending_chunks = self._pending_bytes = 0
+        try:
+            updates = self._embed(pending)
+        except RetrievalError as error:
+            if len(pending) == 1:
+                self._commit_failure(pending[0].item, ReadError(str(error), code=error.code, stage="embed"))
+                return
+            for one in pending:  # one bad source must not take its neighbours along
+                self._pending = [one]
+                self._flush()
+            return
+        started = time.perf_counter()
+        report = self._writer.commit(updates)
+        self._tally.seconds["commit"] += time.perf_counter() - started
+        self._tally.added += len(report.added)
+        self._tally.updated += len(report.updated)
+        self._tally.chunks += report.rows
+        self._progress.advance(documents=len(pending))
+
+    def _embed(self, pending: list[_Pending]) -> list[SourceUpdate]:
+        chunks = [chunk for one in pending for _, some in one.documents for chunk in some or ()]
+        started, started_cpu = time.perf_counter(), time.process_time()
+        if chunks:
+            vectors = self._tools.embedder.encode(
+                [chunk.text for chunk in chunks], on_tokens=lambda tokens: self._progress.advance(tokens=tokens)
+            )
+        else:
+            vectors = np.empty((0, self._tools.embedder.dim), np.float32)
+        self._tally.seconds["embed"] += time.perf_counter() - started
+        self._tally.seconds["embed_cpu"] += time.process_time() - started_cpu
+        self._tally.tokens += sum(chunk.token_count for chunk in chunks)
+        updates, row = [], 0
+        for one in pending:
+            documents: list[IndexedDocument | KnownDocument] = []
+            for document, some in one.documents:
+                if some is None:
+                    documents.append(KnownDocument(document.doc_id, document.uri, document.metadata))
+                    continue
+                documents.append(IndexedDocument(document, some, vectors[row : row + len(some)]))
+                row += len(some)
+            updates.append(replace(self._update_of(one.item, one.result), documents=tuple(documents)))
+        return updates
+
+    def _update_of(self, item: PlannedSource, result: ReadResult) -> SourceUpdate:
+        source = item.source
+        return SourceUpdate(
+            uri=source.uri,
+            content_sha256=result.content_sha256,
+            size=source.size,
+            mtime_ns=source.mtime_ns,
+            media_type=str(result.media_type),
+            reader=result.reader,
+            recipe=self._tools.recipe,
+        )
+
+    def _commit_failure(self, item: PlannedSource, error: ReadError) -> None:
+        """Record why a source has no documents. What it had before stays visible."""
+        source = item.source
+        self._tally.failed.append(FailedSource(source.uri, error.stage, error.code, str(error)))
+        self._progress.message(f"{source.uri}: {error}")
+        failure = SourceFailure(error.code, error.stage, str(error))
+        self._writer.commit(
+            [
+                SourceUpdate(
+                    uri=source.uri,
+                    content_sha256=item.content_sha256,
+                    size=source.size,
+                    mtime_ns=source.mtime_ns,
+                    recipe=self._tools.recipe,
+                    failure=failure,
+                )
+            ]
+        )
+        self._progress.advance(documents=1, bytes=source.size)

@@ -1,0 +1,116 @@
+"""What an ingest has to do: every source compared with the store by content, before anything is read or written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from ragkit.chunking.base import Chunker
+from ragkit.errors import ReadError
+from ragkit.readers import READERS_VERSION, Source, content_sha256
+from ragkit.store.base import SourceRecord, SourceStatus, StoreReader
+
+
+class Action(StrEnum):
+    """What becomes of one source."""
+
+    ADD = "add"
+    UPDATE = "update"
+    UNCHANGED = "unchanged"
+    RELINK = "relink"
+    KNOWN_FAILURE = "known failure"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """One source and its action; `record` is what the store knows, for a relink under the old URI.
+
+    `content_sha256` is empty where the source could not be read for hashing: the reader will say why.
+    """
+
+    source: Source
+    action: Action
+    content_sha256: str
+    record: SourceRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IngestPlan:
+    """Every source with its action, and the URIs that `--prune` removes."""
+
+    items: tuple[PlannedSource, ...]
+    removed: tuple[str, ...]
+
+    def of(self, *actions: Action) -> list[PlannedSource]:
+        """Return the items with one of these actions, in order."""
+        return [item for item in self.items if item.action in actions]
+
+
+def ingest_recipe(chunker: Chunker) -> str:
+    """Return the digest of everything that turns content into chunks; a change makes every source an update."""
+    return hashlib.sha256(f"{READERS_VERSION}\0{chunker.fingerprint}".encode()).hexdigest()[:32]
+
+
+def plan_ingest(
+    store: StoreReader | None,
+    sources: Iterable[Source],
+    recipe: str,
+    *,
+    retry_failed: bool = False,
+    prune_roots: Sequence[str | Path] = (),
+) -> IngestPlan:
+    """Return what to do with `sources`.
+
+    A known content under a new URI whose old file is gone is a rename. Sources of the store below `prune_roots` that
+    were not discovered are removed; without roots nothing is.
+    """
+    known = {record.uri: record for record in store.sources()} if store else {}
+    found = list(sources)
+    discovered = {source.uri for source in found}
+    items: list[PlannedSource] = []
+    renamed: set[str] = set()
+    for source in found:
+        item = _plan_one(source, known.get(source.uri), recipe, retry_failed)
+        if item.action is Action.ADD and store and item.content_sha256:
+            old = _renamed_from(store, item.content_sha256, recipe, discovered | renamed)
+            if old is not None:
+                renamed.add(old.uri)
+                item = PlannedSource(source, Action.RELINK, item.content_sha256, old)
+        items.append(item)
+    roots = [Path(root).resolve() for root in prune_roots]
+    gone = (uri for uri in known if uri not in discovered and uri not in renamed)
+    removed = tuple(uri for uri in gone if any(_is_below(uri, root) for root in roots))
+    return IngestPlan(tuple(items), removed)
+
+
+def _plan_one(source: Source, record: SourceRecord | None, recipe: str, retry_failed: bool) -> PlannedSource:
+    try:
+        digest = content_sha256(source)
+    except (ReadError, OSError):
+        digest = ""
+    if record is None:
+        return PlannedSource(source, Action.ADD, digest)
+    same = bool(digest) and record.content_sha256 == digest and record.recipe == recipe
+    if same and record.status is SourceStatus.OK:
+        return PlannedSource(source, Action.UNCHANGED, digest, record)
+    if same and record.status is SourceStatus.FAILED and not retry_failed:
+        return PlannedSource(source, Action.KNOWN_FAILURE, digest, record)
+    action = Action.UPDATE if record.indexed_sha256 else Action.ADD
+    return PlannedSource(source, action, digest, record)
+
+
+def _renamed_from(store: StoreReader, digest: str, recipe: str, taken: set[str]) -> SourceRecord | None:
+    for record in store.sources_with_content(digest):
+        if record.status is not SourceStatus.OK or record.recipe != recipe or record.uri in taken:
+            continue
+        if not Path(record.uri).exists():
+            return record
+    return None
+
+
+def _is_below(uri: str, root: Path) -> bool:
+    path = Path(uri)
+    return path == root or root in path.parents

@@ -1,0 +1,92 @@
+"""One `Pipeline.ingest` call from end to end: sources found, plan made under the lock, work done, report returned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+from ragkit.chunking.registry import create_chunker
+from ragkit.jobs.ingest import Ingest, IngestTools
+from ragkit.jobs.plan import Action, IngestPlan, ingest_recipe, plan_ingest
+from ragkit.progress import Progress
+from ragkit.readers import ReadLimits, discover
+from ragkit.reports import FailedSource, IngestReport
+
+if TYPE_CHECKING:
+    from ragkit.pipeline import Pipeline
+
+_MEGABYTE = 1 << 20
+
+
+def run_ingest(
+    pipeline: Pipeline,
+    sources: Sequence[str | Path],
+    *,
+    prune: bool,
+    reembed: bool,
+    retry_failed: bool,
+    dry_run: bool,
+    progress: Progress,
+    stop: Event | None,
+) -> IngestReport:
+    """Return what `Pipeline.ingest` returns; arguments and errors are described there."""
+    started = time.perf_counter()
+    config = pipeline.config
+    found = list(discover(sources, include=config.ingest.include, exclude=config.ingest.exclude))
+    roots = [source for source in sources if Path(source).is_dir()] if prune else []
+    chunker = create_chunker(config.chunking, pipeline.tokenizer)
+    recipe = ingest_recipe(chunker)
+    if dry_run:
+        store = pipeline.store if pipeline.has_store() else None
+        plan = plan_ingest(store, found, recipe, retry_failed=retry_failed, prune_roots=roots)
+        return _planned(plan, time.perf_counter() - started)
+    store = pipeline.create_store()
+    if not reembed:
+        pipeline.check_embedder()
+    with store.writer(lock_timeout_s=config.ingest.lock_timeout_s) as writer:
+        # The plan is made under the lock: two ingests of the same folder must not both embed it.
+        plan = plan_ingest(store, found, recipe, retry_failed=retry_failed, prune_roots=roots)
+        embedder = pipeline.embedder
+        if reembed and store.meta.embedder_id not in ("", embedder.embedder_id):
+            writer.reset_embeddings(embedder_id=embedder.embedder_id, dim=embedder.dim, embed=embedder.encode)
+        writer.configure(
+            embedder_id=embedder.embedder_id,
+            dim=embedder.dim,
+            chunker=chunker.name,
+            chunker_fingerprint=chunker.fingerprint,
+            tokenizer_id=pipeline.tokenizer.tokenizer_id,
+        )
+        tools = IngestTools(
+            chunker=chunker,
+            embedder=embedder,
+            max_tokens=config.chunking.max_tokens,
+            recipe=recipe,
+            limits=ReadLimits(timeout_s=config.ingest.parse_timeout_s, memory_mb=config.ingest.parse_memory_mb),
+            commit_bytes=config.ingest.commit_mb * _MEGABYTE,
+        )
+        try:
+            report = Ingest(store, writer, tools, progress, stop).run(plan)
+        finally:
+            progress.close()
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def _planned(plan: IngestPlan, seconds: float) -> IngestReport:
+    """Return the report of a dry run: what a real one would try."""
+    failures = [(item.source.uri, item.record.failure) for item in plan.of(Action.KNOWN_FAILURE) if item.record]
+    return IngestReport(
+        added=len(plan.of(Action.ADD)),
+        updated=len(plan.of(Action.UPDATE)),
+        unchanged=len(plan.of(Action.UNCHANGED)),
+        relinked=len(plan.of(Action.RELINK)),
+        removed=len(plan.removed),
+        failed=tuple(
+            FailedSource(uri, failure.stage, failure.code, failure.message) for uri, failure in failures if failure
+        ),
+        seconds=seconds,
+        dry_run=True,
+    )

@@ -1,0 +1,416 @@
+"""The SDK's front door: a `Pipeline` over one store folder. It wires the parts; each step lives in its own module.
+
+ingest   jobs.plan -> jobs.ingest (readers -> chunking -> embedder -> store)
+query    retrieval.retriever -> answers.confidence -> generation -> answers.citations   (ragkit.request)
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from ragkit.config import PipelineConfig, SearchMode, Strategy
+from ragkit.errors import EmbedderMismatchError, StoreMissingError, UsageError
+from ragkit.progress import Progress, Silent
+from ragkit.reports import IngestReport, SearchResult
+from ragkit.store import Store
+from ragkit.store.base import GcReport, SourceRecord, StoreCounts, StoreMeta, VerifyReport
+from ragkit.types import Answer, MetadataValue, TextTokenizer
+
+if TYPE_CHECKING:
+    from ragkit.generation.engine import Engine
+    from ragkit.request import AnswerStream
+    from ragkit.retrieval.base import Embedder
+    from ragkit.retrieval.retriever import Retriever
+
+logger = logging.getLogger(__name__)
+
+_Part = TypeVar("_Part")
+
+
+class Pipeline:
+    """Ingests sources into a store and answers questions about them.
+
+    Models load on first use and stay. Reads may come from any thread; one ingest runs at a time per store. Use it as
+    a context manager, or call `close`.
+
+        with Pipeline.open("store") as rag:
+            rag.ingest(["docs/"])
+            print(rag.query("How do I ...?").text)
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: PipelineConfig,
+        *,
+        embedder: Embedder | None = None,
+        tokenizer: TextTokenizer | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self._given_embedder = embedder
+        self._parts: dict[str, object] = {}
+        self._loading = threading.RLock()
+        self._load_seconds = 0.0
+        for name, part in (("embedder", embedder), ("tokenizer", tokenizer), ("engine", engine)):
+            if part is not None:
+                self._parts[name] = part
+
+    @classmethod
+    def open(
+        cls,
+        store: str | Path = ".ragkit",
+        config: PipelineConfig | None = None,
+        *,
+        create: bool = True,
+        embedder: Embedder | None = None,
+        tokenizer: TextTokenizer | None = None,
+        engine: Engine | None = None,
+    ) -> Pipeline:
+        """Return a pipeline over the store folder; a missing one is created by the first ingest if `create`.
+
+        Args:
+            store: the store folder.
+            config: settings; the defaults where left out.
+            create: False raises where there is no store yet.
+            embedder, tokenizer, engine: used instead of the configured models.
+
+        Raises:
+            StoreMissingError: no store is there and `create` is False.
+            StoreError: the store cannot be opened.
+        """
+        pipeline = cls(Path(store), config or PipelineConfig(), embedder=embedder, tokenizer=tokenizer, engine=engine)
+        if Store.exists(pipeline.folder):
+            pipeline._parts["store"] = Store.open(pipeline.folder)
+        elif not create:
+            raise _no_store(pipeline.folder)
+        return pipeline
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the store and let the models go."""
+        store = self._parts.get("store")
+        self._parts.clear()
+        if isinstance(store, Store):
+            store.close()
+
+    # ------------------------------------------------------------------------------------------------ ingest
+
+    def ingest(
+        self,
+        sources: Sequence[str | Path],
+        *,
+        prune: bool = False,
+        reembed: bool = False,
+        retry_failed: bool = False,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+    ) -> IngestReport:
+        """Bring the store in step with `sources` and return what was done.
+
+        Unchanged content is skipped, renamed files are linked again, edited ones replaced in one commit. A source
+        that fails is reported and never stops the others.
+
+        Args:
+            sources: files, folders (recursive), or `-` for standard input.
+            prune: also remove what the store knows below the given folders and is no longer there.
+            reembed: replace every vector when the configured embedder is not the store's.
+            retry_failed: read again what failed before, unchanged.
+            dry_run: only say what would be done.
+            progress: hears about the advance.
+            stop: when set, the group at hand is committed and the report says `interrupted`.
+
+        Raises:
+            UsageError: a given source does not exist.
+            EmbedderMismatchError: the store was built with another embedder and `reembed` is False.
+            StoreLockedError: another process writes and did not finish in time.
+            StoreError: the store cannot be written.
+        """
+        from ragkit.jobs.run import run_ingest
+
+        return run_ingest(
+            self,
+            sources,
+            prune=prune,
+            reembed=reembed,
+            retry_failed=retry_failed,
+            dry_run=dry_run,
+            progress=progress or Silent(),
+            stop=stop,
+        )
+
+    # ------------------------------------------------------------------------------------------------ questions
+
+    def search(
+        self,
+        question: str,
+        *,
+        k: int | None = None,
+        filter: Mapping[str, MetadataValue] | None = None,
+        mode: SearchMode | str | None = None,
+    ) -> SearchResult:
+        """Return the chunks that fit `question` best.
+
+        Args:
+            question: natural language or keywords.
+            k: how many; the configuration's number where left out.
+            filter: metadata that a chunk's document must have; `uri` takes a glob.
+            mode: hybrid, dense or bm25.
+
+        Raises:
+            UsageError: an empty question, or an impossible `k` or mode.
+            StoreMissingError: nothing was ingested yet.
+        """
+        from ragkit.request import search
+
+        return search(self, question, k=k, filter=filter, mode=mode)
+
+    def query(
+        self,
+        question: str,
+        *,
+        k: int | None = None,
+        strategy: Strategy | str | None = None,
+        filter: Mapping[str, MetadataValue] | None = None,
+        document: str | None = None,
+        system_prompt: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Answer:
+        """Return the answer to `question` with its citations; arguments as for `stream`."""
+        stream = self.stream(
+            question,
+            k=k,
+            strategy=strategy,
+            filter=filter,
+            document=document,
+            system_prompt=system_prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(
+        self,
+        question: str,
+        *,
+        k: int | None = None,
+        strategy: Strategy | str | None = None,
+        filter: Mapping[str, MetadataValue] | None = None,
+        document: str | None = None,
+        system_prompt: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> AnswerStream:
+        """Return an iterator over the pieces of the answer; afterwards `.answer` holds all of it.
+
+        Args:
+            question: what is asked.
+            k: how many chunks are put before the model.
+            strategy: how the prompt is prefilled.
+            filter: metadata that a chunk's document must have; `uri` takes a glob.
+            document: only this source or document, by URI.
+            system_prompt: replaces the default instructions.
+            max_new_tokens, temperature, top_p, seed: decoding; temperature 0 is greedy.
+
+        Raises:
+            UsageError: an empty question or an impossible option.
+            StoreMissingError: nothing was ingested yet.
+        """
+        from ragkit.request import QueryOptions, stream
+
+        changes = {
+            "strategy": None if strategy is None else _strategy(strategy),
+            "system_prompt": system_prompt,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        generation = replace(
+            self.config.generation, **{name: value for name, value in changes.items() if value is not None}
+        )
+        filters = dict(filter or {})
+        if document is not None:
+            filters["uri"] = self._document_uri(document)
+        retrieval = self.config.retrieval if k is None else replace(self.config.retrieval, k=k)
+        return stream(self, question, QueryOptions(generation, retrieval, self.config.answers, filters))
+
+    # ------------------------------------------------------------------------------------------------ the store
+
+    def documents(self) -> list[SourceRecord]:
+        """Return every known source with its state, in order of URI."""
+        return self.store.sources()
+
+    def remove(self, uris: Sequence[str], *, erase: bool = False) -> tuple[str, ...]:
+        """Forget sources and return their URIs; `erase` also overwrites text, vectors and KV on disk.
+
+        Raises:
+            UsageError: a URI is unknown; nothing was removed.
+        """
+        known = {record.uri for record in self.store.sources()}
+        names = [uri if uri in known else str(Path(uri).absolute()) for uri in uris]
+        with self.store.writer(lock_timeout_s=self.config.ingest.lock_timeout_s) as writer:
+            return writer.remove(names, erase=erase)
+
+    def status(self) -> tuple[StoreMeta, StoreCounts]:
+        """Return what the store was built with, and how much it holds."""
+        with self.store.snapshot():
+            return self.store.meta, self.store.counts()
+
+    def gc(self) -> GcReport:
+        """Remove what nothing references, and rewrite segments that are mostly dead."""
+        return self.store.gc(lock_timeout_s=self.config.ingest.lock_timeout_s)
+
+    def verify(self, *, repair: bool = False) -> VerifyReport:
+        """Check every stored byte. `repair` marks the sources of damaged parts, so that the next ingest reads them."""
+        return self.store.verify(repair=repair)
+
+    # ------------------------------------------------------------------------------------------------ parts
+
+    @property
+    def store(self) -> Store:
+        """The open store.
+
+        Raises:
+            StoreMissingError: nothing was ingested yet.
+        """
+        store = self._parts.get("store")
+        if store is None and Store.exists(self.folder):
+            store = self._part("store", lambda: Store.open(self.folder), counts=False)
+        if not isinstance(store, Store):
+            raise _no_store(self.folder)
+        return store
+
+    def create_store(self) -> Store:
+        """Return the store, made now where there is none."""
+        return self._part("store", lambda: Store.open_or_create(self.folder), counts=False)
+
+    def has_store(self) -> bool:
+        """Return whether anything was ever ingested here."""
+        return "store" in self._parts or Store.exists(self.folder)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder of the configuration, loaded on first use."""
+
+        def load() -> Embedder:
+            from ragkit.retrieval.embedders import load_embedder
+
+            return load_embedder(self.config.embedding, device=self.config.device, offline=self.config.offline)
+
+        return self._part("embedder", load)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The generator's tokenizer, loaded on first use."""
+
+        def load() -> TextTokenizer:
+            from ragkit.models import resolve
+            from ragkit.models.tokenizer import ModelTokenizer
+
+            return ModelTokenizer(resolve(self.config.generation.model, offline=self.config.offline))
+
+        return self._part("tokenizer", load)
+
+    @property
+    def engine(self) -> Engine:
+        """The generator, loaded on first use."""
+
+        def load() -> Engine:
+            from ragkit.generation.engine import Engine
+
+            generation = self.config.generation
+            return Engine.load(
+                generation.model, device=self.config.device, dtype=generation.dtype, offline=self.config.offline
+            )
+
+        return self._part("engine", load)
+
+    @property
+    def retriever(self) -> Retriever:
+        """The retriever over the store, which follows its generation.
+
+        Raises:
+            EmbedderMismatchError: the store was built with another embedder.
+        """
+
+        def load() -> Retriever:
+            from ragkit.retrieval.retriever import Retriever
+
+            self.check_embedder()
+            return Retriever(self.store, self.embedder, self.config.retrieval)
+
+        return self._part("retriever", load)
+
+    def check_embedder(self) -> None:
+        """Raise `EmbedderMismatchError` where the store's vectors are not of the configured embedder."""
+        meta = self.store.meta
+        if meta.embedder_id and meta.embedder_id != self.embedder.embedder_id:
+            raise EmbedderMismatchError(
+                f"{self.folder} was built with the embedder {meta.embedder_id} ({meta.dim} dimensions), but "
+                f"{self.embedder.embedder_id} ({self.embedder.dim}) is configured; name the store's embedder, or run "
+                "`ragkit ingest --reembed` to replace its vectors"
+            )
+
+    def load_seconds(self) -> float:
+        """Return how long loading models has taken so far in this pipeline."""
+        return self._load_seconds
+
+    def _part(self, name: str, load: Callable[[], _Part], *, counts: bool = True) -> _Part:
+        part = self._parts.get(name)
+        if part is None:
+            with self._loading:
+                part = self._parts.get(name)
+                if part is None:
+                    before, nested = time.perf_counter(), self._load_seconds
+                    part = self._parts[name] = load()
+                    if counts:  # parts that load others must not count them twice
+                        self._load_seconds = nested + time.perf_counter() - before
+        return part  # type: ignore[return-value]
+
+    def _document_uri(self, document: str) -> str:
+        """Return the stored URI that a user means: as given, or as a path relative to the working folder."""
+        if document.startswith("-") or not self.has_store():
+            return document
+        if self.store.rows_where({"uri": document}).size:
+            return document
+        absolute = str(Path(document).absolute())
+        if self.store.rows_where({"uri": absolute}).size:
+            return absolute
+        raise UsageError(f"the store holds no document {document!r}; `ragkit ls` lists what it holds")
+
+
+def _strategy(name: Strategy | str) -> Strategy:
+    try:
+        return Strategy(name)
+    except ValueError:
+        raise UsageError(f"there is no strategy {name!r}; take one of {', '.join(Strategy)}") from None
+
+
+def _no_store(folder: Path) -> StoreMissingError:
+    return StoreMissingError(f"there is no store in {folder}; `ragkit ingest SOURCE --store {folder}` makes one")
