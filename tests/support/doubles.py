@@ -52,3 +52,6 @@ class HashEmbedder:
             if on_tokens:
                 on_tokens(len(text) // 4)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self.encode(texts)
