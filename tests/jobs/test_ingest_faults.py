@@ -1,0 +1,160 @@
+"""Ingest under faults: killed at every write and at random, disk full, two at once. Nothing half-done is visible."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ingest_script import CONFIG
+
+from ragkit import Pipeline
+from ragkit.store.faults import CRASH_EXIT_CODE
+
+SCRIPT = Path(__file__).parent.parent / "support" / "ingest_script.py"
+WORDS = ["frog", "star", "pond", "night", "sun", "fly", "river", "stone", "tree", "wind"]
+
+
+def run(store: Path, *sources: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(store), *map(str, sources)]
+    return subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=120, check=False)
+
+
+def write_folder(folder: Path, files: int, seed: int) -> None:
+    rng = random.Random(seed)
+    folder.mkdir(exist_ok=True)
+    for number in range(files):
+        text = "\n\n".join(" ".join(rng.choices(WORDS, k=30)) + "." for _ in range(rng.randint(1, 5)))
+        (folder / f"{number}.txt").write_text(text)
+
+
+def visible(store: Path) -> dict[str, str]:
+    """Every visible document by file name, after every stored byte was checked."""
+    with Pipeline.open(store, CONFIG, create=False) as pipeline:
+        assert pipeline.verify().problems == ()
+        with pipeline.store.snapshot():
+            return {
+                Path(link.uri).name: pipeline.store.document(link.doc_id).text
+                for record in pipeline.store.sources()
+                for link in pipeline.store.source_documents(record.uri)
+            }
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def check_old_or_new(store: Path, old: dict[str, str], new: dict[str, str]) -> None:
+    """Each source is wholly in its old or its new state."""
+    if not (store / "ragkit.db").exists():
+        return
+    now = visible(store)
+    for name in old.keys() | new.keys() | now.keys():
+        assert now.get(name) in (old.get(name), new.get(name)), name
+
+
+@pytest.mark.crash
+def test_a_crash_at_any_write_leaves_each_source_old_or_new_and_the_next_run_ends_as_undisturbed(
+    tmp_path: Path,
+) -> None:
+    folder, base = tmp_path / "docs", tmp_path / "base"
+    write_folder(folder, 5, seed=1)
+    assert run(base, folder).returncode == 0
+    old = contents(folder)
+    for name in ("0.txt", "1.txt"):
+        (folder / name).unlink()
+    write_folder(folder, 4, seed=2)
+    (folder / "4.txt").rename(folder / "renamed.txt")
+    new = contents(folder)
+    crashes = 0
+    for step in range(1, 200):
+        store = tmp_path / f"store{step}"
+        subprocess.run(["cp", "-r", str(base), str(store)], check=True)
+        ended = run(store, folder, RAGKIT_CRASH_AT=str(step))
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == CRASH_EXIT_CODE, ended.stderr
+        crashes += 1
+        check_old_or_new(store, old, new)
+        assert run(store, folder).returncode == 0
+        assert visible(store) == new
+    assert crashes > 5, "the fault layer killed nothing"
+
+
+@pytest.mark.crash
+def test_random_kills_lose_nothing_that_was_committed(tmp_path: Path) -> None:
+    folder, store = tmp_path / "docs", tmp_path / "store"
+    write_folder(folder, 60, seed=3)
+    new = contents(folder)
+    command = [sys.executable, str(SCRIPT), str(store), str(folder)]
+    rng, kept, killed = random.Random(11), set[str](), 0
+    for _ in range(25):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 1.4))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        if not (store / "ragkit.db").exists():
+            continue
+        now = visible(store)
+        assert now.items() <= new.items()
+        assert kept <= now.keys(), "a committed source is gone"
+        kept = set(now)
+    assert killed > 0
+    assert run(store, folder).returncode == 0
+    assert visible(store) == new
+
+
+def test_a_full_disk_ends_with_exit_4_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    write_folder(folder, 3, seed=4)
+    full = 0
+    for step in range(1, 60):
+        store = tmp_path / f"store{step}"
+        ended = run(store, folder, RAGKIT_ENOSPC_AT=str(step))
+        if ended.returncode == 0:
+            break
+        full += 1
+        assert ended.returncode == 4, ended.stderr
+        assert len(ended.stderr.strip().splitlines()) == 1, ended.stderr
+        check_old_or_new(store, {}, contents(folder))
+        assert run(store, folder).returncode == 0
+        assert visible(store) == contents(folder)
+    assert full > 2, "the fault layer refused nothing"
+
+
+def test_four_ingests_at_once_neither_lose_nor_repeat_a_document(tmp_path: Path) -> None:
+    folders, store = [tmp_path / f"docs{number}" for number in range(4)], tmp_path / "store"
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        for file in range(6):
+            (folder / f"{number}-{file}.txt").write_text(f"Document {number} {file} about a {WORDS[file]}. " * 9)
+    shared = tmp_path / "shared.txt"
+    shared.write_text("Everybody ingests this one. " * 9)
+    command = [sys.executable, str(SCRIPT), str(store)]
+    processes = [
+        subprocess.Popen([*command, str(folder), str(shared)], stdout=subprocess.PIPE, text=True) for folder in folders
+    ]
+    reports = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    assert sum(report["added"] for report in reports) == 25
+    expected = {path.name: path.read_text() for folder in folders for path in folder.iterdir()}
+    assert visible(store) == expected | {"shared.txt": shared.read_text()}
+    with Pipeline.open(store, CONFIG, create=False) as pipeline:
+        stored = pipeline.store.chunks(pipeline.store.row_ids())
+        digests = [hashlib.sha256(one.chunk.chunk_id.encode()).digest() for one in stored]
+        assert len(set(digests)) == len(digests)
+
+
+def test_a_query_during_an_ingest_sees_the_last_commit(tmp_path: Path) -> None:
+    folder, store = tmp_path / "docs", tmp_path / "store"
+    write_folder(folder, 3, seed=5)
+    assert run(store, folder).returncode == 0
+    before = contents(folder)
+    with Pipeline.open(store, CONFIG, create=False) as pipeline, pipeline.store.writer(lock_timeout_s=1):
+        assert visible(store) == before
