@@ -1,1 +1,1 @@
-"""The ragkit command."""
+"""The command line: `ragkit`. One file a command group; `app` puts them together."""

@@ -1,0 +1,115 @@
+"""`ragkit ingest`: make the store hold these sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ragkit.cli.common import Session, command, flag
+from ragkit.cli.errors import ExitCode
+from ragkit.cli.output import Output, one_line
+from ragkit.cli.progress import progress_for
+from ragkit.cli.signals import finishing_first
+from ragkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from ragkit.reports import IngestReport
+
+GO_ON = "stopped; everything counted is committed, and the same command goes on with the rest"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("ingest")(command(ingest))
+
+
+def ingest(
+    session: Session,
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="SOURCE", help="Files, folders, or - for stdin.")
+    ] = None,
+    chunker: Annotated[str | None, typer.Option("--chunker", metavar="NAME", help="How documents are cut.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, metavar="N", help="Most tokens of a chunk.")
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option("--embedder", metavar="NAME", help="Embedding model: a name, folder or hub id.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="GLOB", help="Read only matching files. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Leave matching files out. Repeatable.")
+    ] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Forget documents whose files are gone.")] = False,
+    reembed: Annotated[
+        bool, typer.Option("--reembed", help="Embed the whole store again, with this embedder.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try unchanged files again that failed.")
+    ] = False,
+    lock_timeout: Annotated[
+        float | None, typer.Option("--lock-timeout", metavar="S", help="Seconds to wait for another writer.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """Read, cut, embed and index documents. Unchanged files are skipped; edited ones are replaced."""
+    if not sources and not reembed:
+        raise UsageError("ingest needs at least one SOURCE: a file, a folder, or - for stdin")
+    settings = session.settings(
+        {
+            "chunking.chunker": flag(chunker, "--chunker"),
+            "chunking.max_tokens": flag(max_tokens, "--max-tokens"),
+            "embedding.model": flag(embedder, "--embedder"),
+            "ingest.include": flag(include, "--include"),
+            "ingest.exclude": flag(exclude, "--exclude"),
+            "ingest.lock_timeout_s": flag(lock_timeout, "--lock-timeout"),
+        }
+    )
+    progress = progress_for(session.output)
+
+    def on_stop() -> None:
+        progress.message("stopping after the running commit; once more stops at once")
+
+    try:
+        with finishing_first(on_stop) as request, session.open(settings, create=not dry_run) as pipeline:
+            report = pipeline.ingest(
+                sources or [],
+                prune=prune,
+                reembed=reembed,
+                retry_failed=retry_failed,
+                dry_run=dry_run,
+                progress=progress,
+                stop=request.event,
+            )
+    finally:
+        progress.close()
+    session.output.result(report_json(report), report_lines(report, session.output))
+    if request.exit_code and report.interrupted:
+        session.output.note(GO_ON)
+        raise typer.Exit(request.exit_code)
+    if report.failed:
+        raise typer.Exit(ExitCode.PARTLY_DONE)
+
+
+def report_json(report: IngestReport) -> dict[str, Any]:
+    """Return the object that `--json` prints."""
+    return asdict(report)
+
+
+def report_lines(report: IngestReport, output: Output) -> Iterator[str]:
+    """Yield what people read: the counts, then one line for each failure and warning."""
+    counts = [("added", report.added), ("updated", report.updated), ("unchanged", report.unchanged)]
+    counts += [("renamed", report.relinked), ("removed", report.removed), ("failed", len(report.failed))]
+    shown = ", ".join(f"{count:,} {name}" for name, count in counts if count or name == "added")
+    if report.dry_run:
+        yield f"would be: {shown}"
+    else:
+        yield f"{shown}; {report.chunks:,} chunks, {report.tokens:,} tokens in {report.seconds:.1f} s"
+    for failure in report.failed:
+        yield f"failed ({failure.code}): {one_line(failure.uri)}: {one_line(failure.message)}"
+    for warning in report.warnings:
+        output.note(f"warning: {one_line(warning)}")
