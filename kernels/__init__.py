@@ -1,1 +1,1 @@
-"""Triton kernels, each beside its torch reference."""
+"""Triton kernels, one a file, each beside the torch function that defines it."""

@@ -1,0 +1,63 @@
+"""Which implementation runs, and Triton where it is installed (CPU builds of torch come without it)."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from ragkit.errors import KernelUnavailableError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit
+    TRITON_INSTALLED = True
+except ImportError:
+    TRITON_INSTALLED = False
+    tl = None
+
+    def jit(function: Any) -> Any:
+        """Return `function` itself: it is never launched without Triton."""
+        return function
+
+
+class Backend(StrEnum):
+    """An implementation of a kernel."""
+
+    TRITON = "triton"
+    TORCH = "torch"
+
+
+def resolve_backend(tensor: Tensor, backend: Backend | None = None) -> Backend:
+    """Return the backend to run: what was asked for, else Triton on CUDA and torch on CPU.
+
+    Raises:
+        KernelUnavailableError: Triton cannot run here; there is no silent change to torch.
+    """
+    chosen = backend or (Backend.TRITON if tensor.is_cuda else Backend.TORCH)
+    if chosen is Backend.TRITON:
+        if not TRITON_INSTALLED:
+            raise KernelUnavailableError(
+                "this kernel needs Triton, which is not installed: install triton>=3.6, or ask for backend='torch'"
+            )
+        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise KernelUnavailableError(
+                f"Triton kernels run on CUDA, the tensor is on {tensor.device}: ask for backend='torch', "
+                "or set TRITON_INTERPRET=1 before the start to interpret them"
+            )
+    return chosen
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the smallest power of two that is at least `number`, 1 for 0."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Return `number / divisor` rounded up."""
+    return -(-number // divisor)

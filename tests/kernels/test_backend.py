@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from ragkit.errors import KernelUnavailableError
+from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, resolve_backend
+
+
+def test_a_cpu_tensor_takes_torch_unless_told_otherwise():
+    assert resolve_backend(torch.ones(1)) is Backend.TORCH
+
+
+def test_triton_on_cpu_without_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(KernelUnavailableError, match="set TRITON_INTERPRET=1"):
+        resolve_backend(torch.ones(1), Backend.TRITON)
+
+
+def test_a_missing_triton_is_named(monkeypatch):
+    monkeypatch.setattr("ragkit.kernels.backend.TRITON_INSTALLED", False)
+    with pytest.raises(KernelUnavailableError, match=r"install triton>=3\.6"):
+        resolve_backend(torch.ones(1), Backend.TRITON)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_next_power_of_two(number, expected):
+    assert next_power_of_2(number) == expected
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, 0), (1, 1), (64, 1), (65, 2)])
+def test_division_rounds_up(number, expected):
+    assert ceil_div(number, 64) == expected

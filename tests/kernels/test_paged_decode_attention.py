@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+
+from ragkit.errors import KernelInputError
+from ragkit.kernels.backend import Backend
+from ragkit.kernels.paged_decode_attention import HIDDEN, paged_decode_attention, paged_decode_attention_torch
+from ragkit.kernels.testing import assert_matches, guarded
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK = 64
+
+
+def _inputs(lengths, q_heads, kv_heads, head_dim, dtype, device, rng):
+    """Requests of `lengths` rows in scattered blocks; rows behind a request's end are NaN and hidden."""
+    requests, entries = len(lengths), max(-(-length // BLOCK) for length in lengths) + 1
+    blocks = requests * entries
+    pools = [torch.full((blocks, BLOCK, kv_heads, head_dim), math.nan, device=device, dtype=dtype) for _ in range(2)]
+    tables = torch.randperm(blocks, device=device, generator=rng).int().view(requests, entries)
+    positions = torch.full((requests, entries * BLOCK), HIDDEN, dtype=torch.int32, device=device)
+    for index, length in enumerate(lengths):
+        positions[index, :length] = torch.arange(length, device=device)
+        rows = tables[index].long().repeat_interleave(BLOCK) * BLOCK + torch.arange(BLOCK, device=device).repeat(
+            entries
+        )
+        for pool in pools:
+            fresh = torch.randn(length, kv_heads, head_dim, device=device, generator=rng)
+            pool.flatten(0, 1)[rows[:length]] = fresh.to(dtype)
+    counts = torch.tensor([-(-length // BLOCK) for length in lengths], dtype=torch.int32, device=device)
+    queries = torch.randn(requests, q_heads, head_dim, device=device, generator=rng).to(dtype)
+    angles = torch.rand(max(*lengths, 1), head_dim // 2, device=device, generator=rng) * 6
+    last = torch.tensor([max(length - 1, 0) for length in lengths], device=device)
+    return [
+        guarded(queries), guarded(pools[0]), guarded(pools[1]), tables, positions.view(requests, entries, BLOCK),
+        counts, last, guarded(angles.cos()), guarded(angles.sin()),
+    ]  # fmt: skip
+
+
+def _compare(inputs, reduced=4):
+    scale = inputs[0].shape[-1] ** -0.5
+    got = paged_decode_attention(*inputs, scale=scale, backend=Backend.TRITON)
+    wide = [tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs]
+    assert_matches(got, paged_decode_attention_torch(*wide, scale=scale), reduced=reduced)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(1, 0, 63, 64), (65, 200, 129)])
+def test_matches_the_definition(dtype, lengths, device, rng):
+    _compare(_inputs(lengths, 6, 2, 32, dtype, device, rng))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(9, 3), (2, 2), (20, 1)])
+def test_matches_the_definition_for_every_head_size(head_dim, q_heads, kv_heads, device, rng):
+    _compare(_inputs((100, 7), q_heads, kv_heads, head_dim, torch.float32, device, rng))
+
+
+def test_a_request_that_sees_nothing_gives_zeros(device, rng):
+    inputs = _inputs((0, 5), 4, 2, 32, torch.float32, device, rng)
+    got = paged_decode_attention(*inputs, scale=1.0, backend=Backend.TRITON)
+    assert torch.equal(got[0], torch.zeros_like(got[0]))
+
+
+def test_no_requests_give_no_rows(device, rng):
+    inputs = _inputs((5,), 4, 2, 32, torch.float32, device, rng)
+    for index in (0, 3, 4, 5, 6):
+        inputs[index] = inputs[index][:0]
+    assert paged_decode_attention(*inputs, scale=1.0, backend=Backend.TRITON).shape == (0, 4, 32)
+
+
+def test_rows_after_the_query_are_not_seen(device, rng):
+    inputs = _inputs((130,), 4, 2, 32, torch.float32, device, rng)
+    inputs[6] = torch.tensor([69], device=device)
+    before = paged_decode_attention(*inputs, scale=1.0, backend=Backend.TRITON)
+    blocks = inputs[3][0].long()
+    inputs[1][blocks[1], 6:] = math.nan  # positions 70 to 127
+    inputs[2][blocks[2]] = math.nan
+    assert torch.equal(paged_decode_attention(*inputs, scale=1.0, backend=Backend.TRITON), before)
+
+
+def test_a_hidden_row_is_replaced_by_the_row_that_stands_at_its_position(device, rng):
+    inputs = _inputs((100,), 4, 2, 32, torch.float32, device, rng)
+    keys, values, tables, positions, counts = inputs[1], inputs[2], inputs[3], inputs[4], inputs[5]
+    own, spare = tables[0, 0].long(), tables[0, 2].long()
+    plain = [tensor.clone() for tensor in inputs]
+    fresh = torch.randn(2, 2, 32, device=device, generator=rng)
+    plain[1][own, 10], plain[2][own, 10] = fresh  # overwritten in place
+    keys[spare, 3], values[spare, 3] = fresh  # or put beside it, the old row hidden
+    positions[0, 0, 10] = HIDDEN
+    positions[0, 2, 3] = 10
+    counts[0] = 3
+    got = paged_decode_attention(*inputs, scale=0.2, backend=Backend.TRITON)
+    assert_matches(got, paged_decode_attention_torch(*plain, scale=0.2), reduced=4)
+
+
+def test_blocks_in_any_order_give_the_same_result(device, rng):
+    inputs = _inputs((192,), 4, 2, 32, torch.float32, device, rng)
+    straight = paged_decode_attention(*inputs, scale=0.2, backend=Backend.TRITON)
+    order = torch.tensor([2, 0, 1, 3], device=device)
+    inputs[3], inputs[4] = inputs[3][:, order].contiguous(), inputs[4][:, order].contiguous()
+    assert_matches(paged_decode_attention(*inputs, scale=0.2, backend=Backend.TRITON), straight, reduced=4)
+
+
+def test_tables_of_another_shape_are_refused(device, rng):
+    inputs = _inputs((5,), 4, 2, 32, torch.float32, device, rng)
+    inputs[4] = inputs[4][..., :32]
+    with pytest.raises(KernelInputError, match="tables must be of 1 requests"):
+        paged_decode_attention(*inputs, scale=1.0)
