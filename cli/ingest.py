@@ -75,7 +75,7 @@ def ingest(
         progress.message("stopping after the running commit; once more stops at once")
 
     try:
-        with finishing_first(on_stop) as request, session.open(settings, create=not dry_run) as pipeline:
+        with finishing_first(on_stop) as request, session.open(settings, create=True) as pipeline:
             report = pipeline.ingest(
                 sources or [],
                 prune=prune,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,9 @@ BROKEN = replace(
 )
 
 
+REPORT = IngestReport(added=2, unchanged=1, chunks=40, tokens=9000, seconds=1.25)
+
+
 class FakeStream:
     """Yields an answer in three pieces."""
 
@@ -89,7 +93,7 @@ class World:
     """What the double says, and what it was asked."""
 
     answer: Answer = ANSWER
-    report: IngestReport = IngestReport(added=2, unchanged=1, chunks=40, tokens=9000, seconds=1.25)
+    report: IngestReport = REPORT
     hits: tuple[Hit, ...] = (Hit(1, 0.0312, "/docs/tower.pdf", 3, 100, 400, f"A tower.\n{QUOTE}", "c" * 32),)
     records: list[SourceRecord] = field(default_factory=lambda: [BROKEN, RECORD])
     problems: tuple[Problem, ...] = ()
@@ -224,6 +228,4 @@ def failed(uri: str) -> FailedSource:
 
 
 def _settings_in_environment() -> Iterator[str]:
-    import os
-
     return (name for name in os.environ if name.startswith("RAGKIT_"))

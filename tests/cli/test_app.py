@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -93,8 +94,6 @@ def test_the_store_is_dot_ragkit_unless_the_environment_says_otherwise(run, worl
 
 
 def test_offline_reaches_hugging_face_and_the_pipeline(run, world, monkeypatch):
-    import os
-
     run("ls", "--offline")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert world.configs[0].offline is True
@@ -149,8 +148,8 @@ def test_a_missing_store_is_an_error_that_says_what_to_do(run, world):
         (["serch", "x"], "No such command 'serch'. Did you mean 'search'?"),
         (["search"], "Missing argument 'QUESTION'; `ragkit search --help` shows the usage"),
         (
-            ["query", "x", "--generater", "y"],
-            "No such option: --generater (Possible options: --generator); `ragkit query --help` shows the usage",
+            ["query", "x", "--generatr", "y"],
+            "No such option: --generatr (Possible options: --generator, --temperature); `ragkit query --help`",
         ),
         (
             ["query", "x", "--sed", "1"],

@@ -1,0 +1,126 @@
+"""`ragkit query`: a streamed answer with citations, and its JSON."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from ragkit.config import Strategy
+
+
+def test_the_answer_comes_first_then_the_citations_then_the_timings(run):
+    result = run("query", "How tall is the tower?")
+    assert result.code == 0
+    assert result.out == 'It is 330 metres tall.\n\n[1] /docs/tower.pdf, page 3: "The tower is 330 metres tall."\n'
+    assert result.err == (
+        "load models 900 ms, retrieve 20 ms, load kv 0 ms, prefill 50 ms, first token 75 ms, total 115 ms; "
+        "200 prompt and 5 new tokens\n"
+    )
+
+
+def test_the_answer_is_written_piece_by_piece(run, world, monkeypatch):
+    writes = []
+    monkeypatch.setattr("ragkit.cli.output.Output.write", lambda self, text: writes.append(text))
+    run("query", "How tall is the tower?")
+    assert "".join(writes[:3]) == world.answer.text
+    assert all(len(piece) < len(world.answer.text) for piece in writes[:3])
+
+
+def test_a_citation_without_pages_names_the_document_alone(run, world):
+    world.answer = replace(world.answer, citations=(replace(world.answer.citations[0], page=None, quote="a\n  b"),))
+    assert '\n[1] /docs/tower.pdf: "a b"\n' in run("query", "q").out
+
+
+def test_what_is_not_in_the_store_is_said_plainly(run, world):
+    world.answer = replace(world.answer, text="I do not know.", found=False, citations=())
+    result = run("query", "q")
+    assert result.out == "I do not know.\n(not found: nothing in the store supports an answer)\n"
+    assert result.code == 0
+    assert run("query", "q", "--json").json["found"] is False
+
+
+def test_quiet_leaves_the_answer_alone_on_stdout(run):
+    result = run("query", "q", "--quiet")
+    assert (result.out, result.err) == ("It is 330 metres tall.\n", "")
+
+
+def test_warnings_of_the_answer_reach_stderr(run, world):
+    world.answer = replace(world.answer, warnings=("2 chunks did not fit",))
+    assert "warning: 2 chunks did not fit\n" in run("query", "q").err
+    assert run("query", "q", "--json").json["warnings"] == ["2 chunks did not fit"]
+
+
+def test_a_model_cannot_steer_the_terminal(run, world):
+    world.answer = replace(world.answer, text="red \x1b[31m\x07 end", citations=())
+    assert run("query", "q").out == "red [31m end\n"
+    assert run("query", "q", "--json").json["answer"] == "red \x1b[31m\x07 end"
+
+
+def test_the_json_has_the_keys_that_other_tools_rely_on(run):
+    result = run("query", "How tall is the tower?", "--json")
+    assert result.err == ""
+    assert result.json == {
+        "answer": "It is 330 metres tall.",
+        "found": True,
+        "citations": [
+            {
+                "uri": "/docs/tower.pdf",
+                "page": 3,
+                "char_start": 120,
+                "char_stop": 149,
+                "quote": "The tower is 330 metres tall.",
+                "score": 0.75,
+                "doc_id": "d" * 32,
+            }
+        ],
+        "strategy": "full",
+        "model": "tiny",
+        "tokens": {"prompt": 200, "reused": 0, "recomputed": 200, "generated": 5},
+        "dropped_chunks": [],
+        "warnings": [],
+        "kv": {"hits": 0, "misses": 0, "holes": 0, "bytes_by_tier": {}},
+        "draft": {"mode": "none", "drafted": 0, "accepted": 0, "ms_per_step": 10.0},
+        "timings_ms": {
+            "load_models": 900.0,
+            "retrieve": 20.0,
+            "load_kv": 0.0,
+            "prefill": 50.0,
+            "first_token": 75.0,
+            "total": 115.0,
+        },
+    }
+
+
+def test_every_option_reaches_the_configuration(run, world):
+    decoding = ["--max-new-tokens", "7", "--temperature", "0.5", "--top-p", "0.9", "--seed", "11"]
+    options = ["-k", "3", "--strategy", "full", "--generator", "m", *decoding]
+    run("query", "q", *options, "--system-prompt", "Be brief.")
+    config = world.configs[0]
+    assert config.retrieval.k == 3
+    generation = config.generation
+    assert (generation.strategy, generation.max_new_tokens, generation.seed) == (Strategy.FULL, 7, 11)
+    assert (generation.temperature, generation.top_p) == (0.5, 0.9)
+    assert (generation.model, generation.system_prompt) == ("m", "Be brief.")
+
+
+def test_document_and_filters_reach_the_pipeline(run, world):
+    run("query", "q", "--document", "a.pdf", "--filter", "year=2020", "--filter", "title=a=b")
+    assert world.calls == [
+        ("stream", {"question": "q", "document": "a.pdf", "filter": {"year": "2020", "title": "a=b"}})
+    ]
+
+
+@pytest.mark.parametrize("filters", [["year"], ["=2020"], ["year=1", "year=2"]])
+def test_an_impossible_filter_is_wrong_usage(run, filters):
+    arguments = [part for text in filters for part in ("--filter", text)]
+    assert run("query", "q", *arguments).code == 2
+
+
+def test_on_a_terminal_a_line_says_what_is_waited_for_and_goes_away(run, monkeypatch):
+    monkeypatch.setattr("ragkit.cli.output.is_terminal", lambda stream: stream is sys.stderr)
+    monkeypatch.setenv("NO_COLOR", "1")
+    err = run("query", "q").err
+    assert err.startswith("loading models, retrieving …\r\x1b[K")
+    assert err.count("\r\x1b[K") == 1

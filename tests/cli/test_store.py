@@ -1,0 +1,106 @@
+"""`ragkit ls`, `rm`, `status`, `gc`, `verify`."""
+
+from __future__ import annotations
+
+from ragkit.store.base import Problem
+
+
+def test_ls_is_an_aligned_table(run):
+    assert run("ls").out.splitlines() == [
+        "SOURCE            STATUS  DOCUMENTS  CHUNKS      BYTES",
+        "/docs/broken.pdf  failed          0       0  2,000,000",
+        "/docs/tower.pdf   ok              1   1,234  2,000,000",
+    ]
+
+
+def test_ls_of_an_empty_store_says_so(run, world):
+    world.records = []
+    assert run("ls").out == "the store is empty\n"
+    assert run("ls", "--json").json == {"sources": []}
+
+
+def test_ls_json_names_every_source_and_why_it_failed(run):
+    broken, tower = run("ls", "--json").json["sources"]
+    assert broken["failure"] == {
+        "code": "needs_ocr",
+        "stage": "parse",
+        "message": "no text on any of 3 pages",
+        "attempts": 2,
+    }
+    assert tower == {
+        "uri": "/docs/tower.pdf",
+        "status": "ok",
+        "documents": 1,
+        "chunks": 1234,
+        "bytes": 2_000_000,
+        "sha256": "ab" * 32,
+        "media_type": "application/pdf",
+        "reader": "pdf",
+        "failure": None,
+    }
+
+
+def test_rm_names_what_it_removed(run, world):
+    assert run("rm", "a.pdf", "b.pdf").out == "removed a.pdf\nremoved b.pdf\n"
+    assert run("rm", "a.pdf", "--erase", "--json").json == {"removed": ["a.pdf"], "erased": True}
+    assert world.calls == [
+        ("remove", {"uris": ["a.pdf", "b.pdf"], "erase": False}),
+        ("remove", {"uris": ["a.pdf"], "erase": True}),
+    ]
+
+
+def test_status_counts_and_names_failed_sources_with_their_reason(run):
+    assert run("status").out.splitlines() == [
+        "store       .ragkit  (generation 7, format 1)",
+        "sources     2  (1 failed, 0 damaged)",
+        "documents   1",
+        "chunks      1,234  (300,000 tokens)",
+        "on disk     4.5 MB  (3 segments)",
+        "embedder    minilm@12  (384 dimensions)",
+        "chunker     recursive",
+        "failed /docs/broken.pdf (needs_ocr): no text on any of 3 pages",
+        "`ragkit ingest SOURCE --retry-failed` tries failed sources again",
+    ]
+
+
+def test_status_json_holds_counts_and_failed_sources(run):
+    data = run("status", "--json").json
+    assert {key: data[key] for key in ("sources", "failed", "chunks", "tokens", "bytes_on_disk", "generation")} == {
+        "sources": 2,
+        "failed": 1,
+        "chunks": 1234,
+        "tokens": 300_000,
+        "bytes_on_disk": 4_500_000,
+        "generation": 7,
+    }
+    assert (data["store"], data["embedder"], data["dim"]) == (".ragkit", "minilm@12", 384)
+    assert [source["uri"] for source in data["failed_sources"]] == ["/docs/broken.pdf"]
+
+
+def test_gc_says_what_it_freed(run):
+    assert run("gc").out == "freed 1.5 MB: 3 files removed, 1 segments rewritten\n"
+    assert run("gc", "--json").json == {
+        "bytes_freed": 1_500_000,
+        "removed_files": 3,
+        "rewritten_segments": 1,
+        "pending_files": 0,
+    }
+
+
+def test_verify_of_a_sound_store_says_how_much_it_checked(run, world):
+    result = run("verify")
+    assert (result.code, result.out) == (
+        0,
+        "no damage: 1 documents, 1,234 chunks, 4.0 MB checked at generation 7\n",
+    )
+    assert world.calls == [("verify", {"repair": False})]
+
+
+def test_verify_of_a_damaged_store_names_each_part_and_exits_with_4(run, world):
+    world.problems = (Problem("segment", "ab12", "its checksum is wrong", "ingest again", ("/docs/tower.pdf",)),)
+    result = run("verify", "--repair")
+    assert result.code == 4
+    assert result.out.splitlines()[1:] == ["segment ab12: its checksum is wrong; ingest again", "    /docs/tower.pdf"]
+    assert world.calls == [("verify", {"repair": True})]
+    damaged = run("verify", "--json")
+    assert (damaged.code, damaged.json["problems"][0]["part"]) == (4, "segment")
