@@ -1,0 +1,96 @@
+"""The KV pool: fixed-size blocks of keys (un-rotated) and values for all layers, handed out and counted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import CacheCapacityError, KVCacheError
+from ragkit.kvcache.layout import KVLayout
+
+BLOCK_SIZE = 64
+
+
+class KVPool:
+    """Blocks of `block_size` rows that requests share.
+
+    Keys are stored after bias and qk-norm and before RoPE, so a block serves every request and position that its
+    tokens appear at. A block is free when nobody holds a reference; handing out and releasing are thread-safe,
+    writing rows is the business of whoever allocated the block.
+
+    Attributes:
+        keys, values: one (num_blocks, block_size, kv_heads, head_dim) tensor a layer.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device, block_size: int = BLOCK_SIZE) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.device = device
+        # Not cleared: on a CPU the system backs a page when it is first written, and unwritten rows are never seen.
+        shapes = [(num_blocks, block_size, layer.num_kv_heads, layer.head_dim) for layer in layout.layers]
+        self.keys: list[Tensor] = [torch.empty(shape, dtype=layout.dtype, device=device) for shape in shapes]
+        self.values: list[Tensor] = [torch.empty(shape, dtype=layout.dtype, device=device) for shape in shapes]
+        self._references = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._lock = threading.Lock()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._free)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return how many blocks `tokens` rows take."""
+        return -(-tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int]:
+        """Return the ids of `count` free blocks, each now held once.
+
+        Raises:
+            CacheCapacityError: fewer are free; nothing is handed out then.
+        """
+        with self._lock:
+            if count > len(self._free):
+                raise CacheCapacityError(
+                    f"asked for {count} KV blocks of {self.block_size} tokens, {len(self._free)} of "
+                    f"{self.num_blocks} are free: end other requests, shorten the prompt or enlarge the pool"
+                )
+            blocks = [self._free.pop() for _ in range(count)]
+            for block in blocks:
+                self._references[block] = 1
+        return blocks
+
+    def retain(self, blocks: Sequence[int]) -> None:
+        """Hold `blocks`, which somebody else holds already, once more."""
+        with self._lock:
+            self._require_held(blocks)
+            for block in blocks:
+                self._references[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up one reference to each of `blocks`; those that nobody holds any more become free."""
+        with self._lock:
+            self._require_held(blocks)
+            for block in blocks:
+                self._references[block] -= 1
+                if self._references[block] == 0:
+                    self._free.append(block)
+
+    def references(self, block: int) -> int:
+        """Return how often `block` is held."""
+        return self._references[block]
+
+    def rows(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return copies of the keys and values (tokens, kv_heads, head_dim) of one layer at `slots` (tokens,)."""
+        return self.keys[layer].flatten(0, 1)[slots], self.values[layer].flatten(0, 1)[slots]
+
+    def _require_held(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if self._references[block] < 1:
+                raise KVCacheError(f"KV block {block} is not held by anybody, so it cannot be retained or released")
+        if len(set(blocks)) != len(blocks):
+            raise KVCacheError("a KV block is named twice in one call")
