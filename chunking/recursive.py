@@ -1,0 +1,17 @@
+"""The recursive chunker: whole paragraphs where they fit, else lines, sentences, words."""
+
+from __future__ import annotations
+
+from ragkit.chunking.boundaries import Boundary
+from ragkit.chunking.packed import PackedChunker
+from ragkit.config import ChunkingConfig
+from ragkit.types import TextTokenizer
+
+
+def recursive_chunker(config: ChunkingConfig, tokenizer: TextTokenizer) -> PackedChunker:
+    """Return a chunker that packs whole paragraphs; what is over the cap is cut at lines, sentences, then words.
+
+    A paragraph, line or sentence that fits under the cap is never cut.
+    """
+    kinds = [Boundary.PARAGRAPH, Boundary.LINE, Boundary.SENTENCE, Boundary.WORD]
+    return PackedChunker("recursive", kinds, tokenizer, config.max_tokens, config.overlap_tokens)

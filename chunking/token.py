@@ -1,0 +1,13 @@
+"""The token chunker: chunks filled to the cap, cut between words wherever that is."""
+
+from __future__ import annotations
+
+from ragkit.chunking.boundaries import Boundary
+from ragkit.chunking.packed import PackedChunker
+from ragkit.config import ChunkingConfig
+from ragkit.types import TextTokenizer
+
+
+def token_chunker(config: ChunkingConfig, tokenizer: TextTokenizer) -> PackedChunker:
+    """Return a chunker that fills every chunk to the cap; words stay whole where the cap allows."""
+    return PackedChunker("token", [Boundary.WORD], tokenizer, config.max_tokens, config.overlap_tokens)
