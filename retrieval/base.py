@@ -1,4 +1,4 @@
-"""The seams of retrieval: what embeds text, and what finds the nearest vectors."""
+"""The seams of retrieval: what embeds text, what finds the nearest vectors, and what a store must offer for it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ class Embedder(Protocol):
         Raises:
             RetrievalError: the model gave a vector that is not finite.
         """
+        ...
+
+    def encode_queries(self, texts: Sequence[str]) -> FloatMatrix:
+        """Return what `encode` returns, for questions: models with a prompt for queries get it."""
         ...
 
 
