@@ -88,9 +88,7 @@ class Pipeline:
             StoreError: the store cannot be opened.
         """
         pipeline = cls(Path(store), config or PipelineConfig(), embedder=embedder, tokenizer=tokenizer, engine=engine)
-        if Store.exists(pipeline.folder):
-            pipeline._parts["store"] = Store.open(pipeline.folder)
-        elif not create:
+        if not pipeline.has_store() and not create:
             raise _no_store(pipeline.folder)
         return pipeline
 
@@ -288,7 +286,10 @@ class Pipeline:
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Check every stored byte. `repair` marks the sources of damaged parts, so that the next ingest reads them."""
-        return self.store.verify(repair=repair)
+        report = self.store.verify()
+        if repair and report.problems:
+            self.store.repair(report, lock_timeout_s=self.config.ingest.lock_timeout_s)
+        return report
 
     # ------------------------------------------------------------------------------------------------ parts
 
@@ -299,12 +300,10 @@ class Pipeline:
         Raises:
             StoreMissingError: nothing was ingested yet.
         """
-        store = self._parts.get("store")
-        if store is None and Store.exists(self.folder):
-            store = self._part("store", lambda: Store.open(self.folder), counts=False)
-        if not isinstance(store, Store):
-            raise _no_store(self.folder)
-        return store
+        try:
+            return self._part("store", lambda: Store.open(self.folder), counts=False)
+        except StoreMissingError:
+            raise _no_store(self.folder) from None
 
     def create_store(self) -> Store:
         """Return the store, made now where there is none."""
@@ -312,7 +311,11 @@ class Pipeline:
 
     def has_store(self) -> bool:
         """Return whether anything was ever ingested here."""
-        return "store" in self._parts or Store.exists(self.folder)
+        try:
+            _ = self.store
+        except StoreMissingError:
+            return False
+        return True
 
     @property
     def embedder(self) -> Embedder:

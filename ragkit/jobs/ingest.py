@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from threading import Event
 
@@ -17,11 +16,11 @@ import numpy as np
 
 from ragkit.chunking.base import Chunker, check_chunks
 from ragkit.errors import ChunkingError, ReadError, RetrievalError
-from ragkit.jobs.plan import Action, IngestPlan, PlannedSource
+from ragkit.jobs.plan import Action, IngestPlan, PlannedSource, Recipes
 from ragkit.progress import Progress
-from ragkit.readers import ReaderPool, ReadLimits, ReadResult
+from ragkit.readers import ReaderPool, ReadFailure, ReadLimits, ReadResult
 from ragkit.reports import FailedSource, IngestReport
-from ragkit.retrieval.base import Embedder
+from ragkit.retrieval.base import Embedder, FloatMatrix
 from ragkit.store.base import (
     IndexedDocument,
     KnownDocument,
@@ -45,7 +44,7 @@ class IngestTools:
     chunker: Chunker
     embedder: Embedder
     max_tokens: int
-    recipe: str
+    recipes: Recipes
     limits: ReadLimits
     commit_bytes: int
 
@@ -87,6 +86,7 @@ class Ingest:
         self._stop = stop or Event()
         self._tally = _Tally()
         self._pending: list[_Pending] = []
+        self._pending_documents: dict[str, list[Chunk]] = {}
         self._pending_chunks = 0
         self._pending_bytes = 0
 
@@ -104,8 +104,8 @@ class Ingest:
             self._report_known_failure(item)
         removed = self._writer.remove(plan.removed) if plan.removed else ()
         for item, outcome in self._read(work):
-            if isinstance(outcome, ReadError):
-                self._commit_failure(item, outcome)
+            if isinstance(outcome, ReadFailure):
+                self._commit_failure(item, outcome.error)
             else:
                 self._add(item, outcome)
             if self._stop.is_set():
@@ -143,15 +143,15 @@ class Ingest:
             message = f"{failure.message} (known; --retry-failed reads it again)"
             self._tally.failed.append(FailedSource(item.source.uri, failure.stage, failure.code, message))
 
-    def _read(self, work: list[PlannedSource]) -> Iterator[tuple[PlannedSource, ReadResult | ReadError]]:
-        with closing(ReaderPool(limits=self._tools.limits)) as pool:
-            results = pool.read(item.source for item in work)
-            yield from zip(work, results, strict=True)
+    def _read(self, work: list[PlannedSource]) -> Iterator[tuple[PlannedSource, ReadResult | ReadFailure]]:
+        with ReaderPool(limits=self._tools.limits) as pool:
+            yield from zip(work, pool.map(item.source for item in work), strict=True)
 
     def _add(self, item: PlannedSource, result: ReadResult) -> None:
         """Chunk what was read and queue it; commit when the group is full."""
         started = time.perf_counter()
         self._tally.warnings.extend(f"{item.source.uri}: {warning}" for warning in result.warnings)
+        self._report_failed_rows(item, result)
         pending = _Pending(item, result, [])
         try:
             for document in result.documents:
@@ -162,17 +162,28 @@ class Ingest:
         finally:
             self._tally.seconds["chunk"] += time.perf_counter() - started
         self._pending.append(pending)
-        self._pending_chunks += sum(len(chunks or ()) for _, chunks in pending.documents)
-        self._pending_bytes += sum(len(document.text) for document, _ in pending.documents)
         self._progress.advance(bytes=item.source.size)
         if self._pending_chunks >= COMMIT_CHUNKS or self._pending_bytes >= self._tools.commit_bytes:
             self._flush()
 
+    def _report_failed_rows(self, item: PlannedSource, result: ReadResult) -> None:
+        uri = item.source.uri
+        rows = result.failed_rows
+        self._tally.failed.extend(FailedSource(f"{uri}#row={row.row}", "parse", row.code, row.message) for row in rows)
+        if result.failed_row_count > len(rows):
+            self._tally.warnings.append(f"{uri}: {result.failed_row_count - len(rows)} more rows failed")
+
     def _chunks_of(self, document: Document) -> list[Chunk] | None:
-        if self._store.document_recipe(document.doc_id) == self._tools.recipe:
+        """Return the chunks, cut once for equal documents of a group; None for a document that is stored already."""
+        if self._tools.recipes.same_chunks(self._store.document_recipe(document.doc_id)):
             return None
-        chunks = self._tools.chunker.chunk(document)
-        check_chunks(document, chunks, self._tools.max_tokens)
+        chunks = self._pending_documents.get(document.doc_id)
+        if chunks is None:
+            chunks = self._tools.chunker.chunk(document)
+            check_chunks(document, chunks, self._tools.max_tokens)
+            self._pending_documents[document.doc_id] = chunks
+            self._pending_chunks += len(chunks)
+            self._pending_bytes += len(document.text)
         return chunks
 
     def _flush(self) -> None:
@@ -180,6 +191,7 @@ class Ingest:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
+        self._pending_documents = {}
         self._pending_chunks = self._pending_bytes = 0
         try:
             updates = self._embed(pending)
@@ -200,39 +212,44 @@ class Ingest:
         self._progress.advance(documents=len(pending))
 
     def _embed(self, pending: list[_Pending]) -> list[SourceUpdate]:
-        chunks = [chunk for one in pending for _, some in one.documents for chunk in some or ()]
-        started, started_cpu = time.perf_counter(), time.process_time()
-        if chunks:
-            vectors = self._tools.embedder.encode(
-                [chunk.text for chunk in chunks], on_tokens=lambda tokens: self._progress.advance(tokens=tokens)
-            )
-        else:
-            vectors = np.empty((0, self._tools.embedder.dim), np.float32)
-        self._tally.seconds["embed"] += time.perf_counter() - started
-        self._tally.seconds["embed_cpu"] += time.process_time() - started_cpu
-        self._tally.tokens += sum(chunk.token_count for chunk in chunks)
-        updates, row = [], 0
+        vectors = self._vectors_of({d.doc_id: chunks for one in pending for d, chunks in one.documents if chunks})
+        none = np.empty((0, self._tools.embedder.dim), np.float32)
+        updates = []
         for one in pending:
             documents: list[IndexedDocument | KnownDocument] = []
-            for document, some in one.documents:
-                if some is None:
+            for document, chunks in one.documents:
+                if chunks is None:
                     documents.append(KnownDocument(document.doc_id, document.uri, document.metadata))
-                    continue
-                documents.append(IndexedDocument(document, some, vectors[row : row + len(some)]))
-                row += len(some)
+                else:
+                    documents.append(IndexedDocument(document, chunks, vectors.get(document.doc_id, none)))
             updates.append(replace(self._update_of(one.item, one.result), documents=tuple(documents)))
         return updates
 
+    def _vectors_of(self, documents: dict[str, list[Chunk]]) -> dict[str, FloatMatrix]:
+        """Return the vectors (chunks, dim) of each document, all embedded in one call: long batches pad less."""
+        chunks = [chunk for some in documents.values() for chunk in some]
+        if not chunks:
+            return {}
+        started, started_cpu = time.perf_counter(), time.process_time()
+        vectors = self._tools.embedder.encode(
+            [chunk.text for chunk in chunks], on_tokens=lambda tokens: self._progress.advance(tokens=tokens)
+        )
+        self._tally.seconds["embed"] += time.perf_counter() - started
+        self._tally.seconds["embed_cpu"] += time.process_time() - started_cpu
+        self._tally.tokens += sum(chunk.token_count for chunk in chunks)
+        stops = np.cumsum([len(some) for some in documents.values()])
+        return dict(zip(documents, np.split(vectors, stops[:-1]), strict=True))
+
     def _update_of(self, item: PlannedSource, result: ReadResult) -> SourceUpdate:
-        source = item.source
+        source = result.source  # as it was when it was read, which may be later than when it was found
         return SourceUpdate(
-            uri=source.uri,
+            uri=item.source.uri,
             content_sha256=result.content_sha256,
             size=source.size,
             mtime_ns=source.mtime_ns,
             media_type=str(result.media_type),
             reader=result.reader,
-            recipe=self._tools.recipe,
+            recipe=self._tools.recipes.of(str(result.media_type)),
         )
 
     def _commit_failure(self, item: PlannedSource, error: ReadError) -> None:
@@ -248,7 +265,7 @@ class Ingest:
                     content_sha256=item.content_sha256,
                     size=source.size,
                     mtime_ns=source.mtime_ns,
-                    recipe=self._tools.recipe,
+                    recipe=self._tools.recipes.of(""),
                     failure=failure,
                 )
             ]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ragkit.chunking.base import Chunker
 from ragkit.errors import ReadError
-from ragkit.readers import READERS_VERSION, Source, content_sha256
+from ragkit.readers import MediaType, Source, content_sha256
+from ragkit.readers.registry import READERS, load_reader
 from ragkit.store.base import SourceRecord, SourceStatus, StoreReader
 
 
@@ -49,15 +50,38 @@ class IngestPlan:
         return [item for item in self.items if item.action in actions]
 
 
-def ingest_recipe(chunker: Chunker) -> str:
-    """Return the digest of everything that turns content into chunks; a change makes every source an update."""
-    return hashlib.sha256(f"{READERS_VERSION}\0{chunker.fingerprint}".encode()).hexdigest()[:32]
+class Recipes:
+    """Digests of what turns content into chunks; a source whose recipe has changed is read again.
+
+    A recipe is the chunker's half followed by the reader's half, so that a new version of one reader touches only
+    its own sources, and of those only the documents whose text really changes.
+    """
+
+    def __init__(self, chunker: Chunker) -> None:
+        self._chunker = hashlib.sha256(chunker.fingerprint.encode()).hexdigest()[:16]
+        versions = {media_type: _reader_version(media_type) for media_type in READERS}
+        self._readers = {str(media_type): version for media_type, version in versions.items()}
+        # What could not be read may be readable once any reader has changed.
+        self._any_reader = hashlib.sha256("\0".join(versions.values()).encode()).hexdigest()[:16]
+
+    def of(self, media_type: str) -> str:
+        """Return the recipe of sources of `media_type`; of unreadable ones for the empty string."""
+        return self._chunker + self._readers.get(media_type, self._any_reader)
+
+    def same_chunks(self, recipe: str | None) -> bool:
+        """Return whether a document stored under `recipe` has the chunks that it would get now."""
+        return recipe is not None and recipe.startswith(self._chunker)
+
+
+def _reader_version(media_type: MediaType) -> str:
+    reader = load_reader(media_type)
+    return hashlib.sha256(f"{reader.name}\0{reader.version}".encode()).hexdigest()[:16]
 
 
 def plan_ingest(
     store: StoreReader | None,
     sources: Iterable[Source],
-    recipe: str,
+    recipes: Recipes,
     *,
     retry_failed: bool = False,
     prune_roots: Sequence[str | Path] = (),
@@ -73,9 +97,9 @@ def plan_ingest(
     items: list[PlannedSource] = []
     renamed: set[str] = set()
     for source in found:
-        item = _plan_one(source, known.get(source.uri), recipe, retry_failed)
+        item = _plan_one(source, known.get(source.uri), recipes, retry_failed)
         if item.action is Action.ADD and store and item.content_sha256:
-            old = _renamed_from(store, item.content_sha256, recipe, discovered | renamed)
+            old = _renamed_from(store, item.content_sha256, recipes, discovered | renamed)
             if old is not None:
                 renamed.add(old.uri)
                 item = PlannedSource(source, Action.RELINK, item.content_sha256, old)
@@ -86,14 +110,14 @@ def plan_ingest(
     return IngestPlan(tuple(items), removed)
 
 
-def _plan_one(source: Source, record: SourceRecord | None, recipe: str, retry_failed: bool) -> PlannedSource:
+def _plan_one(source: Source, record: SourceRecord | None, recipes: Recipes, retry_failed: bool) -> PlannedSource:
     try:
         digest = content_sha256(source)
     except (ReadError, OSError):
         digest = ""
     if record is None:
         return PlannedSource(source, Action.ADD, digest)
-    same = bool(digest) and record.content_sha256 == digest and record.recipe == recipe
+    same = bool(digest) and record.content_sha256 == digest and record.recipe == recipes.of(record.media_type)
     if same and record.status is SourceStatus.OK:
         return PlannedSource(source, Action.UNCHANGED, digest, record)
     if same and record.status is SourceStatus.FAILED and not retry_failed:
@@ -102,11 +126,11 @@ def _plan_one(source: Source, record: SourceRecord | None, recipe: str, retry_fa
     return PlannedSource(source, action, digest, record)
 
 
-def _renamed_from(store: StoreReader, digest: str, recipe: str, taken: set[str]) -> SourceRecord | None:
+def _renamed_from(store: StoreReader, digest: str, recipes: Recipes, taken: set[str]) -> SourceRecord | None:
     for record in store.sources_with_content(digest):
-        if record.status is not SourceStatus.OK or record.recipe != recipe or record.uri in taken:
+        if record.status is not SourceStatus.OK or record.uri in taken:
             continue
-        if not Path(record.uri).exists():
+        if record.recipe == recipes.of(record.media_type) and not Path(record.uri).exists():
             return record
     return None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ragkit.chunking.registry import create_chunker
 from ragkit.jobs.ingest import Ingest, IngestTools
-from ragkit.jobs.plan import Action, IngestPlan, ingest_recipe, plan_ingest
+from ragkit.jobs.plan import Action, IngestPlan, Recipes, plan_ingest
 from ragkit.progress import Progress
 from ragkit.readers import ReadLimits, discover
 from ragkit.reports import FailedSource, IngestReport
@@ -39,17 +39,17 @@ def run_ingest(
     found = list(discover(sources, include=config.ingest.include, exclude=config.ingest.exclude))
     roots = [source for source in sources if Path(source).is_dir()] if prune else []
     chunker = create_chunker(config.chunking, pipeline.tokenizer)
-    recipe = ingest_recipe(chunker)
+    recipes = Recipes(chunker)
     if dry_run:
         store = pipeline.store if pipeline.has_store() else None
-        plan = plan_ingest(store, found, recipe, retry_failed=retry_failed, prune_roots=roots)
+        plan = plan_ingest(store, found, recipes, retry_failed=retry_failed, prune_roots=roots)
         return _planned(plan, time.perf_counter() - started)
     store = pipeline.create_store()
     if not reembed:
         pipeline.check_embedder()
     with store.writer(lock_timeout_s=config.ingest.lock_timeout_s) as writer:
         # The plan is made under the lock: two ingests of the same folder must not both embed it.
-        plan = plan_ingest(store, found, recipe, retry_failed=retry_failed, prune_roots=roots)
+        plan = plan_ingest(store, found, recipes, retry_failed=retry_failed, prune_roots=roots)
         embedder = pipeline.embedder
         if reembed and store.meta.embedder_id not in ("", embedder.embedder_id):
             writer.reset_embeddings(embedder_id=embedder.embedder_id, dim=embedder.dim, embed=embedder.encode)
@@ -64,7 +64,7 @@ def run_ingest(
             chunker=chunker,
             embedder=embedder,
             max_tokens=config.chunking.max_tokens,
-            recipe=recipe,
+            recipes=recipes,
             limits=ReadLimits(timeout_s=config.ingest.parse_timeout_s, memory_mb=config.ingest.parse_memory_mb),
             commit_bytes=config.ingest.commit_mb * _MEGABYTE,
         )
