@@ -63,7 +63,8 @@ class GaussianPrior:
 
     def log_prior(self, tokens: Indices) -> Scores:
         """Return the exponent."""
-        return np.maximum(-0.5 * np.square((tokens - self.target) / self.spread), FORBIDDEN)
+        exponent: Scores = -0.5 * np.square((tokens - self.target) / self.spread)
+        return np.maximum(exponent, FORBIDDEN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,151 @@
+"""The chunker behind every chunker that scores boundaries: they differ in where the scores come from.
+
+A scorer says of every boundary between two sentences how likely a chunk ends there; the length-constrained search
+(`ragkit.chunking.length_constrained`) then finds the best cuts that hold the cap, and `Assembler` takes the true
+counts. So every such chunker keeps every character and holds the cap, whatever its scorer says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragkit.chunking.assembly import Assembler, Span
+from ragkit.chunking.length_constrained import Indices, LengthPrior, Scores, UniformPrior, best_cuts
+from ragkit.chunking.units import Units, sentence_units
+from ragkit.chunking.words import WordCounter
+from ragkit.config import ChunkingConfig
+from ragkit.types import Chunk, Document, TextTokenizer
+
+_RULES_VERSION = 1  # raised when the cuts change
+_INSIDE_SENTENCE = -50.0  # log-odds of a cut inside a sentence: only where the cap leaves nothing else
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryScores:
+    """What a scorer says of the boundaries before units 1, 2, ... of one text.
+
+    Attributes:
+        log_odds: (units - 1,) log P - log(1 - P) that a chunk ends there; above 0 means cut.
+        signal: (units - 1,) what the odds were made from, in the scorer's own measure: for previews and plots.
+        threshold: the value of `signal` at which the odds are even, where there is one.
+    """
+
+    log_odds: Scores
+    signal: Scores
+    threshold: float | None = None
+
+
+class BoundaryScorer(Protocol):
+    """Scores the boundaries between the units of texts."""
+
+    @property
+    def name(self) -> str:
+        """The name that `--chunker` takes."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that changes the scores, models included."""
+        ...
+
+    def score(self, texts: Sequence[str], units: Sequence[Units]) -> list[BoundaryScores]:
+        """Return the scores of each text; texts given together may share batches, never information."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Why a text was cut where it was: offsets (boundaries,), signal and log-odds of each, and which were cut."""
+
+    offsets: Indices
+    scores: BoundaryScores
+    cut: NDArray[np.bool_]
+
+
+class ScoredChunker:
+    """Cuts at the boundaries that `scorer` likes best, under a hard cap.
+
+    Args:
+        scorer: where the scores come from.
+        config: cap and overlap. An overlap repeats whole sentences before the cut, inside the cap.
+        tokenizer: the generator's, which the cap counts in.
+        prior: how welcome a chunk length is; every length up to the cap where it is left out.
+        paragraph_log_odds: added to the log-odds of boundaries where a paragraph starts.
+    """
+
+    def __init__(
+        self,
+        scorer: BoundaryScorer,
+        config: ChunkingConfig,
+        tokenizer: TextTokenizer,
+        prior: LengthPrior | None = None,
+        paragraph_log_odds: float = 0.0,
+    ) -> None:
+        self._scorer = scorer
+        self._max_tokens = config.max_tokens
+        self._overlap_tokens = config.overlap_tokens
+        self._prior = prior or UniformPrior()
+        self._paragraph_log_odds = paragraph_log_odds
+        self._counter = WordCounter(tokenizer)
+        self._assembler = Assembler(tokenizer, self._counter, config.max_tokens)
+        rules = [scorer.name, _RULES_VERSION, config.max_tokens, config.overlap_tokens, tokenizer.tokenizer_id]
+        rules += [scorer.fingerprint, repr(self._prior), paragraph_log_odds]
+        self._fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The name that `--chunker` takes."""
+        return self._scorer.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that changes the cuts, the tokenizer and the scorer's models included."""
+        return self._fingerprint
+
+    def chunk(self, document: Document) -> list[Chunk]:
+        """Return the chunks of `document`, in order.
+
+        Raises:
+            ChunkingError: a single code point has more tokens than the cap, or a score is NaN.
+        """
+        return self.chunk_many([document])[0]
+
+    def chunk_many(self, documents: Sequence[Document]) -> list[list[Chunk]]:
+        """Return the chunks of each document, the same as `chunk` one by one; scorers fill their batches better."""
+        units = [self._units(document) for document in documents]
+        scores = self._scorer.score([document.text for document in documents], units)
+        return [
+            self._chunks(document, some.spans(self._cuts(some, given), self._overlap_tokens))
+            for document, some, given in zip(documents, units, scores, strict=True)
+        ]
+
+    def preview(self, document: Document) -> Preview:
+        """Return the boundaries of `document` with their scores, and which of them the search cuts at."""
+        units = self._units(document)
+        scores = self._scorer.score([document.text], [units])[0]
+        cut = np.zeros(len(units), dtype=np.bool_)
+        cut[self._cuts(units, scores)] = True
+        return Preview(units.starts[1:-1], scores, cut[1:])
+
+    def _units(self, document: Document) -> Units:
+        return sentence_units(document.text, self._counter, self._room)
+
+    @property
+    def _room(self) -> int:
+        """The tokens of a chunk without its overlap."""
+        return self._max_tokens - self._overlap_tokens
+
+    def _cuts(self, units: Units, scores: BoundaryScores) -> Indices:
+        odds = scores.log_odds + self._paragraph_log_odds * units.opens_paragraph[1:]
+        odds = np.where(units.opens_sentence[1:], odds, np.minimum(odds, 0) + _INSIDE_SENTENCE)
+        return best_cuts(odds, units.tokens_before, units.tokens_after, self._room, self._prior)
+
+    def _chunks(self, document: Document, spans: list[Span]) -> list[Chunk]:
+        return list(self._assembler.chunks(document, self._assembler.counted(document, spans)))
