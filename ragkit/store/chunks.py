@@ -1,0 +1,69 @@
+"""Reads of chunks by row id, by chunk id and by place."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ragkit.errors import StoreError
+from ragkit.store.records import StoredChunk
+from ragkit.store.rows import checked, from_sql, row_crc
+from ragkit.store.sources import check_document, checked_chunk_text
+from ragkit.types import Chunk
+
+if TYPE_CHECKING:
+    from ragkit.store.records import RowIds
+
+_BATCH = 5_000  # bound parameters of one statement
+_SELECT = """
+SELECT c.row_id, c.chunk_id, c.doc_key, c.idx, c.char_start, c.char_stop, c.token_count, c.page, CAST(c.text AS BLOB),
+       c.crc, d.doc_key, d.doc_id, d.recipe, d.characters, d.chunks, d.tokens, d.pages, d.damaged, d.generation, d.crc,
+       l.link_id, l.source_id, l.position, l.doc_key, l.uri, l.metadata, l.crc
+FROM chunks c JOIN documents d ON d.doc_key = c.doc_key
+JOIN links l ON l.link_id = (SELECT min(link_id) FROM links WHERE doc_key = c.doc_key)
+"""
+
+
+def read_chunks(
+    connection: sqlite3.Connection, column: str, keys: Sequence[object], generation: int
+) -> list[StoredChunk]:
+    """Return the chunks whose `column` (row_id or chunk_id) has these values, in the given order."""
+    found: dict[object, StoredChunk] = {}
+    position = 0 if column == "row_id" else 1
+    for start in range(0, len(keys), _BATCH):
+        batch = keys[start : start + _BATCH]
+        marks = ",".join("?" * len(batch))
+        for row in connection.execute(f"{_SELECT} WHERE c.{column} IN ({marks})", batch):
+            found[row[position]] = _stored_chunk(row)
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise StoreError(
+            f"chunk {missing[0]} is not in generation {generation} of the store: "
+            "search and read within one snapshot, and use an index of the same generation"
+        )
+    return [found[key] for key in keys]
+
+
+def read_chunk_at(connection: sqlite3.Connection, doc_id: str, index: int) -> StoredChunk | None:
+    """Return chunk `index` of a document, or None."""
+    row = connection.execute(f"{_SELECT} WHERE d.doc_id = ? AND c.idx = ?", (doc_id, index)).fetchone()
+    return None if row is None else _stored_chunk(row)
+
+
+def read_row_ids(connection: sqlite3.Connection) -> RowIds:
+    """Return all row ids, ascending."""
+    import numpy as np
+
+    # read from the narrow (doc_key, idx) index: the table itself holds all the text
+    rows = connection.execute("SELECT row_id FROM chunks INDEXED BY sqlite_autoindex_chunks_2")
+    return np.sort(np.fromiter((row_id for (row_id,) in rows), dtype=np.int64))
+
+
+def _stored_chunk(row: Sequence[Any]) -> StoredChunk:
+    text = checked_chunk_text(row[:10])
+    check_document(row[10:20])
+    checked("link", row[20], row[26], row_crc(*row[20:26]))
+    chunk = Chunk(row[1], row[11], row[3], text, row[4], row[5], row[6], row[7])
+    return StoredChunk(row[0], chunk, from_sql(row[24]), json.loads(row[25]))
