@@ -10,7 +10,7 @@ import typer
 
 from ragkit.cli.common import Session, command, flag
 from ragkit.cli.errors import ExitCode
-from ragkit.cli.output import Output, one_line
+from ragkit.cli.output import Output, one_line, without_uri
 from ragkit.cli.progress import progress_for
 from ragkit.cli.signals import finishing_first
 from ragkit.errors import UsageError
@@ -110,6 +110,6 @@ def report_lines(report: IngestReport, output: Output) -> Iterator[str]:
     else:
         yield f"{shown}; {report.chunks:,} chunks, {report.tokens:,} tokens in {report.seconds:.1f} s"
     for failure in report.failed:
-        yield f"failed ({failure.code}): {one_line(failure.uri)}: {one_line(failure.message)}"
+        yield f"failed ({failure.code}): {one_line(failure.uri)}: {without_uri(failure.message, failure.uri)}"
     for warning in report.warnings:
         output.note(f"warning: {one_line(warning)}")

@@ -110,6 +110,11 @@ def one_line(text: str, limit: int | None = None) -> str:
     return line if limit is None or len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
+def without_uri(message: str, uri: str) -> str:
+    """Return `message` on one line, without the URI that it may begin with: the line it goes to names it already."""
+    return one_line(message.removeprefix(f"{uri}: "))
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
     """Yield aligned lines; columns of numbers are flush right."""
     cells = [[_cell(value) for value in row] for row in rows]

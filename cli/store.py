@@ -10,7 +10,7 @@ import typer
 
 from ragkit.cli.common import Session, command
 from ragkit.cli.errors import ExitCode
-from ragkit.cli.output import human_bytes, one_line, table
+from ragkit.cli.output import human_bytes, one_line, table, without_uri
 
 if TYPE_CHECKING:
     from ragkit.store.base import SourceRecord, StoreCounts, StoreMeta, VerifyReport
@@ -86,7 +86,7 @@ def verify(
     """Check every stored byte against its checksum. Exits with 4 where something is damaged."""
     with session.open(session.settings()) as pipeline:
         report = pipeline.verify(repair=repair)
-    session.output.result(asdict(report), _verify_lines(report))
+    session.output.result(_verify_json(report), _verify_lines(report))
     if report.problems:
         raise typer.Exit(ExitCode.STORE)
 
@@ -115,10 +115,17 @@ def _status_lines(folder: str, meta: StoreMeta, counts: StoreCounts, bad: Sequen
     yield f"chunker     {meta.chunker or '-'}"
     for record in bad:
         failure = record.failure
-        reason = f"({failure.code}): {one_line(failure.message)}" if failure else ""
+        reason = f"({failure.code}): {without_uri(failure.message, record.uri)}" if failure else ""
         yield f"{record.status} {one_line(record.uri)} {reason}".rstrip()
     if any(record.failure for record in bad):
         yield "`ragkit ingest SOURCE --retry-failed` tries failed sources again"
+
+
+def _verify_json(report: VerifyReport) -> dict[str, Any]:
+    data = asdict(report)
+    for problem in data["problems"]:
+        del problem["key"]  # a row number of the catalogue means nothing outside
+    return data
 
 
 def _verify_lines(report: VerifyReport) -> Iterator[str]:
@@ -131,3 +138,5 @@ def _verify_lines(report: VerifyReport) -> Iterator[str]:
         yield f"{problem.part} {one_line(problem.name)}: {one_line(problem.message)}; {one_line(problem.remedy)}"
         for uri in problem.uris:
             yield f"    {one_line(uri)}"
+    if report.marked:
+        yield f"{len(report.marked):,} sources are marked; the next ingest of them reads them again"

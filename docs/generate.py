@@ -52,7 +52,7 @@ Keys may be added, never renamed. Character offsets are half-open and count Unic
 | `rm` | `removed`: [uri], `erased` |
 | `status` | `store`, `generation`, `sources`, `failed`, `damaged`, `documents`, `chunks`, `tokens`, `segments`, `bytes_on_disk`, `embedder`, `dim`, `chunker`, `format_version`, `failed_sources`: as in `ls` |
 | `gc` | `bytes_freed`, `removed_files`, `rewritten_segments`, `pending_files` |
-| `verify` | `generation`, `documents`, `chunks`, `bytes_read`, `problems`: [{`part`, `name`, `message`, `remedy`, `uris`}] |
+| `verify` | `generation`, `documents`, `chunks`, `bytes_read`, `problems`: [{`part`, `name`, `message`, `remedy`, `uris`}], `marked`: [uri] |
 | `models list` | `models`: [{`name`, `role`, `path`, `bytes`, `licence`, `source`}] |
 | `models pull` | `models`: [{`name`, `path`}] |
 | `models path` | `name`, `path` |

@@ -174,7 +174,8 @@ class FakePipeline:
 
     def verify(self, *, repair: bool) -> VerifyReport:
         self.world.note("verify", {"repair": repair})
-        return VerifyReport(7, 1, 1234, 4_000_000, self.world.problems)
+        marked = self.world.problems[0].uris if repair and self.world.problems else ()
+        return VerifyReport(7, 1, 1234, 4_000_000, self.world.problems, marked)
 
 
 @dataclass(frozen=True)

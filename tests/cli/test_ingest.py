@@ -14,7 +14,7 @@ import pytest
 
 from ragkit.reports import FailedSource, IngestReport
 
-FAILED = FailedSource("/docs/locked.pdf", "parse", "encrypted", "the file asks for a password")
+FAILED = FailedSource("/docs/locked.pdf", "parse", "encrypted", "/docs/locked.pdf: the file asks for a password")
 
 
 def test_the_counts_are_printed(run):
@@ -51,7 +51,7 @@ def test_the_json_has_the_keys_that_other_tools_rely_on(run, world):
             "uri": "/docs/locked.pdf",
             "stage": "parse",
             "code": "encrypted",
-            "message": "the file asks for a password",
+            "message": "/docs/locked.pdf: the file asks for a password",
         }
     ]
 

@@ -100,7 +100,20 @@ def test_verify_of_a_damaged_store_names_each_part_and_exits_with_4(run, world):
     world.problems = (Problem("segment", "ab12", "its checksum is wrong", "ingest again", ("/docs/tower.pdf",)),)
     result = run("verify", "--repair")
     assert result.code == 4
-    assert result.out.splitlines()[1:] == ["segment ab12: its checksum is wrong; ingest again", "    /docs/tower.pdf"]
+    assert result.out.splitlines()[1:] == [
+        "segment ab12: its checksum is wrong; ingest again",
+        "    /docs/tower.pdf",
+        "1 sources are marked; the next ingest of them reads them again",
+    ]
     assert world.calls == [("verify", {"repair": True})]
     damaged = run("verify", "--json")
-    assert (damaged.code, damaged.json["problems"][0]["part"]) == (4, "segment")
+    assert damaged.code == 4
+    assert damaged.json["problems"] == [
+        {
+            "part": "segment",
+            "name": "ab12",
+            "message": "its checksum is wrong",
+            "remedy": "ingest again",
+            "uris": ["/docs/tower.pdf"],
+        }
+    ]
