@@ -77,13 +77,17 @@ class EmbeddingConfig:
 class RetrievalConfig:
     """How chunks are found.
 
-    `rrf_k` is the constant of reciprocal rank fusion; `candidates` is how many hits each leg contributes.
+    The defaults are what benchmarks/retrieval_quality.py supports. `candidates` is how many hits each leg contributes;
+    `rrf_k` is the constant of reciprocal rank fusion and `dense_weight` the dense leg's say in it, from 0 to 1. BM25
+    leaves out words that over `common_share` of all chunks hold. Search is exact up to `flat_limit` chunks.
     """
 
     mode: SearchMode = SearchMode.HYBRID
     k: int = 8
     candidates: int = 100
     rrf_k: int = 60
+    dense_weight: float = 0.5
+    common_share: float = 0.1
     flat_limit: int = 100_000
 
     def __post_init__(self) -> None:
@@ -91,6 +95,8 @@ class RetrievalConfig:
         _at_least("retrieval.candidates", self.candidates, 1)
         _at_least("retrieval.rrf_k", self.rrf_k, 0)
         _at_least("retrieval.flat_limit", self.flat_limit, 0)
+        _share("retrieval.dense_weight", self.dense_weight)
+        _share("retrieval.common_share", self.common_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,3 +171,8 @@ class PipelineConfig:
 def _at_least(name: str, value: int, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name} must be a whole number >= {low}, got {value!r}")
+
+
+def _share(name: str, value: float) -> None:
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise ConfigError(f"{name} must lie in [0, 1], got {value!r}")

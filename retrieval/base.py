@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ragkit.types import MetadataValue
+
+if TYPE_CHECKING:
+    from ragkit.store.base import IndexRecord, StoredChunk, VectorTable
 
 FloatMatrix = NDArray[np.float32]
 IdVector = NDArray[np.int64]
@@ -53,4 +59,45 @@ class VectorIndex(Protocol):
 
     def search(self, queries: FloatMatrix, k: int, allowed: IdVector | None = None) -> tuple[FloatMatrix, IdVector]:
         """Return scores and row ids, (queries, min(k, hits)), best first; `allowed` (sorted) restricts the rows."""
+        ...
+
+
+class SearchableStore(Protocol):
+    """The part of `ragkit.store.base.StoreReader` that retrieval reads."""
+
+    @property
+    def generation(self) -> int:
+        """Number of the last commit."""
+        ...
+
+    def snapshot(self) -> AbstractContextManager[int]:
+        """Pin one generation for all reads of this thread within the block, and return its number."""
+        ...
+
+    def match(self, fts_query: str, limit: int, allowed: IdVector | None = None) -> tuple[IdVector, FloatMatrix]:
+        """Return row ids and BM25 scores (higher is better) of the best `limit` chunks, best first."""
+        ...
+
+    def document_frequency(self, terms: Sequence[str]) -> dict[str, int]:
+        """Return for each term the number of chunks that hold it."""
+        ...
+
+    def rows_where(self, filters: Mapping[str, MetadataValue], /) -> IdVector:
+        """Return the sorted row ids of chunks of documents that fulfil every filter."""
+        ...
+
+    def row_ids(self) -> IdVector:
+        """Return the row ids of all chunks, ascending."""
+        ...
+
+    def vectors(self) -> VectorTable:
+        """Return every live vector, memory-mapped."""
+        ...
+
+    def chunks(self, row_ids: Sequence[int] | IdVector) -> list[StoredChunk]:
+        """Return the chunks of these rows in the given order."""
+        ...
+
+    def checked_index(self) -> IndexRecord | None:
+        """Return the recorded derived index if its bytes are right, else None."""
         ...

@@ -73,7 +73,8 @@ def gelu(values: FloatArray) -> FloatArray:
     for coefficient in (1.421413741, -0.284496736, 0.254829592):
         series = series * t + np.float32(coefficient)
     error_function = np.copysign(1.0 - series * t * np.exp(-size * size), scaled)
-    return (values * np.float32(0.5) * (1.0 + error_function)).astype(np.float32, copy=False)
+    result: FloatArray = (values * np.float32(0.5) * (1.0 + error_function)).astype(np.float32, copy=False)
+    return result
 
 
 def _attention(qkv: FloatArray, count: int, length: int, heads: int) -> FloatArray:
@@ -91,4 +92,5 @@ def _attention(qkv: FloatArray, count: int, length: int, heads: int) -> FloatArr
 def _layer_norm(states: FloatArray, weight: FloatArray, bias: FloatArray, epsilon: float) -> FloatArray:
     centred = states - states.mean(axis=-1, keepdims=True)
     variance = np.einsum("ij,ij->i", centred, centred)[:, None] / np.float32(states.shape[-1])
-    return (centred / np.sqrt(variance + np.float32(epsilon)) * weight + bias).astype(np.float32, copy=False)
+    result: FloatArray = centred / np.sqrt(variance + np.float32(epsilon)) * weight + bias
+    return result

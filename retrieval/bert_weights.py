@@ -116,11 +116,14 @@ def load_bert_weights(folder: ModelFolder) -> BertWeights:
 def pool_tokens(states: FloatMatrix, lengths: NDArray[np.int64], pooling: str) -> FloatMatrix:
     """Return (sequences, hidden) from packed token states (tokens, hidden)."""
     starts = np.cumsum(lengths) - lengths
+    pooled: FloatMatrix
     if pooling == "cls":
-        return states[starts]
-    sums = np.add.reduceat(states, starts, axis=0)
+        pooled = states[starts]
+        return pooled
     divisor = np.sqrt(lengths) if pooling == "mean_sqrt_len_tokens" else lengths
-    return sums / divisor.astype(np.float32)[:, None]
+    sums: FloatMatrix = np.add.reduceat(states, starts, axis=0)
+    pooled = sums / divisor.astype(np.float32)[:, None]
+    return pooled
 
 
 def _layer(take: Any, name: str) -> BertLayer:

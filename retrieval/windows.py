@@ -72,7 +72,8 @@ def unit_rows(vectors: FloatMatrix) -> FloatMatrix:
         raise RetrievalError(
             f"the embedder gave a vector that is not finite for text {row} of {len(vectors)}; its weights are damaged"
         )
-    return (vectors / np.maximum(norms, 1e-12)[:, None]).astype(np.float32, copy=False)
+    scaled: FloatMatrix = (vectors / np.maximum(norms, 1e-12)[:, None]).astype(np.float32, copy=False)
+    return scaled
 
 
 def _inside_word(word_of_token: Sequence[int | None], token: int) -> bool:

@@ -1,0 +1,248 @@
+"""From a question to ranked chunks: both legs at once, then fusion, then selection.
+
+The dense leg (embedding, then vectors) runs in a thread of its own while the BM25 leg reads SQLite; numpy and SQLite
+both work without the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from ragkit.config import RetrievalConfig, SearchMode
+from ragkit.errors import UsageError
+from ragkit.retrieval.base import Embedder, FloatMatrix, IdVector, SearchableStore, VectorIndex
+from ragkit.retrieval.bm25 import TermSelection, search_bm25
+from ragkit.retrieval.fusion import Ranked, reciprocal_rank_fusion
+from ragkit.retrieval.indexes import open_index
+from ragkit.retrieval.selection import select_distinct
+from ragkit.types import MetadataValue, SearchHit
+
+if TYPE_CHECKING:
+    from ragkit.store.base import StoredChunk
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+_Leg = tuple[FloatMatrix, IdVector]
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievedChunk:
+    """One retrieved chunk with what each leg said about it.
+
+    Attributes:
+        stored: the chunk, its row id, its URI and metadata.
+        score: the fused score that ranked it; in a search of one leg that leg's own score. Higher is better.
+        dense: cosine similarity of question and chunk, or None where the dense leg did not return it.
+        bm25: BM25 score, or None where the BM25 leg did not return it.
+        rank: 1-based.
+    """
+
+    stored: StoredChunk
+    score: float
+    dense: float | None
+    bm25: float | None
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What one search found.
+
+    Attributes:
+        chunks: best first.
+        generation: the store's generation that was read.
+        timings_ms: embed, dense, bm25, fuse, chunks and retrieve (all in); of the legs that ran. The legs overlap.
+    """
+
+    chunks: tuple[RetrievedChunk, ...]
+    generation: int
+    timings_ms: Mapping[str, float]
+
+
+class Retriever:
+    """Searches one store. Safe to use from threads; follows the store's generation.
+
+    Args:
+        store: what is searched.
+        embedder: the one that the store's vectors were made with.
+        config: mode, number of hits and candidates, fusion, and the size up to which search is exact.
+        device: where a FAISS index lives: cpu or cuda.
+    """
+
+    def __init__(
+        self, store: SearchableStore, embedder: Embedder, config: RetrievalConfig, device: str = "cpu"
+    ) -> None:
+        self._store = store
+        self._embedder = embedder
+        self._config = config
+        self._device = device
+        self._selection = TermSelection(common_share=config.common_share)
+        self._index: tuple[int, VectorIndex] | None = None
+        self._chunk_count: tuple[int, int] | None = None
+        self._loading = threading.Lock()
+        self._dense_pool = ThreadPoolExecutor(thread_name_prefix="ragkit-dense")
+
+    def search(
+        self,
+        question: str,
+        k: int | None = None,
+        filter: Mapping[str, MetadataValue] | None = None,
+        mode: SearchMode | str | None = None,
+    ) -> list[SearchHit]:
+        """Return ids, scores and ranks of the best chunks for `question`; see `retrieve`."""
+        found = self.retrieve(question, k, filter, mode)
+        return [SearchHit(hit.stored.chunk.chunk_id, hit.score, hit.rank) for hit in found.chunks]
+
+    def retrieve(
+        self,
+        question: str,
+        k: int | None = None,
+        filter: Mapping[str, MetadataValue] | None = None,
+        mode: SearchMode | str | None = None,
+    ) -> Retrieval:
+        """Return the best chunks for `question`, with scores and timings.
+
+        Args:
+            question: natural language or keywords.
+            k: how many; the configuration's number where left out.
+            filter: metadata that a chunk's document must have, applied before both legs search.
+            mode: hybrid, dense or bm25; the configuration's where left out.
+
+        Raises:
+            UsageError: `k` is below 1 or there is no such mode.
+            RetrievalError: embedding or searching failed.
+        """
+        wanted, chosen = self._checked(k, mode)
+        watch = _Stopwatch()
+        with watch("retrieve"), self._store.snapshot() as generation:
+            allowed = self._store.rows_where(filter) if filter else None
+            legs = self._run_legs(
+                question, max(self._config.candidates, 2 * wanted), allowed, chosen, generation, watch
+            )
+            with watch("fuse"):
+                ranking = self._fuse(legs)
+            with watch("chunks"):
+                chunks = self._take(ranking, wanted, legs)
+        return Retrieval(chunks, generation, watch.milliseconds)
+
+    def close(self) -> None:
+        """Let the index and the thread go."""
+        self._dense_pool.shutdown(wait=False)
+        self._index = None
+
+    def _checked(self, k: int | None, mode: SearchMode | str | None) -> tuple[int, SearchMode]:
+        wanted = self._config.k if k is None else k
+        if wanted < 1:
+            raise UsageError(f"k must be at least 1, got {wanted}")
+        try:
+            return wanted, SearchMode(self._config.mode if mode is None else mode)
+        except ValueError as error:
+            raise UsageError(f"there is no search mode {mode!r}; take one of {', '.join(SearchMode)}") from error
+
+    def _run_legs(
+        self,
+        question: str,
+        candidates: int,
+        allowed: IdVector | None,
+        mode: SearchMode,
+        generation: int,
+        watch: _Stopwatch,
+    ) -> dict[SearchMode, _Leg]:
+        """Return (scores, row ids) of each leg. The store is read by this thread alone, within its snapshot."""
+        if allowed is not None and not len(allowed):
+            return {}
+        legs: dict[SearchMode, _Leg] = {}
+        dense: Future[_Leg] | None = None
+        if mode is not SearchMode.BM25:
+            vector = self._dense_pool.submit(watch.timed, "embed", lambda: self._embedder.encode_queries([question]))
+            index = self._index_at(generation)
+            dense = self._dense_pool.submit(
+                watch.timed, "dense", lambda: _search_one(index, vector.result(), candidates, allowed)
+            )
+        if mode is not SearchMode.DENSE:
+            with watch("bm25"):
+                count = self._chunks_at(generation)
+                legs[SearchMode.BM25] = search_bm25(self._store, question, candidates, count, allowed, self._selection)
+        if dense is not None:
+            legs[SearchMode.DENSE] = dense.result()
+        return legs
+
+    def _fuse(self, legs: Mapping[SearchMode, _Leg]) -> list[tuple[int, float]]:
+        if len(legs) == 1:
+            ((scores, row_ids),) = legs.values()
+            return list(zip(row_ids.tolist(), scores.tolist(), strict=True))
+        weights = {SearchMode.DENSE: self._config.dense_weight, SearchMode.BM25: 1 - self._config.dense_weight}
+        lists = [Ranked(row_ids, scores, 2 * weights[leg]) for leg, (scores, row_ids) in legs.items()]
+        return reciprocal_rank_fusion(lists, self._config.rrf_k)
+
+    def _take(
+        self, ranking: list[tuple[int, float]], wanted: int, legs: Mapping[SearchMode, _Leg]
+    ) -> tuple[RetrievedChunk, ...]:
+        """Return the first `wanted` different chunks, read from the store in as few steps as it takes."""
+        by_leg = {leg: dict(zip(ids.tolist(), scores.tolist(), strict=True)) for leg, (scores, ids) in legs.items()}
+        dense, bm25 = by_leg.get(SearchMode.DENSE, {}), by_leg.get(SearchMode.BM25, {})
+        scores = dict(ranking)
+        row_ids = [row_id for row_id, _ in ranking]
+        kept: list[StoredChunk] = []
+        for start in range(0, len(row_ids), wanted):
+            kept = select_distinct(kept, self._store.chunks(row_ids[start : start + wanted]), wanted)
+            if len(kept) == wanted:
+                break
+        return tuple(
+            RetrievedChunk(stored, scores[stored.row_id], dense.get(stored.row_id), bm25.get(stored.row_id), rank)
+            for rank, stored in enumerate(kept, 1)
+        )
+
+    def _index_at(self, generation: int) -> VectorIndex:
+        with self._loading:
+            if self._index is None or self._index[0] != generation:
+                started = time.perf_counter()
+                index = open_index(self._store, self._config, self._device)
+                self._index = (generation, index)
+                self._chunk_count = (generation, len(index))
+                logger.debug("opened the index of generation %d in %.3f s", generation, time.perf_counter() - started)
+            return self._index[1]
+
+    def _chunks_at(self, generation: int) -> int:
+        if self._chunk_count is None or self._chunk_count[0] != generation:
+            self._chunk_count = (generation, len(self._store.row_ids()))
+        return self._chunk_count[1]
+
+
+class _Stopwatch:
+    """Milliseconds by name; each name is written by one thread."""
+
+    def __init__(self) -> None:
+        self.milliseconds: dict[str, float] = {}
+
+    def __call__(self, name: str) -> _Lap:
+        return _Lap(self, name)
+
+    def timed(self, name: str, work: Callable[[], _Result]) -> _Result:
+        """Return what `work` returns, and keep how long it took."""
+        with self(name):
+            return work()
+
+
+class _Lap:
+    def __init__(self, watch: _Stopwatch, name: str) -> None:
+        self._watch = watch
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *failure: object) -> None:
+        self._watch.milliseconds[self._name] = 1000 * (time.perf_counter() - self._started)
+
+
+def _search_one(index: VectorIndex, query: FloatMatrix, k: int, allowed: IdVector | None) -> _Leg:
+    scores, row_ids = index.search(query, k, allowed)
+    return scores[0], row_ids[0]
