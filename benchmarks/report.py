@@ -167,13 +167,6 @@ def percentiles(values: Iterable[float], *, at: Sequence[float] = (20, 50, 80)) 
     return {f"p{point:g}": float(np.percentile(sample, point)) for point in at}
 
 
-def peak_rss_mb() -> float:
-    """Return the largest resident set of this process so far, in MB of 10^6 bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
 def data_folder(name: str) -> Path | None:
     """Return the folder `name` of the benchmark data, or None where `RAGKIT_DATA` is unset or lacks it."""
     root = os.environ.get("RAGKIT_DATA")
