@@ -193,8 +193,8 @@ class Result:
 
 
 @pytest.fixture(autouse=True)
-def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
-    """A double in place of the pipeline, an empty working folder, and an environment without settings."""
+def _nothing_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Give every test an empty working folder and an environment without settings."""
     for name in list(_settings_in_environment()):
         monkeypatch.delenv(name)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -203,6 +203,11 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """A double in place of the pipeline."""
     world = World()
     module = ModuleType("ragkit.pipeline")
     module.Pipeline = type("Pipeline", (FakePipeline,), {"world": world})  # type: ignore[attr-defined]
@@ -211,8 +216,13 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Run `ragkit` with some arguments."""
+def run(world: World, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run `ragkit` with some arguments, over the double."""
+    return runner(capsys)
+
+
+def runner(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Return what runs `ragkit` through `main` and catches its output."""
 
     def run(*arguments: str) -> Result:
         capsys.readouterr()
