@@ -109,6 +109,17 @@ class RequestKV:
         blocks = torch.tensor([self.block_ids[entry] for entry in self._tail], dtype=torch.int64)
         return blocks[offsets // size] * size + offsets % size if stop > start else offsets
 
+    def slot(self, position: int) -> int:
+        """Return the private tail's row for `position`, as `slots` does for many."""
+        offset = position - self._tail_start
+        if not 0 <= offset < len(self._tail) * self.pool.block_size:
+            raise KVCacheError(
+                f"no private row is reserved for position {position}; they hold {self._tail_start} to "
+                f"{self.num_reserved}"
+            )
+        entry, row = divmod(offset, self.pool.block_size)
+        return self.block_ids[self._tail[entry]] * self.pool.block_size + row
+
     def replace(self, positions: Tensor) -> Tensor:
         """Return (rows,) int64, private rows for the distinct `positions` (rows,) int64, whose shared originals hide.
 

@@ -10,7 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MetadataValue = str | int | float | bool | None
 Metadata = Mapping[str, MetadataValue]
@@ -187,6 +190,45 @@ class TextTokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of `token_ids`, special tokens left out."""
+        ...
+
+
+class CausalOutput(NamedTuple):
+    """What a `CausalModel` returns for a run of tokens.
+
+    Attributes:
+        logits: (vocab_size,) after the last token.
+        kv: keys (before RoPE) and values (tokens, kv_heads, head_dim) of these tokens, one pair a layer.
+    """
+
+    logits: Tensor
+    kv: tuple[tuple[Tensor, Tensor], ...]
+
+
+class CausalModel(Protocol):
+    """A language model as chunkers and selectors need it: losses of tokens, and their KV outside any pool."""
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens that one pass may span, `past` included."""
+        ...
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The model's tokenizer."""
+        ...
+
+    def forward(self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]] = ()) -> CausalOutput:
+        """Return logits and KV of `token_ids`, at the positions behind `past`.
+
+        Args:
+            token_ids: at least one.
+            past: keys (before RoPE) and values of earlier tokens, one pair a layer, as a `CausalOutput` holds them.
+        """
+        ...
+
+    def token_losses(self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+        """Return (tokens - 1,) fp32 nats of each token given all before it; the first has no loss."""
         ...
 
 

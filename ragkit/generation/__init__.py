@@ -1,1 +1,1 @@
-"""The engine: prompts, decoder, prefill strategies, decoding."""
+"""The engine: decoder, prefill strategies, decoding, prompts."""

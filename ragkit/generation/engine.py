@@ -1,0 +1,195 @@
+"""The engine: one loaded model with its KV pool, which generates answers and computes losses and KV."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ragkit.config import Device
+from ragkit.errors import GenerationError
+from ragkit.generation.attention import StandaloneAttention
+from ragkit.generation.contiguous_decode import ContiguousDecodeRunner
+from ragkit.generation.decode import decode
+from ragkit.generation.decode_runner import DecodeRunner
+from ragkit.generation.decode_state import StepRunner
+from ragkit.generation.decoder import Decoder
+from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.placement import kv_tokens_that_fit, resolve_device, resolve_dtype
+from ragkit.generation.prompt import PromptBuilder
+from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.generation.sampling import SamplingConfig
+from ragkit.generation.steps import Finished, GenerationStep
+from ragkit.generation.strategy import PrefillRequest, PrefillStrategy
+from ragkit.kvcache.pool import BLOCK_SIZE, KVPool
+from ragkit.kvcache.request_kv import RequestKV
+from ragkit.models.chat_template import ChatTemplate
+from ragkit.models.resolve import resolve
+from ragkit.models.tokenizer import ModelTokenizer
+from ragkit.progress import Progress
+from ragkit.types import CausalOutput, Prompt, TokenUsage
+
+_LOSS_ROWS = 512  # rows of logits held at once while losses are computed
+
+
+class Engine:
+    """A generator: model, tokenizer, pool and prefill strategies. Requests keep their state in their own objects.
+
+    Attributes:
+        model_name: the name it was loaded by.
+        max_context: most tokens of prompt and answer.
+        tokenizer: the model's tokenizer.
+        decoder: the model.
+        pool: its KV blocks.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        decoder: Decoder,
+        tokenizer: ModelTokenizer,
+        folder: Path,
+        *,
+        kv_tokens: int = 0,
+        strategies: Sequence[PrefillStrategy] = (FullPrefill(),),
+    ) -> None:
+        self.model_name = model_name
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.max_context = decoder.config.max_context
+        kv_tokens = kv_tokens or kv_tokens_that_fit(decoder)
+        # One block more than the tokens take: the graph runner keeps one for unused places of a batch.
+        self.pool = KVPool(decoder.layout, -(-kv_tokens // BLOCK_SIZE) + 1, decoder.device)
+        self._strategies: Mapping[str, PrefillStrategy] = {strategy.name: strategy for strategy in strategies}
+        self._rotary = RotaryCache(decoder)
+        self._runner: StepRunner = (
+            DecodeRunner(decoder, self.pool) if decoder.device.type == "cuda" else ContiguousDecodeRunner(decoder)
+        )
+
+    @classmethod
+    def load(
+        cls,
+        name_or_folder: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        offline: bool = False,
+        *,
+        kv_tokens: int = 0,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Return an engine for a bundled name, folder, `.gguf` file or Hugging Face id.
+
+        Args:
+            name_or_folder: what `ragkit.models.resolve` takes.
+            device: auto, cpu or cuda.
+            dtype: auto, float32, bfloat16 or float16; `auto` is bfloat16 where the device multiplies it natively.
+            offline: fetch nothing.
+            kv_tokens: size of the KV pool in tokens; 0 takes the model's window, or what memory allows.
+            progress: hears about downloads.
+
+        Raises:
+            OfflineError: the model would have to be fetched.
+            ModelError: there is no such model, or it is not supported.
+        """
+        folder = resolve(str(name_or_folder), offline=offline, progress=progress)
+        place = resolve_device(Device(device))
+        decoder = Decoder.load(folder, place, resolve_dtype(dtype, place))
+        return cls(str(name_or_folder), decoder, ModelTokenizer(folder), folder, kv_tokens=kv_tokens)
+
+    def prompt_builder(self, system_prompt: str = "") -> PromptBuilder:
+        """Return the builder of this model's prompts.
+
+        Raises:
+            ModelError: the model has no chat template.
+        """
+        return PromptBuilder(self.tokenizer, ChatTemplate(self.folder), self.max_context, system_prompt)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: Prompt, sampling: SamplingConfig | None = None, strategy: str = "full"
+    ) -> Iterator[GenerationStep]:
+        """Yield a `GeneratedToken` a token, and `Finished` at the end.
+
+        `sampling.max_new_tokens` is cut to what the window leaves. The request's blocks are free again when the
+        iterator ends or is closed.
+
+        Raises:
+            GenerationError: the prompt is empty or fills the window, or the strategy is unknown.
+            CacheCapacityError: the pool has too few free blocks.
+        """
+        sampling = self._within_window(prompt, sampling or SamplingConfig())
+        if strategy not in self._strategies:
+            raise GenerationError(f"there is no prefill strategy {strategy!r}; there are {', '.join(self._strategies)}")
+        started = time.perf_counter()
+        with RequestKV(self.pool) as kv:
+            total = len(prompt) + sampling.max_new_tokens
+            rotary = self._rotary.table(total, prompt_tokens=len(prompt))
+            prefilled = self._strategies[strategy].prefill(self.decoder, PrefillRequest(prompt, kv, rotary))
+            kv.reserve(total)
+            state = self._runner.begin(kv, rotary)
+            stops = frozenset(self.decoder.config.stop_token_ids) | frozenset(sampling.stop_token_ids)
+            tokens = decode(
+                self._runner,
+                state,
+                prefilled.logits,
+                sampling,
+                frozenset() if sampling.ignore_stop_tokens else stops,
+                self.tokenizer,
+            )
+            timings = {"prefill": (time.perf_counter() - started) * 1e3, **prefilled.timings_ms}
+            while True:
+                try:
+                    step = next(tokens)
+                except StopIteration as end:
+                    ended = end.value
+                    break
+                timings.setdefault("first_token", (time.perf_counter() - started) * 1e3)
+                yield step
+        timings["total"] = (time.perf_counter() - started) * 1e3
+        timings.setdefault("first_token", timings["total"])
+        usage = TokenUsage(len(prompt), prefilled.reused, prefilled.recomputed, len(ended.token_ids))
+        yield Finished(ended.piece, ended.reason, ended.token_ids, usage, timings)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]] = ()) -> CausalOutput:
+        """Return logits and KV of `token_ids` computed behind `past`, as `CausalModel` says."""
+        attend = self._standalone(token_ids, past, keep=True)
+        activations = self.decoder.run(token_ids, attend)
+        logits = self.decoder.logits(activations.rows(slice(-1, None)))[0]
+        return CausalOutput(logits, tuple(attend.kept))
+
+    @torch.inference_mode()
+    def token_losses(self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]] = ()) -> Tensor:
+        """Return nats of each token but the first, as `CausalModel` says."""
+        activations = self.decoder.run(token_ids, self._standalone(token_ids, past, keep=False))
+        targets = torch.tensor(token_ids[1:], dtype=torch.int64).to(self.decoder.device)
+        losses = [
+            torch.nn.functional.cross_entropy(
+                self.decoder.logits(activations.rows(slice(start, start + len(part)))).float(), part, reduction="none"
+            )
+            for start, part in zip(range(0, len(targets), _LOSS_ROWS), targets.split(_LOSS_ROWS), strict=False)
+            if len(part)
+        ]
+        return torch.cat(losses) if losses else torch.empty(0, device=self.decoder.device)
+
+    def _standalone(
+        self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]], *, keep: bool
+    ) -> StandaloneAttention:
+        total = len(token_ids) + (len(past[0][0]) if past else 0)
+        if not token_ids or total > self.max_context:
+            raise GenerationError(f"a pass takes 1 to {self.max_context} tokens, earlier ones included, got {total}")
+        return StandaloneAttention(self._rotary.table(total, total), self.decoder.scale, past, keep=keep)
+
+    def _within_window(self, prompt: Prompt, sampling: SamplingConfig) -> SamplingConfig:
+        room = self.max_context - len(prompt)
+        if len(prompt) == 0 or room < 1:
+            raise GenerationError(
+                f"the prompt has {len(prompt)} tokens, and {self.model_name} takes 1 to {self.max_context - 1}: "
+                "give fewer chunks or a shorter question"
+            )
+        return dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))

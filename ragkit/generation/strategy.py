@@ -1,0 +1,63 @@
+"""The seam of prefill strategies: full, and later others, one file each. Drafting is a separate axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ragkit.generation.decoder import Decoder
+from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.rope import RotaryTable
+from ragkit.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRequest:
+    """What a strategy works on.
+
+    Attributes:
+        prompt: the prompt in segments.
+        kv: the request's empty KV state. The strategy lists or writes a row for every prompt token and sets
+            `num_tokens`.
+        rotary: the request's rotary table, long enough for prompt and answer.
+    """
+
+    prompt: Prompt
+    kv: RequestKV
+    rotary: RotaryTable
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """What a strategy returns.
+
+    Attributes:
+        logits: (vocab_size,) after the prompt's last token.
+        reused, recomputed: prompt tokens whose KV was taken from a store, and computed now.
+        timings_ms: what it spent, by step.
+    """
+
+    logits: Tensor
+    reused: int
+    recomputed: int
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+class PrefillStrategy(Protocol):
+    """Brings a prompt's KV rows into the pool and returns the first logits."""
+
+    @property
+    def name(self) -> str:
+        """The name that `--strategy` takes."""
+        ...
+
+    def prefill(self, decoder: Decoder, request: PrefillRequest) -> PrefillResult:
+        """Return the logits of the first token; afterwards `request.kv` holds the whole prompt.
+
+        Raises:
+            CacheCapacityError: the pool has too few free blocks.
+        """
+        ...
