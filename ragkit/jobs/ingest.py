@@ -33,8 +33,8 @@ from ragkit.types import Chunk, Document
 
 logger = logging.getLogger(__name__)
 
-# A group is committed at the latest after this many chunks, so that a kill costs well under a minute of embedding.
-COMMIT_CHUNKS = 1024
+# A group is committed at the latest after this many chunks, so that a kill costs half a minute of embedding.
+COMMIT_CHUNKS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,6 @@ class Ingest:
         finally:
             self._tally.seconds["chunk"] += time.perf_counter() - started
         self._pending.append(pending)
-        self._progress.advance(bytes=item.source.size)
         if self._pending_chunks >= COMMIT_CHUNKS or self._pending_bytes >= self._tools.commit_bytes:
             self._flush()
 
@@ -209,7 +208,7 @@ class Ingest:
         self._tally.added += len(report.added)
         self._tally.updated += len(report.updated)
         self._tally.chunks += report.rows
-        self._progress.advance(documents=len(pending))
+        self._progress.advance(documents=len(pending), bytes=sum(one.item.source.size for one in pending))
 
     def _embed(self, pending: list[_Pending]) -> list[SourceUpdate]:
         vectors = self._vectors_of({d.doc_id: chunks for one in pending for d, chunks in one.documents if chunks})

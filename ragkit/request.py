@@ -1,0 +1,233 @@
+"""One question from end to end: retrieve, decide whether an answer is there, prompt, generate, cite.
+
+Everything about the request lives here in locals; the pipeline's parts are shared and stay as they are. Timings run
+from the arrival of the question, and loading models is taken out of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ragkit.answers.base import Confidence, RankedChunk
+from ragkit.config import AnswerConfig, GenerationConfig, RetrievalConfig, SearchMode
+from ragkit.errors import UsageError
+from ragkit.reports import Hit, SearchResult
+from ragkit.types import Answer, Citation, MetadataValue, TokenUsage
+
+if TYPE_CHECKING:
+    from ragkit.generation.steps import Finished
+    from ragkit.pipeline import Pipeline
+    from ragkit.retrieval.retriever import RetrievedChunk
+
+REFUSAL = "The collection does not seem to hold an answer to this question."
+
+
+@dataclass(frozen=True, slots=True)
+class QueryOptions:
+    """The configuration of one question, after the caller's changes; `filters` restrict the documents."""
+
+    generation: GenerationConfig
+    retrieval: RetrievalConfig
+    answers: AnswerConfig
+    filters: Mapping[str, MetadataValue] = field(default_factory=dict)
+
+
+class AnswerStream:
+    """The pieces of one answer as they come; when they have ended, `answer` is all of it."""
+
+    def __init__(self, pieces: Iterator[str | Answer]) -> None:
+        self._pieces = pieces
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        if isinstance(piece, Answer):
+            self._answer = piece
+            raise StopIteration
+        return piece
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; what has not been read yet is generated first."""
+        for _ in self:
+            pass
+        assert self._answer is not None
+        return self._answer
+
+    def close(self) -> None:
+        """Stop generating and give the request's memory back."""
+        self._pieces.close()  # type: ignore[attr-defined]
+
+
+class _Clock:
+    """Milliseconds since the question arrived, without the time that went into loading models."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._started = time.perf_counter()
+        self._loaded_before = pipeline.load_seconds()
+        self.laps: dict[str, float] = {}
+
+    @property
+    def load_models(self) -> float:
+        """Milliseconds that this request spent on loading models."""
+        return 1e3 * (self._pipeline.load_seconds() - self._loaded_before)
+
+    def elapsed(self) -> float:
+        """Return milliseconds since the question arrived."""
+        return 1e3 * (time.perf_counter() - self._started) - self.load_models
+
+
+def search(
+    pipeline: Pipeline,
+    question: str,
+    *,
+    k: int | None,
+    filter: Mapping[str, MetadataValue] | None,
+    mode: SearchMode | str | None,
+) -> SearchResult:
+    """Return what `Pipeline.search` returns; arguments and errors are described there."""
+    _check_question(question)
+    clock = _Clock(pipeline)
+    found = pipeline.retriever.retrieve(question, k, dict(filter) if filter else None, mode)
+    timings = {"load_models": clock.load_models, **found.timings_ms, "total": clock.elapsed()}
+    return SearchResult(tuple(_hit(one) for one in found.chunks), timings)
+
+
+def stream(pipeline: Pipeline, question: str, options: QueryOptions) -> AnswerStream:
+    """Return what `Pipeline.stream` returns. The request starts with the first piece; its errors come here."""
+    _check_question(question)
+    _ = pipeline.store
+    return AnswerStream(_run(pipeline, question, options))
+
+
+def _run(pipeline: Pipeline, question: str, options: QueryOptions) -> Iterator[str | Answer]:
+    from ragkit.answers.confidence import judge
+
+    clock = _Clock(pipeline)
+    found = pipeline.retriever.retrieve(question, options.retrieval.k, dict(options.filters) or None)
+    hits = tuple(_ranked(one) for one in found.chunks)
+    clock.laps["retrieve"] = clock.elapsed()
+    confidence = judge(question, hits, pipeline.embedder, options.answers)
+    if not confidence.found:
+        clock.laps["first_token"] = clock.elapsed()
+        yield REFUSAL
+        yield _refused(pipeline, options, clock)
+        return
+    yield from _answered(pipeline, question, hits, confidence, options, clock)
+
+
+def _answered(
+    pipeline: Pipeline,
+    question: str,
+    hits: tuple[RankedChunk, ...],
+    confidence: Confidence,
+    options: QueryOptions,
+    clock: _Clock,
+) -> Iterator[str | Answer]:
+    from ragkit.answers.citations import cite
+    from ragkit.generation.sampling import SamplingConfig
+    from ragkit.generation.steps import GeneratedToken
+
+    generation = options.generation
+    engine = pipeline.engine
+    built = engine.prompt_builder(generation.system_prompt).build(
+        question,
+        [hit.chunk for hit in hits],
+        max_new_tokens=generation.max_new_tokens,
+        context_tokens=generation.context_tokens,
+    )
+    sampling = SamplingConfig(generation.max_new_tokens, generation.temperature, generation.top_p, generation.seed)
+    clock.laps["load_kv"] = 0.0
+    before_engine = clock.elapsed()
+    pieces: list[str] = []
+    finished: Finished | None = None
+    for step in engine.generate(built.prompt, sampling, strategy="full"):
+        if isinstance(step, GeneratedToken):
+            clock.laps.setdefault("first_token", clock.elapsed())
+        else:
+            finished = step
+        if step.piece:
+            pieces.append(step.piece)
+            yield step.piece
+    assert finished is not None, "a generation ends with Finished"
+    clock.laps["prefill"] = finished.timings_ms["prefill"]
+    clock.laps.setdefault("first_token", before_engine + finished.timings_ms["first_token"])
+    text = "".join(pieces).strip()
+    citations = cite(question, text, hits, pipeline.embedder, options.answers)
+    dropped = set(built.dropped_chunks)
+    warnings = (f"{len(dropped)} of {len(hits)} chunks did not fit into the model's window",) if dropped else ()
+    yield _answer(
+        pipeline,
+        options,
+        clock,
+        text=text,
+        found=confidence.found,
+        citations=citations,
+        tokens=finished.usage,
+        dropped_chunks=built.dropped_chunks,
+        warnings=warnings,
+    )
+
+
+def _refused(pipeline: Pipeline, options: QueryOptions, clock: _Clock) -> Answer:
+    clock.laps |= {"load_kv": 0.0, "prefill": 0.0}
+    return _answer(pipeline, options, clock, text=REFUSAL, found=False, citations=(), tokens=TokenUsage())
+
+
+def _answer(
+    pipeline: Pipeline,
+    options: QueryOptions,
+    clock: _Clock,
+    *,
+    text: str,
+    found: bool,
+    citations: tuple[Citation, ...],
+    tokens: TokenUsage,
+    dropped_chunks: tuple[str, ...] = (),
+    warnings: tuple[str, ...] = (),
+) -> Answer:
+    laps = clock.laps
+    timings = {"load_models": clock.load_models} | {
+        name: laps[name] for name in ("retrieve", "load_kv", "prefill", "first_token")
+    }
+    return Answer(
+        text=text,
+        found=found,
+        citations=citations,
+        strategy="full",
+        model=options.generation.model,
+        tokens=tokens,
+        timings_ms=timings | {"total": clock.elapsed()},
+        dropped_chunks=dropped_chunks,
+        warnings=warnings,
+    )
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise UsageError("the question is empty: ask something")
+
+
+def _ranked(found: RetrievedChunk) -> RankedChunk:
+    return RankedChunk(found.stored.chunk, found.stored.uri, found.score, found.dense, found.bm25, found.rank)
+
+
+def _hit(found: RetrievedChunk) -> Hit:
+    chunk = found.stored.chunk
+    return Hit(
+        rank=found.rank,
+        score=found.score,
+        uri=found.stored.uri,
+        page=chunk.page,
+        char_start=chunk.char_start,
+        char_stop=chunk.char_stop,
+        text=chunk.text,
+        chunk_id=chunk.chunk_id,
+    )
