@@ -47,8 +47,14 @@ class _FileLock:
             else:
                 return True
 
+    def release(self) -> None:
+        """Give the lock back at once, even if a child that was just forked has not closed its copy yet."""
+        if self.descriptor >= 0:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            self.close()
+
     def close(self) -> None:
-        """Release the lock; harmless when called again."""
+        """Close this copy, which keeps the lock while another process holds one; harmless when called again."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -89,7 +95,7 @@ class WriterLock:
 
     def release(self) -> None:
         """Let the next writer in."""
-        self._lock.close()
+        self._lock.release()
 
     def _write(self) -> None:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": self._since}
@@ -171,4 +177,4 @@ class NoReaders:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self._lock.release()

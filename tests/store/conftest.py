@@ -1,4 +1,7 @@
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,17 @@ from ragkit.store import Store, faults
 def store(tmp_path):
     with Store.create(tmp_path / "store") as made:
         yield made
+
+
+@pytest.fixture
+def memory_path(tmp_path):
+    """A folder on a file system in memory where there is one: a kill does not care, and syncing costs nothing."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(prefix="ragkit-test-", dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(autouse=True)
