@@ -90,7 +90,8 @@ def _stopped(exit_code: int, arguments: Sequence[str]) -> int:
 
 def _report(code: str, message: str, arguments: Sequence[str]) -> None:
     """Write one line to stderr, and with `--json` the error object to stdout."""
-    print(printable(f"error: {message}"), file=sys.stderr, flush=True)  # noqa: T201
+    sys.stderr.write(printable(f"error: {message}") + "\n")
+    sys.stderr.flush()
     before_operands = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--json" in before_operands:
         sys.stdout.write(json_text({"error": {"code": code, "message": message}}))

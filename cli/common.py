@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ragkit.cli.output import Output
+from ragkit.cli.output import Output, printable
 from ragkit.config import Device
 from ragkit.settings import Flag, Settings, forbid_network, load_settings
 
@@ -81,7 +81,7 @@ class Session:
     def __init__(self, options: CommonOptions) -> None:
         self.options = options
         self.output = Output(json=options.json, quiet=options.quiet)
-        _configure_logging(options)
+        _configure_logging(options, self.output)
 
     def settings(self, flags: Mapping[str, Flag | None] | None = None) -> Settings:
         """Return the settings in force; `flags` are the command's own options, None where not given.
@@ -152,18 +152,23 @@ def _set_signature(run: Callable[..., None], parameters: list[inspect.Parameter]
 class _StderrHandler(logging.Handler):
     """Writes log lines to whatever stderr is now: progress bars replace it while they run."""
 
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
+            self._output.settle()
+            sys.stderr.write(f"{record.levelname.lower()}: {printable(self.format(record))}\n")
         except Exception:
             self.handleError(record)
 
 
-def _configure_logging(options: CommonOptions) -> None:
+def _configure_logging(options: CommonOptions, output: Output) -> None:
     """Send the library's log to stderr, and keep other libraries' bars off the terminal."""
     level = logging.ERROR if options.quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
     logger = logging.getLogger("ragkit")
-    logger.handlers = [_StderrHandler()]
+    logger.handlers = [_StderrHandler(output)]
     logger.setLevel(level)
     logger.propagate = False
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

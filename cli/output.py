@@ -25,6 +25,7 @@ class Output:
         self.json = json
         self.quiet = quiet
         self.closed = False
+        self._waiting: Waiting | None = None
 
     def result(self, data: Mapping[str, Any], lines: Iterable[str]) -> None:
         """Write a result: `data` as the JSON object, or `lines` for people."""
@@ -48,16 +49,24 @@ class Output:
     def note(self, text: str) -> None:
         """Write one dim line to stderr, unless `--quiet`."""
         if not self.quiet:
-            print(dim(text, sys.stderr), file=sys.stderr, flush=True)  # noqa: T201
+            self.settle()
+            sys.stderr.write(dim(text, sys.stderr) + "\n")
+            sys.stderr.flush()
+
+    def settle(self) -> None:
+        """Erase what `waiting` shows, so that another line can be written to stderr."""
+        if self._waiting is not None:
+            self._waiting.done()
+            self._waiting = None
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[Waiting]:
-        """Show `text` on a terminal until `done()` or the end of the block."""
-        waiting = Waiting("" if self.quiet or not is_terminal(sys.stderr) else text)
+        """Show `text` on a terminal until something else is written, `done()`, or the end of the block."""
+        self._waiting = waiting = Waiting("" if self.quiet or not is_terminal(sys.stderr) else text)
         try:
             yield waiting
         finally:
-            waiting.done()
+            self.settle()
 
 
 class Waiting:

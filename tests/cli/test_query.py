@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import replace
 
 import pytest
+from pipeline_double import FakePipeline, FakeStream
 
 from ragkit.config import Strategy
 
@@ -124,3 +126,15 @@ def test_on_a_terminal_a_line_says_what_is_waited_for_and_goes_away(run, monkeyp
     err = run("query", "q").err
     assert err.startswith("loading models, retrieving …\r\x1b[K")
     assert err.count("\r\x1b[K") == 1
+
+
+def test_a_log_line_takes_the_place_of_what_is_waited_for(run, world, monkeypatch):
+    monkeypatch.setattr("ragkit.cli.output.is_terminal", lambda stream: stream is sys.stderr)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(FakePipeline, "stream", _stream_with_a_warning)
+    assert run("query", "q").err.startswith("loading models, retrieving …\r\x1b[Kwarning: falling back\n")
+
+
+def _stream_with_a_warning(self, question, *, filter=None, document=None):
+    logging.getLogger("ragkit.generation").warning("falling back")
+    return FakeStream(self.world.answer)
