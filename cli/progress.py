@@ -60,7 +60,7 @@ class Meter:
             parts.append(f"{self.tokens / seconds:,.0f} tokens/s")
         if 0 < self.fraction < 1:
             parts.append(f"ETA {_clock_text(seconds / self.fraction - seconds)}")
-        return "  ".join(parts)
+        return ", ".join(parts)
 
 
 class PlainProgress:

@@ -23,7 +23,7 @@ def test_documents_rates_and_time_to_go_are_shown():
     meter.start(1200, 8_000_000)
     clock.now += 10
     meter.add(300, 2_000_000, 50_000)
-    assert str(meter) == "300/1,200 documents  0.20 MB/s  5,000 tokens/s  ETA 0:30"
+    assert str(meter) == "300/1,200 documents, 0.20 MB/s, 5,000 tokens/s, ETA 0:30"
     assert meter.fraction == 0.25
 
 
