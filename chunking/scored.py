@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,6 +78,7 @@ class ScoredChunker:
         tokenizer: the generator's, which the cap counts in.
         prior: how welcome a chunk length is; every length up to the cap where it is left out.
         paragraph_log_odds: added to the log-odds of boundaries where a paragraph starts.
+        boundaries: offsets of a text, ascending, where a unit starts even inside a sentence.
     """
 
     def __init__(
@@ -87,12 +88,14 @@ class ScoredChunker:
         tokenizer: TextTokenizer,
         prior: LengthPrior | None = None,
         paragraph_log_odds: float = 0.0,
+        boundaries: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
         self._scorer = scorer
         self._max_tokens = config.max_tokens
         self._overlap_tokens = config.overlap_tokens
         self._prior = prior or UniformPrior()
         self._paragraph_log_odds = paragraph_log_odds
+        self._boundaries = boundaries
         self._counter = WordCounter(tokenizer)
         self._assembler = Assembler(tokenizer, self._counter, config.max_tokens)
         rules = [scorer.name, _RULES_VERSION, config.max_tokens, config.overlap_tokens, tokenizer.tokenizer_id]
@@ -135,7 +138,8 @@ class ScoredChunker:
         return Preview(units.starts[1:-1], scores, cut[1:])
 
     def _units(self, document: Document) -> Units:
-        return sentence_units(document.text, self._counter, self._room)
+        extra = self._boundaries(document.text) if self._boundaries else ()
+        return sentence_units(document.text, self._counter, self._room, extra)
 
     @property
     def _room(self) -> int:

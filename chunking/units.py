@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -60,9 +60,14 @@ class Units:
         return [text[begin:end] for begin, end in pairwise(edges)]
 
 
-def sentence_units(text: str, counter: WordCounter, max_tokens: int) -> Units:
-    """Return the sentences of `text` as units; a sentence over `max_tokens` is cut at lines, words, then graphemes."""
+def sentence_units(text: str, counter: WordCounter, max_tokens: int, boundaries: Sequence[int] = ()) -> Units:
+    """Return the sentences of `text` as units; a sentence over `max_tokens` is cut at lines, words, then graphemes.
+
+    `boundaries` are more offsets at which a unit starts, those of blocks of another kind than sentences.
+    """
     sentences = [0, *boundary_offsets(text, Boundary.SENTENCE)] if text else []
+    if len(boundaries):
+        sentences = sorted({*sentences, *(offset for offset in boundaries if 0 < offset < len(text))})
 
     def cut(block: str, words: Words, starts: list[int]) -> tuple[list[int], list[bool]]:
         level = level_of(words, starts)

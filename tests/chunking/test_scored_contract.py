@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from ragkit.chunking.base import check_chunks
 from ragkit.chunking.breakpoints import BreakpointRule
 from ragkit.chunking.cluster import ClusterChunker, ClusterOptions
+from ragkit.chunking.code import CodeOptions, code_chunker
 from ragkit.chunking.semantic import SemanticOptions, semantic_chunker
+from ragkit.chunking.structural import structural_chunker
 from ragkit.config import ChunkingConfig
 from ragkit.types import Document, PageSpan
 
@@ -40,7 +42,7 @@ PIECES = st.sampled_from(
         "\u2028",
         "\ufeff",
         "\xa0",
-        "�",
+        "\ud83d",
         "```\n",
         "<h1>",
         "1.2 Law\n",
@@ -58,6 +60,9 @@ def semantic(rule):
 CHUNKERS = {
     **{f"semantic-{rule.value}": semantic(rule) for rule in BreakpointRule},
     "cluster": lambda config, tokenizer: ClusterChunker(config, tokenizer, TopicEmbedder(), ClusterOptions(8)),
+    "code": lambda config, tokenizer: code_chunker(config, tokenizer),
+    "code-python": lambda config, tokenizer: code_chunker(config, tokenizer, CodeOptions("python")),
+    "structural": lambda config, tokenizer: structural_chunker(config, tokenizer),
 }
 every_chunker = pytest.mark.parametrize("name", sorted(CHUNKERS))
 
