@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ragkit models pull
 	RAGKIT=$(BIN)/ragkit sh examples/demo.sh
 
-test: lint docs types wheel pytest
+test: lint types wheel pytest
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -37,8 +37,9 @@ types: $(VENV)/.installed-dev
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python .ci/check_wheel.py install
 
+# Writes what is generated; the tests fail where it is out of date.
 docs: $(VENV)/.installed-dev
-	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/generate.py
 
 # Last, so that its closing line ends the output. Small tensors are slower with threads that wait for each other.
 pytest: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)

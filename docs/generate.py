@@ -19,7 +19,7 @@ WIDTH = 100
 INTRODUCTION = """\
 # Command line
 
-This page is written by `python docs/generate.py`; a test compares the two.
+This page is written by `make docs`; a test compares the two.
 
 Results go to stdout. Progress, notes, warnings and errors go to stderr; bars are drawn on a terminal only, and
 `NO_COLOR` is respected. `--json` prints exactly one JSON object on stdout, also on failure. The common options
@@ -86,7 +86,7 @@ def main() -> int:
     current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     if current == page():
         return 0
-    sys.stderr.write(f"{PAGE.name} is out of date: run `python docs/generate.py`\n")
+    sys.stderr.write(f"{PAGE.name} is out of date: run `make docs`\n")
     return 1
 
 

@@ -22,7 +22,7 @@ def generate() -> ModuleType:
 
 
 def test_the_page_is_up_to_date(generate):
-    assert (DOCS / "cli.md").read_text(encoding="utf-8") == generate.page(), "run `python docs/generate.py`"
+    assert (DOCS / "cli.md").read_text(encoding="utf-8") == generate.page(), "run `make docs`"
 
 
 def test_the_page_does_not_depend_on_the_terminal(generate, monkeypatch):
@@ -36,7 +36,7 @@ def test_checking_names_a_page_that_is_out_of_date(generate, monkeypatch, tmp_pa
     monkeypatch.setattr(generate, "PAGE", tmp_path / "cli.md")
     monkeypatch.setattr("sys.argv", ["generate.py", "--check"])
     assert generate.main() == 1
-    assert capsys.readouterr().err == "cli.md is out of date: run `python docs/generate.py`\n"
+    assert capsys.readouterr().err == "cli.md is out of date: run `make docs`\n"
 
 
 @pytest.mark.parametrize(
