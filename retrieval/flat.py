@@ -36,6 +36,7 @@ class FlatIndex:
             raise RetrievalError(f"{sum(len(part) for part in parts)} vectors for {len(row_ids)} rows")
         self._row_ids = row_ids
         self._parts = [part for part in parts if len(part)]
+        self._stops = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._row_ids)
@@ -48,16 +49,26 @@ class FlatIndex:
         row_ids = np.empty((len(queries), found), dtype=np.int64)
         step = max(1, _SCORES_AT_ONCE // max(1, len(self._row_ids)))
         for start in range(0, len(queries), step):
-            products = self._products(queries[start : start + step])
-            if positions is not None:
-                products = products[:, positions]
+            products = self._products(queries[start : start + step], positions)
             for row, values in enumerate(products, start):
                 best = top_positions(values, found)
                 scores[row] = values[best]
                 row_ids[row] = self._row_ids[best if positions is None else positions[best]]
         return scores, row_ids
 
-    def _products(self, queries: FloatMatrix) -> FloatMatrix:
+    def take(self, places: NDArray[np.int64]) -> FloatMatrix:
+        """Return a copy of the vectors at these ascending places among the rows."""
+        pieces = []
+        borders = np.searchsorted(places, self._stops)
+        for number, part in enumerate(self._parts):
+            first = self._stops[number] - len(part)
+            start = borders[number - 1] if number else 0
+            pieces.append(part[places[start : borders[number]] - first])
+        return np.concatenate(pieces) if pieces else np.empty((0, 0), dtype=np.float32)
+
+    def _products(self, queries: FloatMatrix, places: NDArray[np.int64] | None) -> FloatMatrix:
+        if places is not None and len(places) < len(self) // 8:
+            return queries @ self.take(places).T
         products = np.empty((len(queries), len(self._row_ids)), dtype=np.float32)
         start = 0
         for part in self._parts:
@@ -65,7 +76,7 @@ class FlatIndex:
             # one question: matrix times vector, which reads the part once and needs no transposed copy
             products[:, start:stop] = (part @ queries[0])[None] if len(queries) == 1 else queries @ part.T
             start = stop
-        return products
+        return products if places is None else products[:, places]
 
 
 def positions_of(row_ids: IdVector, wanted: IdVector) -> NDArray[np.int64]:
