@@ -51,8 +51,7 @@ def collect(
         free = connection.execute("PRAGMA freelist_count").fetchone()[0]
         if free > VACUUM_SHARE * pages:
             _vacuum(folder, connection)
-        faults.checkpoint("catalogue:checkpoint", folder / DATABASE)
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        _truncate_log(folder, connection, timeout_s=0.0)
     return GcReport(max(0, before - folder_bytes(folder)), removed, rewritten, pending)
 
 
@@ -103,7 +102,6 @@ def scrub(folder: Path, connection: sqlite3.Connection, transactions: Transactio
     _, pending = remove_unreferenced(folder, connection, timeout_s)
     with translated(folder):
         _vacuum(folder, connection)
-        faults.checkpoint("catalogue:checkpoint", folder / DATABASE)
         busy = _truncate_log(folder, connection, timeout_s)
     if pending or busy:
         if timeout_s > 0:
@@ -130,8 +128,9 @@ def _vacuum(folder: Path, connection: sqlite3.Connection) -> None:
 def _truncate_log(folder: Path, connection: sqlite3.Connection, timeout_s: float) -> bool:
     """Move the write-ahead log into the catalogue and empty it; return whether a reader prevented that."""
     with NoReaders(folder / READERS_LOCK, timeout_s) as alone:
-        if not alone.acquired:
+        if not alone.acquired:  # a checkpoint would wait for the readers as long as the busy time-out says
             return True
+        faults.checkpoint("catalogue:checkpoint", folder / DATABASE)
         busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         return bool(busy)
 

@@ -114,6 +114,8 @@ def translated(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _of_sqlite(folder, error, needed_bytes) from error
+    except UnicodeDecodeError as error:  # SQLite's messages quote rotten table definitions
+        raise _damaged(folder, error) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
             raise space_error(folder, str(error), needed_bytes) from error
@@ -142,12 +144,16 @@ def _of_sqlite(folder: Path, error: sqlite3.Error, needed_bytes: int) -> StoreEr
     undecodable = "decode to UTF-8" in str(error) or "malformed" in str(error)
     unreadable = name in ("SQLITE_IOERR_READ", "SQLITE_IOERR_SHORT_READ", "SQLITE_IOERR_CORRUPTFS")
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT")) or undecodable or unreadable:
-        return StoreCorruptError(
-            f"the catalogue {folder / DATABASE} is damaged ({error}): run `ragkit verify` to see what is affected; "
-            "if it cannot be repaired, ingest the sources into a new store"
-        )
+        return _damaged(folder, error)
     if name.startswith("SQLITE_IOERR"):
         return space_error(folder, f"{error}, {name}", needed_bytes)
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return StoreLockedError(f"the catalogue {folder / DATABASE} stayed locked ({error}): try again")
     return StoreError(f"the catalogue {folder / DATABASE} could not be used ({error}, {name or type(error).__name__})")
+
+
+def _damaged(folder: Path, error: Exception) -> StoreCorruptError:
+    return StoreCorruptError(
+        f"the catalogue {folder / DATABASE} is damaged ({error}): run `ragkit verify` to see what is affected; "
+        "if it cannot be repaired, ingest the sources into a new store"
+    )

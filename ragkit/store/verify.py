@@ -19,7 +19,7 @@ from ragkit.store.files import digest_file
 from ragkit.store.locks import read_witness
 from ragkit.store.records import Problem, VerifyReport
 from ragkit.store.rows import SEGMENT_COLUMNS, SegmentRow, filter_rows, from_sql, pages_from_json, row_crc
-from ragkit.store.schema import create_tables, schema_sql
+from ragkit.store.schema import APPLICATION_ID, create_tables, schema_sql
 from ragkit.store.segments import VECTOR_SEGMENT, forget_verified, live_mask, segment_path, segment_row_ids
 from ragkit.store.snapshots import WRITER_LOCK, Snapshots, read_meta
 from ragkit.store.sources import DOCUMENT_COLUMNS, LINK_COLUMNS, SOURCE_COLUMNS, joined_text
@@ -107,6 +107,9 @@ class _Verifier:
         (mode,) = self._connection.execute("PRAGMA journal_mode").fetchone()
         if mode != "wal":
             self._found.add("catalogue", "ragkit.db", f"its header says journal mode {mode}, not wal", NEW_STORE)
+        (application,) = self._connection.execute("PRAGMA application_id").fetchone()
+        if application != APPLICATION_ID:
+            self._found.add("catalogue", "ragkit.db", "its header does not say that it is a ragkit catalogue", NEW_STORE)
         memory = sqlite3.connect(":memory:")
         try:
             create_tables(memory, read_meta(self._connection, "fts_tokenizer"))
