@@ -132,7 +132,7 @@ class Pipeline:
             retry_failed: read again what failed before, unchanged.
             dry_run: only say what would be done.
             progress: hears about the advance.
-            stop: when set, the group at hand is committed and the report says `interrupted`.
+            stop: when set, what is not committed yet is left to the next run and the report says `interrupted`.
 
         Raises:
             UsageError: a given source does not exist.

@@ -73,6 +73,10 @@ class _Tally:
     )
 
 
+class _StopRequested(Exception):
+    """Leaves the embedding of a group that is not committed yet; the next run does it again."""
+
+
 class Ingest:
     """One run over a plan. Not reusable."""
 
@@ -103,14 +107,16 @@ class Ingest:
         for item in plan.of(Action.KNOWN_FAILURE):
             self._report_known_failure(item)
         removed = self._writer.remove(plan.removed) if plan.removed else ()
-        for item, outcome in self._read(work):
-            if isinstance(outcome, ReadFailure):
-                self._commit_failure(item, outcome.error)
-            else:
-                self._add(item, outcome)
-            if self._stop.is_set():
-                break
-        self._flush()
+        try:
+            for item, outcome in self._read(work):
+                self._check_stop()
+                if isinstance(outcome, ReadFailure):
+                    self._commit_failure(item, outcome.error)
+                else:
+                    self._add(item, outcome)
+            self._flush()
+        except _StopRequested:
+            logger.info("stopped; what was read and not committed yet is left to the next run")
         tally = self._tally
         return IngestReport(
             added=tally.added,
@@ -126,6 +132,10 @@ class Ingest:
             warnings=tuple(tally.warnings),
             timings_s=dict(tally.seconds),
         )
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise _StopRequested
 
     def _relink(self, plan: IngestPlan) -> None:
         for item in plan.of(Action.RELINK):
@@ -230,9 +240,12 @@ class Ingest:
         if not chunks:
             return {}
         started, started_cpu = time.perf_counter(), time.process_time()
-        vectors = self._tools.embedder.encode(
-            [chunk.text for chunk in chunks], on_tokens=lambda tokens: self._progress.advance(tokens=tokens)
-        )
+
+        def on_tokens(tokens: int) -> None:
+            self._progress.advance(tokens=tokens)
+            self._check_stop()
+
+        vectors = self._tools.embedder.encode([chunk.text for chunk in chunks], on_tokens=on_tokens)
         self._tally.seconds["embed"] += time.perf_counter() - started
         self._tally.seconds["embed_cpu"] += time.process_time() - started_cpu
         self._tally.tokens += sum(chunk.token_count for chunk in chunks)
@@ -255,7 +268,7 @@ class Ingest:
         """Record why a source has no documents. What it had before stays visible."""
         source = item.source
         self._tally.failed.append(FailedSource(source.uri, error.stage, error.code, str(error)))
-        self._progress.message(f"{source.uri}: {error}")
+        self._progress.message(str(error) if source.uri in str(error) else f"{source.uri}: {error}")
         failure = SourceFailure(error.code, error.stage, str(error))
         self._writer.commit(
             [

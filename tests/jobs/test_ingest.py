@@ -212,12 +212,23 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, folder: Path) -> None:
         assert pipeline.store.generation == generation
 
 
-def test_a_stop_commits_what_was_read_and_the_next_run_does_the_rest(tmp_path: Path, folder: Path) -> None:
+def test_a_stop_ends_the_embedding_at_hand_and_the_next_run_does_the_rest(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ragkit.jobs.ingest.COMMIT_CHUNKS", 1)
     stop = threading.Event()
-    stop.set()
-    with open_pipeline(tmp_path) as pipeline:
+
+    class StopsInTheSecondGroup(HashEmbedder):
+        def encode(self, texts, on_tokens=None):
+            if self.texts_embedded:
+                stop.set()
+            return super().encode(texts, on_tokens)
+
+    with open_pipeline(tmp_path, StopsInTheSecondGroup()) as pipeline:
         report = pipeline.ingest([folder], stop=stop)
         assert (report.added, report.interrupted) == (1, True)
+        assert set(texts(pipeline)) == {"frogs.md"}
+    with open_pipeline(tmp_path) as pipeline:
         assert pipeline.ingest([folder]).added == 1
 
 
