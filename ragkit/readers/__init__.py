@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ragkit.readers.llama_index import read_llama_index
     from ragkit.readers.media_type import MediaType, sniff
     from ragkit.readers.pool import ReaderPool
-    from ragkit.readers.reading import read_source
+    from ragkit.readers.reading import read_documents, read_source
     from ragkit.readers.result import ReadFailure, ReadResult
     from ragkit.readers.source import Skipped, Source, content_sha256, discover
 
@@ -29,6 +29,7 @@ _HOME = {
     "Source": "source",
     "content_sha256": "source",
     "discover": "source",
+    "read_documents": "reading",
     "read_llama_index": "llama_index",
     "read_source": "reading",
     "sniff": "media_type",
@@ -46,6 +47,7 @@ __all__ = [
     "Source",
     "content_sha256",
     "discover",
+    "read_documents",
     "read_llama_index",
     "read_source",
     "sniff",

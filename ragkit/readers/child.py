@@ -49,13 +49,13 @@ def serve(requests: int, replies: int, readers: Callable[[MediaType], Reader]) -
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write becomes an error instead of a death
     outbox = _Outbox(replies)
-    outbox.send({"kind": "ready"})
+    outbox.send({"kind": "ready", "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
     outbox.flush()
     incoming = FrameReader(requests, max_raw=0)
     while (request := incoming.read()) is not None:
         closing = _answer(request.fields, readers, outbox)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        outbox.send({**closing, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
+        outbox.send({**closing, "resident_mb": _peak_resident_mb()})
         outbox.flush()
 
 
@@ -155,6 +155,15 @@ def _wind_clocks(timeout_s: float) -> None:
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (seconds if hard == resource.RLIM_INFINITY else min(seconds, hard), hard))
     signal.setitimer(signal.ITIMER_REAL, timeout_s + _GRACE_S)
+
+
+def _peak_resident_mb() -> int:
+    """Return the most memory that this program held; getrusage would count what the parent held when it forked."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) // 1024
+    return 0
 
 
 def _limit_memory(memory_mb: int) -> None:

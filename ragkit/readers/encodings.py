@@ -23,10 +23,13 @@ _MARKS: tuple[tuple[bytes, str], ...] = (
 # C0 controls that real text does not hold; tab, newline, form feed, backspace and escape do occur.
 _CONTROL = bytes(byte for byte in range(32) if byte not in b"\t\n\r\f\b\x1b") + b"\x7f"
 _UNPRINTABLE = frozenset(("Cc", "Cn", "Co", "Cs"))
+# Random bytes hold 10% control characters; text with the odd form feed or NUL stays far below this.
+_MAX_CONTROL_SHARE = 0.05
 _SAMPLE = 32 * 1024
 _BLOCK = 1 << 20
 _REPLACEMENT = "\ufffd"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ENCODED_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 _NON_ASCII_LINE = re.compile(rb"[^\n]{0,4096}[\x80-\xff][^\n]{0,4096}")
 # What is tried for bytes that are not UTF-8, Western first; latin-1 accepts everything and comes last.
 _LEGACY = (
@@ -46,8 +49,12 @@ _LEGACY = (
     "mac_roman",
     "cp437",
 )
+# What a document may name for itself. UTF-8 and UTF-16 are decided by the bytes; escapes and the like are no encodings.
+_DECLARABLE = ("ascii", "iso8859", "koi8", "cp", "mac", "gb", "hz", "big5", "euc", "iso2022", "shift_jis", "tis")
 _BAD_SHARE = 0.2
 _FEW_BYTES = 6
+_SLACK = 0.05
+_SIGN_IN_WORD = re.compile(r"(?<=[^\W\d_])[¹³¿¯¥£]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +152,15 @@ def clean(text: str) -> tuple[str, tuple[str, ...]]:
     return text, tuple(warnings)
 
 
+def looks_binary(head: bytes) -> bool:
+    """Return whether the first bytes of a file are no text in any encoding."""
+    marked = _marked(head)
+    if marked is not None:
+        text = head_text(head)
+        return _unprintable(text) > _MAX_CONTROL_SHARE * len(text)
+    return control_share(head) > _MAX_CONTROL_SHARE and guess_utf16(head) is None
+
+
 def control_share(head: bytes) -> float:
     """Return the share of bytes that are control characters which text does not hold."""
     if not head:
@@ -161,16 +177,20 @@ def guess_utf16(head: bytes | bytearray) -> str | None:
     sample = bytes(head[: min(len(head), 8192) & ~1])
     if len(sample) < 4 or control_share(sample) < 0.02:
         return None
-    best, most = None, 0
+    best, most = None, 0.0
     for name in ("utf-16-le", "utf-16-be"):
         text = sample.decode(name, "replace")
-        odd = sum(unicodedata.category(char) in _UNPRINTABLE and char not in "\t\n\r\f" for char in text)
+        odd = _unprintable(text)
         common = (
             sum(text.count(char) for char in " \n.,\u3002\u3001\u3000") + sum("0" <= char <= "z" for char in text) / 4
         )
         if odd * 50 <= len(text) and common > most:
             best, most = name, common
     return best if most * 100 >= len(sample) // 2 else None
+
+
+def _unprintable(text: str) -> int:
+    return sum(unicodedata.category(char) in _UNPRINTABLE and char not in "\t\n\r\f" for char in text)
 
 
 def _marked(data: bytes | bytearray) -> Encoding | None:
@@ -182,14 +202,11 @@ def _marked(data: bytes | bytearray) -> Encoding | None:
 
 def _known(name: str | None) -> str | None:
     """Return Python's name for an encoding that a document names; Latin-1 is read as its superset, as browsers do."""
-    if not name:
-        return None
     try:
-        found = codecs.lookup(name.strip()).name
-        b"".decode(found)
+        found = codecs.lookup((name or "").strip()).name
     except (LookupError, ValueError):
         return None
-    if found in ("utf-8", "utf-16", "utf-16-le", "utf-16-be"):  # decided by the bytes themselves
+    if not found.startswith(_DECLARABLE):
         return None
     return "cp1252" if found in ("iso8859-1", "ascii") else found
 
@@ -220,11 +237,11 @@ def _cleaned(text: str, encoding: Encoding, replaced: int) -> Decoded:
 
 def _detect(data: bytes | bytearray) -> str:
     """Return the most plausible encoding of bytes that are not valid UTF-8."""
-    sample = _non_ascii_sample(data)
+    sample = _ENCODED_SURROGATE.sub(b"", _non_ascii_sample(data))  # some writers put these into UTF-8
     text = sample.decode("utf-8", "replace")
     bad = text.count(_REPLACEMENT)
     good = sum(char > "\x7f" for char in text) - bad
-    if good > 4 * bad:  # UTF-8 with a few broken places
+    if good > 4 * bad or not bad:  # UTF-8 with a few broken places
         return "utf-8"
     return _legacy(sample)
 
@@ -245,29 +262,28 @@ def _non_ascii_sample(data: bytes | bytearray) -> bytes:
 def _legacy(sample: bytes) -> str:
     """Return the best of the older encodings for `sample` by charset-normalizer's measure of disorder.
 
-    A handful of bytes above 127 fit many code pages; then, and where cp1252 gives the same text or is no worse, it is
-    cp1252, the commonest.
+    It is cp1252, the commonest, where the bytes above 127 are too few to tell, where the best gives the same text, and
+    where the best is hardly better and cp1252 does not put signs into words, as it does with central European text.
     """
     from charset_normalizer import from_bytes
 
-    western = _decodes(sample, "cp1252")
-    if western and sum(byte > 127 for byte in sample) < _FEW_BYTES:
+    western = _western(sample)
+    if western is not None and sum(byte > 127 for byte in sample) < _FEW_BYTES:
         return "cp1252"
     matches = from_bytes(sample, cp_isolation=list(_LEGACY), enable_fallback=False)
     best = matches.best()
     if best is None:
-        return "cp1252" if western else "latin-1"
-    if western and sample.decode("cp1252") == sample.decode(best.encoding, "replace"):
-        return "cp1252"
+        return "latin-1" if western is None else "cp1252"
+    slack = 0.0 if western is None or _SIGN_IN_WORD.search(western) else _SLACK
     for match in matches:
-        if match.encoding == "cp1252" and match.chaos <= best.chaos and match.coherence >= best.coherence - 0.05:
+        if match.encoding == "cp1252" and match.chaos <= best.chaos and match.coherence >= best.coherence - slack:
             return "cp1252"
-    return str(best.encoding)
+    return "cp1252" if western == sample.decode(best.encoding, "replace") else str(best.encoding)
 
 
-def _decodes(sample: bytes, name: str) -> bool:
+def _western(sample: bytes) -> str | None:
+    """Return `sample` read as cp1252, None where it cannot be."""
     try:
-        sample.decode(name)
+        return sample.decode("cp1252")
     except UnicodeDecodeError:
-        return False
-    return True
+        return None

@@ -68,7 +68,8 @@ def _expression(parts: Sequence[str]) -> str:
 
 def _part(part: str) -> str:
     """Return the expression for one component: `*`, `?` and `[...]` never match a slash."""
-    pieces, place = [], 0
+    pieces: list[str] = []
+    place = 0
     while place < len(part):
         char = part[place]
         place += 1

@@ -158,7 +158,7 @@ def parse_html(markup: str) -> HtmlPage:
         return HtmlPage("", metadata)
     walk = _Walk(keep_navigation=False)
     text = walk.text(root) or _Walk(keep_navigation=True).text(root)
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if walk.hidden:
         warnings = (f"{walk.hidden} characters of text hidden by its colour or size were left out",)
     return HtmlPage(text, metadata, warnings)

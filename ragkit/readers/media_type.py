@@ -7,7 +7,7 @@ import re
 from enum import StrEnum
 from pathlib import PurePath
 
-from ragkit.readers.encodings import control_share, guess_utf16, head_text
+from ragkit.readers.encodings import head_text, looks_binary
 
 HEAD_BYTES = 64 * 1024
 _TAIL_BYTES = 64 * 1024
@@ -68,8 +68,6 @@ _PREAMBLE = r"\s*(?:<\?xml[^>]{0,200}\?>\s*|<!--.{0,2000}?-->\s*)*"
 _HTML_START = re.compile(_PREAMBLE + r"(?:<!doctype\s+html\b|<html[\s>]|<head[\s>]|<body[\s>])", re.I | re.S)
 _SVG_START = re.compile(_PREAMBLE + r"(?:<!doctype\s+svg\b[^>]{0,400}>\s*)?<svg[\s>]", re.I | re.S)
 _JSON_LINE = re.compile(r"\s*\{.*\}\s*", re.S)
-# Random bytes hold 10% control characters; text with the odd form feed or NUL stays far below this.
-_MAX_CONTROL_SHARE = 0.05
 
 
 def sniff(head: bytes, name: str = "") -> MediaType:
@@ -88,7 +86,7 @@ def sniff(head: bytes, name: str = "") -> MediaType:
         return MediaType.BINARY
     if _is_pdf(head, suffix):
         return MediaType.PDF
-    if not guess_utf16(head) and control_share(head) > _MAX_CONTROL_SHARE:
+    if looks_binary(head):
         return MediaType.BINARY
     return _sniff_text(head_text(head), suffix)
 
@@ -107,7 +105,7 @@ def _is_pdf(head: bytes, suffix: str) -> bool:
     if head.lstrip(b"\xef\xbb\xbf \t\r\n\0").startswith(b"%PDF-"):
         return True
     place = head[:1024].find(b"%PDF-")
-    return place > 0 and (suffix == ".pdf" or control_share(head[:place]) > _MAX_CONTROL_SHARE)
+    return place > 0 and (suffix == ".pdf" or looks_binary(head[:place]))
 
 
 def _sniff_zip(data: bytes, suffix: str) -> MediaType:

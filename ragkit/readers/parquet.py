@@ -11,7 +11,7 @@ from ragkit.readers.base import ParseContext, Parsed
 from ragkit.readers.media_type import MediaType
 from ragkit.readers.table_rows import RowDocuments, find_text_column
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 64
 _EXTENSION_KEY = b"ARROW:extension:name"
 
 

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,21 +35,24 @@ _CODES = frozenset(
 class ParserProcess:
     """Parses one file at a time in a child that is used again for the next one and replaced when it fails.
 
-    Not for use by two threads at once. A child also ends after 5,000 documents or once it has grown large.
+    A child also ends after 5,000 documents or once it has grown large. `close` may be called from any thread.
     """
 
     def __init__(self, command: Sequence[str] = CHILD_COMMAND) -> None:
         self._command = tuple(command)
-        self._child: _Child | None = None
+        self._lock = threading.Lock()
+        self._idle: _Child | None = None
+        self._working: _Child | None = None
+        self._closed = False
 
-    def parse(self, path: Path, media_type: MediaType, context: ParseContext) -> Iterator[Parsed]:
-        """Yield the documents of `path`.
+    def parse(self, path: Path, media_type: MediaType, context: ParseContext) -> Generator[Parsed]:
+        """Yield the documents of `path`. A caller that stops before the end closes the iterator.
 
         Raises:
             ReadError: what the reader found wrong, or `timeout`, `oom` or `crash` of the child. The child is then
                 gone, and the next call starts another.
         """
-        child = self._ready_child()
+        child = self._take()
         finished = False
         try:
             yield from child.parse(path, media_type, context)
@@ -57,14 +61,18 @@ class ParserProcess:
             finished = error.code not in ("timeout", "oom", "crash")
             raise
         finally:
-            if not finished or child.worn_out:
-                self.close()
+            self._give_back(child, sound=finished and not child.worn_out)
 
     def close(self) -> None:
-        """End the child, at once."""
-        child, self._child = self._child, None
-        if child is not None:
-            child.kill()
+        """End the child for good. One that is at work is killed, and whoever waits for it gets a `crash`."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, None
+            working = self._working
+        if idle is not None:
+            idle.end()
+        if working is not None:
+            working.interrupt()
 
     def __enter__(self) -> ParserProcess:
         return self
@@ -72,13 +80,28 @@ class ParserProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ready_child(self) -> _Child:
-        child = self._child
-        if child is not None and child.owner != os.getpid():  # carried over a fork: it is the other process's
-            child = None
-        if child is None or not child.alive:
-            child = self._child = _Child(self._command)
+    def _take(self) -> _Child:
+        """Return a child that is ready. It belongs to the caller until it is given back."""
+        with self._lock:
+            child, self._idle = self._idle, None
+        if child is None or child.owner != os.getpid() or not child.alive:  # a fork leaves a copy of another's child
+            child = _Child(self._command)
+        with self._lock:
+            self._working = child
+            closed = self._closed
+        if closed:
+            child.end()
+            raise ReadError("reading was given up", code="crash", stage="read")
         return child
+
+    def _give_back(self, child: _Child, *, sound: bool) -> None:
+        with self._lock:
+            if self._working is child:
+                self._working = None
+            if sound and not self._closed and self._idle is None:
+                self._idle = child
+                return
+        child.end()
 
 
 class _Child:
@@ -107,8 +130,11 @@ class _Child:
             self._popen.stdout.fileno(), max_raw=0, remaining=lambda: self._deadline - time.monotonic()
         )
         self._finalizer = weakref.finalize(self, _end, self._popen, self.owner)
-        if self._receive(None).fields.get("kind") != "ready":
+        ready = self._receive(None).fields
+        if ready.get("kind") != "ready":
             raise self._garbage("a first message that is not `ready`")
+        # Linux counts the peak of the process that forked as the child's own; only what exceeds it tells something.
+        self._inherited_mb = _whole(ready.get("peak_mb"))
 
     @property
     def alive(self) -> bool:
@@ -118,8 +144,13 @@ class _Child:
     def worn_out(self) -> bool:
         return self._documents >= _MAX_DOCUMENTS or self._peak_mb >= _MAX_PEAK_MB
 
-    def kill(self) -> None:
+    def end(self) -> None:
+        """Kill the process and close its pipes; for the thread that talks to it."""
         self._finalizer()
+
+    def interrupt(self) -> None:
+        """Kill the process and leave its pipes alone, which another thread is reading."""
+        self._popen.kill()
 
     def parse(self, path: Path, media_type: MediaType, context: ParseContext) -> Iterator[Parsed]:
         limits = context.limits
@@ -182,7 +213,7 @@ class _Child:
             )
         if -code in (signal.SIGXCPU, signal.SIGALRM):
             return ReadError(f"not parsed within {context.limits.timeout_s:g} s", code="timeout")
-        large = peak_mb > 0.6 * context.limits.memory_mb
+        large = peak_mb > max(self._inherited_mb, 0.6 * context.limits.memory_mb)
         if code == -signal.SIGKILL or (code < 0 and large):
             return ReadError(f"needed more than {context.limits.memory_mb} MB", code="oom")
         how = signal.Signals(-code).name if code < 0 else f"status {code}"
@@ -222,7 +253,7 @@ class _Child:
             return self._garbage(f"a broken error: {error}")
 
     def _note_peak(self, fields: Mapping[str, Any]) -> None:
-        peak = fields.get("peak_mb")
+        peak = fields.get("resident_mb")
         self._peak_mb = peak if isinstance(peak, int) else _MAX_PEAK_MB
 
 
@@ -230,7 +261,10 @@ def _reap(popen: subprocess.Popen[bytes]) -> tuple[int | None, int]:
     """Return the exit status and the peak memory in MB of a child that closed its pipe; None if it does not end."""
     for pause in (0.0, 0.001, 0.01, 0.1, 0.5, 1.0):
         time.sleep(pause)
-        pid, status, usage = os.wait4(popen.pid, os.WNOHANG)
+        try:
+            pid, status, usage = os.wait4(popen.pid, os.WNOHANG)
+        except ChildProcessError:  # reaped by the thread that interrupted it
+            return popen.wait(), 0
         if pid:
             popen.returncode = os.waitstatus_to_exitcode(status)
             return popen.returncode, usage.ru_maxrss // 1024

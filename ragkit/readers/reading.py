@@ -7,19 +7,22 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
-from ragkit.errors import ReadError
+from ragkit.config import IngestConfig
+from ragkit.errors import ReadError, UsageError
 from ragkit.readers.base import FailedRow, ParseContext, Parsed, ParsedDocument, Reader, ReadLimits
 from ragkit.readers.invisible import is_blank
 from ragkit.readers.media_type import MediaType, sniff_file
 from ragkit.readers.process import ParserProcess
 from ragkit.readers.registry import READERS, load_reader
 from ragkit.readers.result import Collected, ReadResult
-from ragkit.readers.source import Source
+from ragkit.readers.source import Source, discover
 from ragkit.readers.text import TextReader
+from ragkit.types import Document
 
 _ATTEMPTS = 2
 _BLOCK = 1 << 20
@@ -67,6 +70,20 @@ def read_source(
     raise ReadError(f"{source.uri}: was changed {_ATTEMPTS} times while it was read", code="changed", stage="read")
 
 
+def read_documents(path: str | Path, config: IngestConfig | None = None) -> Sequence[Document]:
+    """Return the documents of one file, under the limits of `config`.
+
+    Raises:
+        UsageError: there is no such file, or it is a folder.
+        ReadError: as `read_source`.
+    """
+    config = config or IngestConfig()
+    if os.fspath(path) != "-" and os.path.isdir(path):
+        raise UsageError(f"{os.fspath(path)!r} is a folder; give one file")
+    limits = ReadLimits(timeout_s=config.parse_timeout_s, memory_mb=config.parse_memory_mb)
+    return read_source(next(discover([path])), limits).documents
+
+
 def _read_once(source: Source, context: ParseContext, process: ParserProcess | None) -> ReadResult:
     descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -90,11 +107,11 @@ def _read_open(descriptor: int, source: Source, context: ParseContext, process: 
         raise ReadError("the file is empty", code="empty", stage="read")
     media_type = sniff_file(descriptor, source.size, PurePath(source.uri).name)
     reader = _reader_for(media_type, descriptor, source.size)
-    items: Iterator[Parsed]
+    items: Generator[Parsed]
     if READERS[media_type].in_process and isinstance(reader, TextReader):
         data = _content(descriptor, source.size, context.limits.max_text_bytes)
         digest = hashlib.sha256(data).hexdigest()
-        items = iter((reader.parse(data),))
+        items = (parsed for parsed in (reader.parse(data),))
         del data
     else:
         digest = _hashed(descriptor)
@@ -122,16 +139,17 @@ def _reader_for(media_type: MediaType, descriptor: int, size: int) -> Reader:
     raise ReadError(_WHY_NOT.get(media_type, f"has no reader: {media_type}"), code="unsupported", stage="read")
 
 
-def _collect(source: Source, items: Iterator[Parsed], limits: ReadLimits) -> Collected:
+def _collect(source: Source, items: Generator[Parsed], limits: ReadLimits) -> Collected:
     collected = Collected(source.uri, limits.max_total_bytes, limits.max_documents)
-    for item in items:
-        if isinstance(item, ParsedDocument):
-            if not is_blank(item.text):
-                collected.add(item)
-        elif isinstance(item, FailedRow):
-            collected.fail(item)
-        else:
-            collected.warn(item.message)
+    with closing(items):
+        for item in items:
+            if isinstance(item, ParsedDocument):
+                if not is_blank(item.text):
+                    collected.add(item)
+            elif isinstance(item, FailedRow):
+                collected.fail(item)
+            else:
+                collected.warn(item.message)
     return collected
 
 
