@@ -79,6 +79,7 @@ class ScoredChunker:
         prior: how welcome a chunk length is; every length up to the cap where it is left out.
         paragraph_log_odds: added to the log-odds of boundaries where a paragraph starts.
         boundaries: offsets of a text, ascending, where a unit starts even inside a sentence.
+        repeat_sentence: the last sentence of a chunk opens the next one too.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class ScoredChunker:
         prior: LengthPrior | None = None,
         paragraph_log_odds: float = 0.0,
         boundaries: Callable[[str], Sequence[int]] | None = None,
+        *,
+        repeat_sentence: bool = False,
     ) -> None:
         self._scorer = scorer
         self._max_tokens = config.max_tokens
@@ -96,10 +99,11 @@ class ScoredChunker:
         self._prior = prior or UniformPrior()
         self._paragraph_log_odds = paragraph_log_odds
         self._boundaries = boundaries
+        self._repeat_sentence = repeat_sentence
         self._counter = WordCounter(tokenizer)
         self._assembler = Assembler(tokenizer, self._counter, config.max_tokens)
         rules = [scorer.name, _RULES_VERSION, config.max_tokens, config.overlap_tokens, tokenizer.tokenizer_id]
-        rules += [scorer.fingerprint, repr(self._prior), paragraph_log_odds]
+        rules += [scorer.fingerprint, repr(self._prior), paragraph_log_odds, repeat_sentence]
         self._fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     @property
@@ -125,7 +129,7 @@ class ScoredChunker:
         units = [self._units(document) for document in documents]
         scores = self._scorer.score([document.text for document in documents], units)
         return [
-            self._chunks(document, some.spans(self._cuts(some, given), self._overlap_tokens))
+            self._chunks(document, self._spans(some, self._cuts(some, given)))
             for document, some, given in zip(documents, units, scores, strict=True)
         ]
 
@@ -149,7 +153,19 @@ class ScoredChunker:
     def _cuts(self, units: Units, scores: BoundaryScores) -> Indices:
         odds = scores.log_odds + self._paragraph_log_odds * units.opens_paragraph[1:]
         odds = np.where(units.opens_sentence[1:], odds, np.minimum(odds, 0) + _INSIDE_SENTENCE)
-        return best_cuts(odds, units.tokens_before, units.tokens_after, self._room, self._prior)
+        after = units.tokens_after
+        if self._repeat_sentence and len(units):
+            after = np.append(after[:1], after[:-1])
+        return best_cuts(odds, units.tokens_before, after, self._room, self._prior)
+
+    def _spans(self, units: Units, cuts: Indices) -> list[Span]:
+        if not self._repeat_sentence:
+            return units.spans(cuts, self._overlap_tokens)
+        spans = units.spans(cuts)
+        # A chunk of one sentence is not repeated as a whole: every chunk starts behind the start of the one before.
+        opened = np.maximum(cuts - 1, np.append(0, cuts[:-1]) + 1) if len(cuts) else cuts
+        starts = units.starts[np.minimum(opened, cuts)].tolist()
+        return spans[:1] + [(start, stop) for start, (_, stop) in zip(starts, spans[1:], strict=True)]
 
     def _chunks(self, document: Document, spans: list[Span]) -> list[Chunk]:
         return list(self._assembler.chunks(document, self._assembler.counted(document, spans)))

@@ -6,11 +6,13 @@ import pytest
 from embedding_doubles import TopicEmbedder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loss_doubles import CodePointTokenizer, TableLosses
 
 from ragkit.chunking.base import check_chunks
 from ragkit.chunking.breakpoints import BreakpointRule
 from ragkit.chunking.cluster import ClusterChunker, ClusterOptions
 from ragkit.chunking.code import CodeOptions, code_chunker
+from ragkit.chunking.perplexity import PerplexityOptions, PerplexityScorer, perplexity_chunker
 from ragkit.chunking.semantic import SemanticOptions, semantic_chunker
 from ragkit.chunking.structural import structural_chunker
 from ragkit.config import ChunkingConfig
@@ -57,11 +59,22 @@ def semantic(rule):
     return lambda config, tokenizer: semantic_chunker(config, tokenizer, TopicEmbedder(), options)
 
 
+def perplexity(**options):
+    def make(config, tokenizer):
+        own = CodePointTokenizer()  # a language model brings its own tokenizer
+        scorer = PerplexityScorer(TableLosses(own, ["c", "T"]), own, "table@1", PerplexityOptions(**options))
+        return perplexity_chunker(config, tokenizer, scorer)
+
+    return make
+
+
 CHUNKERS = {
     **{f"semantic-{rule.value}": semantic(rule) for rule in BreakpointRule},
     "cluster": lambda config, tokenizer: ClusterChunker(config, tokenizer, TopicEmbedder(), ClusterOptions(8)),
     "code": lambda config, tokenizer: code_chunker(config, tokenizer),
     "code-python": lambda config, tokenizer: code_chunker(config, tokenizer, CodeOptions("python")),
+    "perplexity": perplexity(),
+    "perplexity-merge": perplexity(merge_tokens=20, dynamic_threshold=True),
     "structural": lambda config, tokenizer: structural_chunker(config, tokenizer),
 }
 every_chunker = pytest.mark.parametrize("name", sorted(CHUNKERS))

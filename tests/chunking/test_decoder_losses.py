@@ -1,0 +1,89 @@
+"""Streaming losses are those of one full pass, the window forgets without moving positions, no token runs twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ragkit.chunking.decoder_losses import DecoderLosses
+from ragkit.errors import UsageError
+from ragkit.generation.decoder import Decoder
+from ragkit.generation.weights import assemble_weights
+from ragkit.models.model_config import model_config
+
+
+def model_of(layers: int, **changes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=2, initializer_range=0.4, **changes,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def decoder_of(model) -> Decoder:
+    state = model.state_dict()
+    config = model_config(model.config.to_dict(), model.config.eos_token_id)
+    return Decoder(config, assemble_weights(lambda name: state[name].clone(), config))
+
+
+def full_losses(model, ids):
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").numpy()
+
+
+def text_of(tokens, seed=0):
+    return np.random.default_rng(seed).integers(3, 97, size=tokens).tolist()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of(3)
+
+
+@pytest.mark.parametrize("segment", [1, 7, 64])
+def test_while_the_window_holds_all_the_losses_are_those_of_one_pass(model, segment):
+    ids = text_of(60)
+    losses = DecoderLosses(decoder_of(model), window=60, segment=segment).token_losses([ids])[0]
+    assert losses == pytest.approx(full_losses(model, ids), abs=1e-4)
+
+
+def test_behind_the_window_distances_stay_right():
+    # In a model of one layer a key depends on its own token alone, so what lies before the window cannot matter.
+    model = model_of(1)
+    ids = text_of(120)
+    losses = DecoderLosses(decoder_of(model), window=16, segment=10).token_losses([ids])[0]
+    for start in range(20, 110, 10):
+        seen = full_losses(model, ids[start - 16 : start + 11])[16:]
+        assert losses[start : start + 10] == pytest.approx(seen[: len(losses) - start], abs=1e-4)
+
+
+def test_a_text_may_be_longer_than_the_trained_window(model):
+    losses = DecoderLosses(decoder_of(model), window=64, segment=64).token_losses([text_of(1000)])[0]
+    assert losses.shape == (999,)
+    assert np.isfinite(losses).all()
+
+
+def test_texts_in_one_batch_do_not_see_each_other(model):
+    texts = [text_of(size, seed) for seed, size in enumerate((50, 1, 0, 2, 90, 33))]
+    together = DecoderLosses(decoder_of(model), window=32, segment=20, batch=45).token_losses(texts)
+    for text, found in zip(texts, together, strict=True):
+        alone = DecoderLosses(decoder_of(model), window=32, segment=20, batch=20).token_losses([text])[0]
+        assert len(found) == max(0, len(text) - 1)
+        if len(text) <= 33:
+            assert found == pytest.approx(alone, abs=1e-4)
+
+
+def test_every_token_is_forwarded_once(model):
+    losses = DecoderLosses(decoder_of(model), window=32, segment=20, batch=64)
+    losses.token_losses([text_of(500), text_of(77), text_of(3)])
+    assert losses.tokens_forwarded == 580
+
+
+def test_a_window_beyond_the_model_is_refused(model):
+    with pytest.raises(UsageError, match="at most the model's 128 tokens, got 100, 29 and 4096"):
+        DecoderLosses(decoder_of(model), window=100, segment=29)
