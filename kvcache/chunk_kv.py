@@ -1,0 +1,105 @@
+"""The KV of one chunk: as the model computed it, and as a codec stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.kv_key import KVKey
+
+LAYER_ALIGNMENT = 64  # bytes; a cache line, and enough for every vector load of a kernel
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRef:
+    """Which KV is meant: its key, the tokens it must be of, and the chunk that it belongs to.
+
+    Attributes:
+        key: its identity.
+        token_ids: compared with the stored ones on every load, so that a collision of keys is a miss.
+        chunk_id: the chunk of the catalogue: the stored KV goes when this chunk goes.
+    """
+
+    key: KVKey
+    token_ids: tuple[int, ...]
+    chunk_id: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkKV:
+    """Keys and values of one chunk, packed without padding.
+
+    Attributes:
+        key: its identity.
+        token_ids: the tokens, (tokens,).
+        layers: keys and values (tokens, kv_heads, head_dim) of each layer; keys are after bias and qk-norm and before
+            RoPE, so the chunk can stand at any position.
+    """
+
+    key: KVKey
+    token_ids: tuple[int, ...]
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def __post_init__(self) -> None:
+        for index, (keys, values) in enumerate(self.layers):
+            if keys.dim() != 3 or keys.shape[0] != len(self.token_ids) or values.shape != keys.shape:
+                raise KVCacheError(
+                    f"layer {index} of a chunk of {len(self.token_ids)} tokens has keys {tuple(keys.shape)} and values "
+                    f"{tuple(values.shape)}: give (tokens, kv_heads, head_dim) of equal shape, without padding"
+                )
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedKV:
+    """The KV of one chunk as a codec stores it: what every tier holds, and what a segment's record carries.
+
+    Attributes:
+        ref: which KV it is.
+        codec_id: the codec that made it.
+        data: (bytes,) uint8, the encoded layers behind each other, each at a multiple of `LAYER_ALIGNMENT`.
+        extents: start and stop in `data` of each layer.
+        recompute_ms: what computing it took; eviction weighs it.
+    """
+
+    ref: ChunkRef
+    codec_id: str
+    data: Tensor
+    extents: tuple[tuple[int, int], ...]
+    recompute_ms: float = 0.0
+
+    @classmethod
+    def pack(cls, ref: ChunkRef, codec_id: str, layers: Sequence[Tensor], recompute_ms: float = 0.0) -> EncodedKV:
+        """Return the encoded `layers` (bytes,) uint8 in one buffer."""
+        extents, end = [], 0
+        for layer in layers:
+            start = -(-end // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
+            end = start + layer.numel()
+            extents.append((start, end))
+        data = torch.zeros(end, dtype=torch.uint8, device=layers[0].device if layers else None)
+        for layer, (start, stop) in zip(layers, extents, strict=True):
+            data[start:stop] = layer
+        return cls(ref, codec_id, data, tuple(extents), recompute_ms)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.data.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.ref.token_ids)
+
+    def layer(self, index: int) -> Tensor:
+        """Return the encoded bytes of one layer, a view."""
+        start, stop = self.extents[index]
+        return self.data[start:stop]

@@ -1,0 +1,121 @@
+"""The identity of a chunk's KV: SHA-256 over everything that changes its numbers.
+
+Two computations that could differ never share a key, so a changed model, tokenizer, codec or tenant is a miss rather
+than a wrong answer. The digest depends on no process state (hash seeds, object ids), so every process agrees on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from ragkit.errors import KVCacheError
+from ragkit.models.model_config import ModelConfig
+
+KV_FORMAT_VERSION = 1  # of everything that is stored: record, codecs, what the key is made of
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class KVKey:
+    """The identity of one chunk's KV: 64 hex digits."""
+
+    digest: str
+
+    def __post_init__(self) -> None:
+        if not _HEX.fullmatch(self.digest):  # keys become file names, so nothing else may pass
+            raise KVCacheError(f"a KV key is 64 lower-case hex digits, got {self.digest!r}")
+
+    def __str__(self) -> str:
+        return self.digest
+
+
+class ContextKind(StrEnum):
+    """What a chunk's KV was computed behind."""
+
+    ISOLATED = "isolated"
+    PREFIX = "prefix"
+    NEIGHBOURS = "neighbours"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkContext:
+    """What stood before a chunk when its KV was computed.
+
+    Attributes:
+        kind: the kind of context.
+        context_id: distinguishes contexts of one kind by their content; the kind alone where there is only one.
+    """
+
+    kind: ContextKind
+    context_id: str
+
+    @classmethod
+    def isolated(cls) -> ChunkContext:
+        """Return the context of a chunk that stood alone."""
+        return cls(ContextKind.ISOLATED, "isolated")
+
+    @classmethod
+    def prefix(cls, prefix_token_ids: Sequence[int]) -> ChunkContext:
+        """Return the context of a chunk behind the canonical prefix."""
+        return cls(ContextKind.PREFIX, f"prefix:{_token_digest(prefix_token_ids).hexdigest()}")
+
+    @classmethod
+    def neighbours(cls, prefix_token_ids: Sequence[int], neighbour_chunk_ids: Sequence[str]) -> ChunkContext:
+        """Return the context of a chunk behind the canonical prefix and other chunks, in this order."""
+        digest = _token_digest(prefix_token_ids)
+        digest.update(json.dumps(list(neighbour_chunk_ids)).encode())
+        return cls(ContextKind.NEIGHBOURS, f"neighbours:{digest.hexdigest()}")
+
+
+@dataclass(frozen=True, slots=True)
+class KVRecipe:
+    """Everything that changes a chunk's KV apart from its tokens and its context.
+
+    Attributes:
+        weights_fingerprint: content hash of the weights (`ragkit.models.weights_fingerprint`).
+        config: the model's sizes, RoPE settings among them.
+        tokenizer_id: the tokenizer's identity.
+        dtype: the type that the model computes in.
+        codec_id: the codec that the KV passes through.
+        tenant_salt: separates tenants: equal text of two tenants has two keys.
+        format_version: version of the stored form.
+    """
+
+    weights_fingerprint: str
+    config: ModelConfig
+    tokenizer_id: str
+    dtype: torch.dtype
+    codec_id: str
+    tenant_salt: str = ""
+    format_version: int = KV_FORMAT_VERSION
+
+    def key(self, token_ids: Sequence[int], context: ChunkContext) -> KVKey:
+        """Return the key of the KV of `token_ids` computed behind `context`."""
+        settings = {
+            "weights": self.weights_fingerprint,
+            "config": dataclasses.asdict(self.config),
+            "tokenizer": self.tokenizer_id,
+            "dtype": str(self.dtype),
+            "codec": self.codec_id,
+            "salt": self.tenant_salt,
+            "format": self.format_version,
+            "context": context.context_id,
+        }
+        # JSON keeps the fields apart whatever they hold, and escapes the zero byte that ends it here.
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + b"\0")
+        digest.update(_token_digest(token_ids).digest())
+        return KVKey(digest.hexdigest())
+
+
+def _token_digest(token_ids: Sequence[int]) -> hashlib._Hash:
+    return hashlib.sha256(array("q", token_ids).tobytes())

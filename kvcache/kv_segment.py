@@ -1,0 +1,267 @@
+"""The `.kv` format: one record a chunk; a segment is records behind each other, each starting on an aligned page.
+
+    record = prelude (24 bytes) | header | zeros up to a multiple of 4 KiB | data | zeros up to a multiple of 4 KiB
+    prelude = magic (8) | format version (u32) | header bytes (u32) | CRC-32 of the header (u32) | zero (u32)
+    header = JSON of the settings | token ids (i32 each) | CRC-32 of each 16 KiB page of the data (u32 each)
+
+All numbers are little-endian. The data is an `EncodedKV`'s buffer unchanged, so loading it is one read into the
+memory where it stays, and a single layer is read through the pages that hold it. Nothing is believed: lengths are
+compared with the file before memory is asked for, and every difference from what was asked for is a miss with a reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from struct import Struct
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.chunk_kv import LAYER_ALIGNMENT, ChunkRef, EncodedKV
+from ragkit.kvcache.kv_key import KV_FORMAT_VERSION
+from ragkit.store.records import KVEntry
+
+RECORD_ALIGNMENT = 4096  # a page of memory and of a disk
+PAGE_BYTES = 16384  # one CRC each: small enough to read one layer alone, large enough to check at memory speed
+
+_MAGIC = b"RAGKITKV"
+_PRELUDE = Struct("<8sIIII")
+
+
+class MissReason(StrEnum):
+    """Why a chunk's KV has to be computed."""
+
+    ABSENT = "absent"  # never stored here, or evicted
+    UNREADABLE = "unreadable"  # the file is gone or cannot be read
+    SHORT = "short"  # it ends too early
+    HEADER = "header"  # its header is damaged or no header at all
+    CHECKSUM = "checksum"  # its numbers are damaged
+    OTHER_KEY = "other_key"  # it holds the KV of another key
+    OTHER_TOKENS = "other_tokens"  # its key collides: the tokens differ
+    OTHER_CODEC = "other_codec"  # it was written by another codec or for another shape
+
+
+class KVMissError(KVCacheError):
+    """A stored KV cannot be used. Caught by `KVStore`: the chunk is computed instead.
+
+    Attributes:
+        reason: why.
+    """
+
+    code = "kv_miss"
+
+    def __init__(self, reason: MissReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ByteSource(Protocol):
+    """Where a record's bytes come from; offsets count from the record's start."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the record that are really there."""
+        ...
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """Fill `target` from `offset` and return how many bytes there were."""
+        ...
+
+
+class FileSource:
+    """A record within a local file, read by position: safe from several threads. A context manager.
+
+    Raises:
+        KVMissError: the file is gone or cannot be read.
+    """
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._offset = offset
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+            self.size = max(0, min(size, os.fstat(self._descriptor).st_size - offset))
+        except OSError as error:
+            raise KVMissError(MissReason.UNREADABLE, f"{path.name} cannot be read: {error.strerror}") from error
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """Fill `target` from `offset` and return how many bytes there were."""
+        done = 0
+        try:
+            while done < len(target):
+                count = os.preadv(self._descriptor, [target[done:]], self._offset + offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise KVMissError(MissReason.UNREADABLE, f"a KV segment cannot be read: {error.strerror}") from error
+        return done
+
+    def __enter__(self) -> FileSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+class MemorySource:
+    """A record that lies in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = memoryview(content)
+        self.size = len(content)
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """Fill `target` from `offset` and return how many bytes there were."""
+        part = self._content[offset : offset + len(target)]
+        target[: len(part)] = part
+        return len(part)
+
+
+def write_record(encoded: EncodedKV) -> bytes:
+    """Return the record of one chunk."""
+    data = encoded.data.cpu().contiguous().numpy()
+    view = memoryview(data)
+    crcs = [zlib.crc32(view[start : start + PAGE_BYTES]) for start in range(0, len(view), PAGE_BYTES)]
+    settings = {
+        "key": encoded.ref.key.digest,
+        "chunk_id": encoded.ref.chunk_id,
+        "codec": encoded.codec_id,
+        "tokens": len(encoded.ref.token_ids),
+        "extents": encoded.extents,
+        "bytes": len(view),
+        "recompute_ms": encoded.recompute_ms,
+    }
+    text = json.dumps(settings, separators=(",", ":")).encode()
+    arrays = np.array(encoded.ref.token_ids, dtype="<i4").tobytes() + np.array(crcs, dtype="<u4").tobytes()
+    header = len(text).to_bytes(4, "little") + text + arrays
+    prelude = _PRELUDE.pack(_MAGIC, KV_FORMAT_VERSION, len(header), zlib.crc32(header), 0)
+    front = prelude + header
+    return b"".join((front, bytes(-len(front) % RECORD_ALIGNMENT), view, bytes(-len(view) % RECORD_ALIGNMENT)))
+
+
+def segment_parts(chunks: Sequence[EncodedKV]) -> tuple[Iterator[bytes], list[KVEntry]]:
+    """Return the bytes of a segment of `chunks` and where each lies in it: what `StoreWriter.add_kv` takes."""
+    records = [write_record(chunk) for chunk in chunks]
+    entries, offset = [], 0
+    for chunk, record in zip(chunks, records, strict=True):
+        ref = chunk.ref
+        entries.append(KVEntry(ref.key.digest, ref.chunk_id, offset, len(record), zlib.crc32(record)))
+        offset += len(record)
+    return iter(records), entries
+
+
+@dataclass(frozen=True, slots=True)
+class RecordHeader:
+    """What a record says of itself, already compared with what was asked for.
+
+    Attributes:
+        extents: start and stop of each layer within the data.
+        data_offset, data_bytes: where the data lies within the record.
+        page_crcs: CRC-32 of each page of the data.
+        recompute_ms: what computing it took.
+    """
+
+    extents: tuple[tuple[int, int], ...]
+    data_offset: int
+    data_bytes: int
+    page_crcs: tuple[int, ...]
+    recompute_ms: float
+
+
+class RecordReader:
+    """Reads one record of `source`, which must be the KV of `ref` encoded by `codec_id` with `num_layers` layers.
+
+    Raises:
+        KVMissError: it is anything else.
+    """
+
+    def __init__(self, source: ByteSource, ref: ChunkRef, codec_id: str, num_layers: int) -> None:
+        self._source = source
+        self._ref = ref
+        self._codec_id = codec_id
+        self.header = self._read_header(num_layers)
+
+    def load(self, allocate: Callable[[int], Tensor] | None = None) -> EncodedKV:
+        """Return the whole chunk; `allocate(bytes)` gives the uint8 memory that it is read into."""
+        header = self.header
+        data = allocate(header.data_bytes) if allocate else torch.empty(header.data_bytes, dtype=torch.uint8)
+        self._fill(0, memoryview(data.numpy()))
+        return EncodedKV(self._ref, self._codec_id, data, header.extents, header.recompute_ms)
+
+    def layer(self, index: int) -> Tensor:
+        """Return the encoded bytes of one layer, reading only the pages that hold it."""
+        start, stop = self.header.extents[index]
+        first = start // PAGE_BYTES * PAGE_BYTES
+        last = min(-(-stop // PAGE_BYTES) * PAGE_BYTES, self.header.data_bytes)
+        pages = torch.empty(max(last - first, 0), dtype=torch.uint8)
+        self._fill(first, memoryview(pages.numpy()))
+        return pages[start - first : stop - first]
+
+    def _fill(self, start: int, target: memoryview) -> None:
+        # `start` is the start of a page, and `target` ends with a page or with the data.
+        if self._source.read_into(self.header.data_offset + start, target) != len(target):
+            raise KVMissError(MissReason.SHORT, f"the KV of {self._ref.key} ends too early")
+        for offset in range(0, len(target), PAGE_BYTES):
+            page = (start + offset) // PAGE_BYTES
+            if zlib.crc32(target[offset : offset + PAGE_BYTES]) != self.header.page_crcs[page]:
+                raise KVMissError(MissReason.CHECKSUM, f"page {page} of the KV of {self._ref.key} is damaged")
+
+    def _read_header(self, num_layers: int) -> RecordHeader:
+        magic, version, length, crc, _ = _PRELUDE.unpack(self._bytes(0, _PRELUDE.size))
+        if magic != _MAGIC or version != KV_FORMAT_VERSION:
+            raise self._miss(MissReason.HEADER, "it is no KV record of this format")
+        content = self._bytes(_PRELUDE.size, length)
+        if zlib.crc32(content) != crc:
+            raise self._miss(MissReason.HEADER, "its header does not match its checksum")
+        try:
+            return self._parse(content, -(-(_PRELUDE.size + length) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT, num_layers)
+        except (KeyError, TypeError, ValueError) as error:  # a right checksum over something that ragkit did not write
+            raise self._miss(MissReason.HEADER, f"its header makes no sense ({error})") from error
+
+    def _parse(self, content: bytes, data_offset: int, num_layers: int) -> RecordHeader:
+        split = 4 + int.from_bytes(content[:4], "little")
+        settings: dict[str, Any] = json.loads(content[4:split])
+        end_of_tokens = split + 4 * settings["tokens"]
+        self._compare(settings, content[split:end_of_tokens], num_layers)
+        extents = tuple((int(start), int(stop)) for start, stop in settings["extents"])
+        crcs = tuple(np.frombuffer(content[end_of_tokens:], dtype="<u4").tolist())
+        data_bytes = int(settings["bytes"])
+        if data_offset + data_bytes > self._source.size:
+            raise self._miss(MissReason.SHORT, f"it has {self._source.size} bytes")
+        places = (0, *(place for extent in extents for place in extent), data_bytes)
+        if list(places) != sorted(places) or len(crcs) != -(-data_bytes // PAGE_BYTES):
+            raise ValueError("its layers do not lie behind each other")
+        return RecordHeader(extents, data_offset, data_bytes, crcs, float(settings["recompute_ms"]))
+
+    def _compare(self, settings: dict[str, Any], token_ids: bytes, num_layers: int) -> None:
+        if settings["key"] != self._ref.key.digest:
+            raise self._miss(MissReason.OTHER_KEY, f"it is the KV of {settings['key']}")
+        if token_ids != np.array(self._ref.token_ids, dtype="<i4").tobytes():
+            raise self._miss(MissReason.OTHER_TOKENS, "it is of other tokens")
+        if settings["codec"] != self._codec_id or len(settings["extents"]) != num_layers:
+            layers = len(settings["extents"])
+            raise self._miss(MissReason.OTHER_CODEC, f"it has {layers} layers, encoded by {settings['codec']}")
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        if offset + length > self._source.size:  # before any memory is asked for
+            raise self._miss(MissReason.SHORT, f"it has {self._source.size} bytes")
+        content = bytearray(length)
+        if self._source.read_into(offset, memoryview(content)) != length:
+            raise self._miss(MissReason.SHORT, "it ends too early")
+        return bytes(content)
+
+    def _miss(self, reason: MissReason, message: str) -> KVMissError:
+        return KVMissError(reason, f"the stored KV of {self._ref.key} is not used: {message}")
+
+
+assert PAGE_BYTES % RECORD_ALIGNMENT == 0
+assert RECORD_ALIGNMENT % LAYER_ALIGNMENT == 0
