@@ -31,7 +31,7 @@ from ragkit.store.records import (
     VectorTable,
     VerifyReport,
 )
-from ragkit.types import Document, MetadataValue
+from ragkit.types import Document, MetadataValue, PageSpan
 
 if TYPE_CHECKING:
     from ragkit.store.records import RowIds, Vectors
@@ -109,6 +109,14 @@ class StoreReader(Protocol):
         Raises:
             StoreError: there is no such document.
             StoreCorruptError: its stored bytes rotted.
+        """
+        ...
+
+    def pages(self, doc_id: str) -> tuple[PageSpan, ...]:
+        """Return the page spans of a document, empty for one without pages; its text is not read.
+
+        Raises:
+            StoreError: there is no such document.
         """
         ...
 

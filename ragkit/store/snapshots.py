@@ -8,8 +8,8 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from ragkit.errors import StoreCorruptError
-from ragkit.store.connections import ConnectionPool, translated
+from ragkit.errors import StoreCorruptError, StoreMissingError
+from ragkit.store.connections import DATABASE, ConnectionPool, translated
 from ragkit.store.locks import ReaderPin
 from ragkit.store.rows import checked, row_crc
 
@@ -87,3 +87,16 @@ def read_meta(connection: sqlite3.Connection, key: str, default: str | None = No
         return default
     checked("meta", key, row[1], row_crc(key, row[0]))
     return str(row[0])
+
+
+def require_store(folder: Path) -> None:
+    """Raise `StoreMissingError` unless there is a catalogue in `folder`."""
+    if not (folder / DATABASE).is_file():
+        raise missing_store(folder)
+
+
+def missing_store(folder: Path) -> StoreMissingError:
+    """Return the error that says how a store is made."""
+    return StoreMissingError(
+        f"there is no store in {folder}: `ragkit ingest SOURCE` makes one, or name another folder with --store"
+    )

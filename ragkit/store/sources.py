@@ -10,7 +10,7 @@ from typing import Any
 from ragkit.errors import StoreCorruptError, StoreError
 from ragkit.store.records import DocumentLink, SourceFailure, SourceRecord, SourceStatus
 from ragkit.store.rows import checked, chunk_crc, from_sql, pages_from_json, row_crc, to_sql
-from ragkit.types import Document, document_id
+from ragkit.types import Document, PageSpan, document_id
 
 SOURCE_COLUMNS = (
     "source_id, uri, content_sha256, size, mtime_ns, media_type, reader, recipe, status, error_code, error_stage, "
@@ -52,12 +52,22 @@ def read_links(connection: sqlite3.Connection, where: str, value: object) -> lis
     return links
 
 
-def read_document(connection: sqlite3.Connection, doc_id: str) -> Document:
-    """Return a document, joined from its chunks and checked against its id."""
+def read_pages(connection: sqlite3.Connection, doc_id: str) -> tuple[PageSpan, ...]:
+    """Return the page spans of a document without reading its text."""
+    return pages_from_json(_document_row(connection, doc_id)[6])
+
+
+def _document_row(connection: sqlite3.Connection, doc_id: str) -> Any:
     row = connection.execute(f"SELECT {DOCUMENT_COLUMNS}, crc FROM documents WHERE doc_id = ?", (doc_id,)).fetchone()  # noqa: S608
     if row is None:
         raise StoreError(f"there is no document {doc_id!r} in the store: `ragkit ls` lists the documents")
     check_document(row)
+    return row
+
+
+def read_document(connection: sqlite3.Connection, doc_id: str) -> Document:
+    """Return a document, joined from its chunks and checked against its id."""
+    row = _document_row(connection, doc_id)
     text = joined_text(connection, row[0])
     pages = pages_from_json(row[6])
     if document_id(text, pages) != doc_id:

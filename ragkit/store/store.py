@@ -30,8 +30,8 @@ from ragkit.store.records import (
     VerifyReport,
 )
 from ragkit.store.schema import APPLICATION_ID, DEFAULT_FTS_TOKENIZER, PAGE_SIZE, create_tables
-from ragkit.store.snapshots import WRITER_LOCK, Snapshots, read_meta
-from ragkit.types import Document, MetadataValue
+from ragkit.store.snapshots import WRITER_LOCK, Snapshots, missing_store, read_meta, require_store
+from ragkit.types import Document, MetadataValue, PageSpan
 
 if TYPE_CHECKING:
     from ragkit.store.records import RowIds, Vectors
@@ -81,8 +81,7 @@ class Store:
             StoreCorruptError: the catalogue cannot be read.
         """
         path = Path(folder)
-        if not cls.exists(path):
-            raise _missing(path)
+        require_store(path)
         with translated(path):
             refuse_network_folder(path)
             connection = connect(path)
@@ -192,6 +191,11 @@ class Store:
         """Return a document, joined from its chunks and checked against its id."""
         with self._snapshots.reading() as connection:
             return sources.read_document(connection, doc_id)
+
+    def pages(self, doc_id: str) -> tuple[PageSpan, ...]:
+        """Return the page spans of a document, empty for one without pages; its text is not read."""
+        with self._snapshots.reading() as connection:
+            return sources.read_pages(connection, doc_id)
 
     def document_recipe(self, doc_id: str) -> str | None:
         """Return the recipe a stored document was chunked with; None where it is absent or damaged."""
@@ -314,16 +318,10 @@ class Store:
         return replace(report, marked=marked)
 
 
-def _missing(folder: Path) -> StoreMissingError:
-    return StoreMissingError(
-        f"there is no store in {folder}: `ragkit ingest SOURCE` makes one, or name another folder with --store"
-    )
-
-
 def _is_outdated(folder: Path, connection: sqlite3.Connection) -> bool:
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
     if not tables:  # a creation that was cut short
-        raise _missing(folder)
+        raise missing_store(folder)
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     if application != APPLICATION_ID or "meta" not in tables:
         raise StoreFormatError(f"{folder / DATABASE} is no ragkit catalogue: name another folder with --store")

@@ -21,7 +21,7 @@ from ragkit.store.records import Problem, VerifyReport
 from ragkit.store.rows import SEGMENT_COLUMNS, SegmentRow, filter_rows, from_sql, pages_from_json, row_crc
 from ragkit.store.schema import APPLICATION_ID, create_tables, schema_sql
 from ragkit.store.segments import VECTOR_SEGMENT, forget_verified, live_mask, segment_path, segment_row_ids
-from ragkit.store.snapshots import WRITER_LOCK, Snapshots, read_meta
+from ragkit.store.snapshots import WRITER_LOCK, Snapshots, read_meta, require_store
 from ragkit.store.sources import DOCUMENT_COLUMNS, LINK_COLUMNS, SOURCE_COLUMNS, joined_text
 from ragkit.types import document_id
 
@@ -30,7 +30,12 @@ NEW_STORE = "ingest the sources into a new store"
 
 
 def verify_store(folder: Path) -> VerifyReport:
-    """Return every damage of the store in `folder`; works on catalogues that `Store.open` refuses."""
+    """Return every damage of the store in `folder`; works on catalogues that `Store.open` refuses.
+
+    Raises:
+        StoreMissingError: there is no catalogue at all.
+    """
+    require_store(folder)
     forget_verified()
     snapshots = Snapshots(folder)
     found = _Findings()
@@ -109,7 +114,7 @@ class _Verifier:
             self._found.add("catalogue", "ragkit.db", f"its header says journal mode {mode}, not wal", NEW_STORE)
         (application,) = self._connection.execute("PRAGMA application_id").fetchone()
         if application != APPLICATION_ID:
-            self._found.add("catalogue", "ragkit.db", "its header does not say that it is a ragkit catalogue", NEW_STORE)
+            self._found.add("catalogue", "ragkit.db", "its header is not that of a ragkit catalogue", NEW_STORE)
         memory = sqlite3.connect(":memory:")
         try:
             create_tables(memory, read_meta(self._connection, "fts_tokenizer"))

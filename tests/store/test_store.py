@@ -414,7 +414,7 @@ def test_an_index_is_recorded_with_what_it_was_made_from(store):
                 row_ids=rows,
                 kind="ivf",
                 params={"lists": 4},
-                write=lambda p: p.write_bytes(content),
+                write=lambda p, content=content: p.write_bytes(content),
             )
     assert store.index_record() == store.checked_index() == record
     assert record.path.read_bytes() == b"second"
