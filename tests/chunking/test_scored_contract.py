@@ -6,12 +6,13 @@ import pytest
 from embedding_doubles import TopicEmbedder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loss_doubles import CodePointTokenizer, TableLosses
+from loss_doubles import CodePointTokenizer, TableLosses, TopicJudge
 
 from ragkit.chunking.base import check_chunks
 from ragkit.chunking.breakpoints import BreakpointRule
 from ragkit.chunking.cluster import ClusterChunker, ClusterOptions
 from ragkit.chunking.code import CodeOptions, code_chunker
+from ragkit.chunking.margin import margin_chunker
 from ragkit.chunking.perplexity import PerplexityOptions, PerplexityScorer, perplexity_chunker
 from ragkit.chunking.semantic import SemanticOptions, semantic_chunker
 from ragkit.chunking.structural import structural_chunker
@@ -73,6 +74,7 @@ CHUNKERS = {
     "cluster": lambda config, tokenizer: ClusterChunker(config, tokenizer, TopicEmbedder(), ClusterOptions(8)),
     "code": lambda config, tokenizer: code_chunker(config, tokenizer),
     "code-python": lambda config, tokenizer: code_chunker(config, tokenizer, CodeOptions("python")),
+    "margin": lambda config, tokenizer: margin_chunker(config, tokenizer, TopicJudge(2000), "judge@1"),
     "perplexity": perplexity(),
     "perplexity-merge": perplexity(merge_tokens=20, dynamic_threshold=True),
     "structural": lambda config, tokenizer: structural_chunker(config, tokenizer),
