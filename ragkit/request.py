@@ -7,15 +7,16 @@ from the arrival of the question, and loading models is taken out of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ragkit.answers.base import Confidence, RankedChunk
 from ragkit.config import AnswerConfig, GenerationConfig, RetrievalConfig, SearchMode
 from ragkit.errors import UsageError
 from ragkit.reports import Hit, SearchResult
-from ragkit.types import Answer, Citation, MetadataValue, TokenUsage
+from ragkit.types import Answer, Citation, MetadataValue, TokenUsage, page_of
 
 if TYPE_CHECKING:
     from ragkit.generation.steps import Finished
@@ -160,7 +161,7 @@ def _answered(
     clock.laps["prefill"] = finished.timings_ms["prefill"]
     clock.laps.setdefault("first_token", before_engine + finished.timings_ms["first_token"])
     text = "".join(pieces).strip()
-    citations = cite(question, text, hits, pipeline.embedder, options.answers)
+    citations = cite(question, text, hits, pipeline.embedder, options.answers, _page_lookup(pipeline))
     dropped = set(built.dropped_chunks)
     warnings = (f"{len(dropped)} of {len(hits)} chunks did not fit into the model's window",) if dropped else ()
     yield _answer(
@@ -174,6 +175,12 @@ def _answered(
         dropped_chunks=built.dropped_chunks,
         warnings=warnings,
     )
+
+
+def _page_lookup(pipeline: Pipeline) -> Callable[[str, int], int | None]:
+    """Return the page of a character: a quote may stand on a later page than the start of its chunk."""
+    pages = cache(pipeline.store.pages)
+    return lambda doc_id, char: page_of(pages(doc_id), char)
 
 
 def _refused(pipeline: Pipeline, options: QueryOptions, clock: _Clock) -> Answer:
