@@ -28,6 +28,13 @@ class SearchMode(StrEnum):
     BM25 = "bm25"
 
 
+class FusionMethod(StrEnum):
+    """How the legs' lists become one: by their scores, each over its leg's best, or by reciprocal ranks."""
+
+    SCORES = "scores"
+    RRF = "rrf"
+
+
 class Strategy(StrEnum):
     """How a prompt is prefilled. `auto` takes the fastest that keeps the answer."""
 
@@ -77,16 +84,17 @@ class EmbeddingConfig:
 class RetrievalConfig:
     """How chunks are found.
 
-    The defaults are what benchmarks/retrieval_quality.py supports. `candidates` is how many hits each leg contributes;
-    `rrf_k` is the constant of reciprocal rank fusion and `dense_weight` the dense leg's say in it, from 0 to 1. BM25
-    leaves out words that over `common_share` of all chunks hold. Search is exact up to `flat_limit` chunks.
+    The defaults are what benchmarks/retrieval_quality.py supports. `candidates` is how many hits each leg contributes,
+    `dense_weight` the dense leg's say in the fusion, from 0 to 1, and `rrf_k` the constant of reciprocal rank fusion.
+    BM25 leaves out words that over `common_share` of all chunks hold. Search is exact up to `flat_limit` chunks.
     """
 
     mode: SearchMode = SearchMode.HYBRID
     k: int = 8
     candidates: int = 100
-    rrf_k: int = 60
+    fusion: FusionMethod = FusionMethod.SCORES
     dense_weight: float = 0.5
+    rrf_k: int = 60
     common_share: float = 0.1
     flat_limit: int = 100_000
 
@@ -124,14 +132,22 @@ class GenerationConfig:
 
 @dataclass(frozen=True, slots=True)
 class AnswerConfig:
-    """How answers are cited and refused. The defaults were chosen on data (docs/benchmarks.md)."""
+    """How answers are cited and refused. The defaults were chosen on data (docs/benchmarks.md).
+
+    Sentences are cited until one of them holds the answer with probability `citation_mass`; a question whose
+    confidence is below `found_threshold` is refused.
+    """
 
     max_citations: int = 5
     max_quote_chars: int = 300
+    citation_mass: float = 0.9
+    found_threshold: float = 0.5
 
     def __post_init__(self) -> None:
         _at_least("answers.max_citations", self.max_citations, 1)
         _at_least("answers.max_quote_chars", self.max_quote_chars, 20)
+        _share("answers.citation_mass", self.citation_mass)
+        _share("answers.found_threshold", self.found_threshold)
 
 
 @dataclass(frozen=True, slots=True)
