@@ -70,6 +70,8 @@ def paged_decode_attention(
     weights = torch.empty((requests, q_heads, splits), dtype=torch.float32, device=queries.device)
     group = q_heads // kv_heads
     half = head_dim // 2
+    # A tile of keys and one of values, twice for loading ahead, must fit shared memory: 64 KB here at most.
+    rows = 64 if head_dim * key_pool.element_size() <= 256 else 32
     _paged_decode_attention_kernel[(requests, kv_heads, splits)](
         queries, key_pool, value_pool, block_tables, row_positions, num_entries, query_positions, cos, sin,
         partial, weights,
@@ -77,9 +79,9 @@ def paged_decode_attention(
         max_entries, queries.stride(0),
         GROUP=group, GROUP_PADDED=max(16, next_power_of_2(group)), KV_HEADS=kv_heads, HEAD_DIM=head_dim,
         DIM_PADDED=max(16, next_power_of_2(head_dim)), HALF_PADDED=max(16, next_power_of_2(half)),
-        BLOCK_SIZE=block_size, ROWS=min(block_size, 32), SPLITS=splits,
+        BLOCK_SIZE=block_size, ROWS=min(block_size, rows), SPLITS=splits,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
-        UPCAST=not queries.is_cuda, num_warps=4,
+        UPCAST=not queries.is_cuda, num_warps=rows // 8, num_stages=2,
     )  # fmt: skip
     _merge_splits_kernel[(requests, q_heads)](
         partial, weights, out,
