@@ -5,14 +5,14 @@ Read from the folder that RAGKIT_DATA names. Spans are half-open characters of a
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from report import data_folder
 
 from ragkit.chunking.registry import create_chunker
 from ragkit.config import ChunkingConfig
@@ -50,20 +50,16 @@ class QuestionSet:
     score: Callable[[Sequence[Span], Sequence[Span]], float]
 
 
-def data_folder() -> Path:
-    """Return the folder of the benchmark data; leave with a reason where RAGKIT_DATA is not set."""
-    folder = os.environ.get("RAGKIT_DATA")
-    if not folder or not Path(folder).is_dir():
-        sys.exit("skipped: RAGKIT_DATA names no folder (chunking_evaluation, code_search and xquad are read from it)")
-    return Path(folder)
-
-
 def load_question_sets(names: Sequence[str], chunker: str = "recursive", max_tokens: int = 256) -> list[QuestionSet]:
     """Return the named sets, chunked as the product chunks by default (code_search comes in chunks already)."""
     tokenizer = ModelTokenizer(resolve("smollm2-135m-instruct"))
     cut = create_chunker(ChunkingConfig(chunker=chunker, max_tokens=max_tokens), tokenizer).chunk
     loaders = {"chunking_evaluation": _chunking_evaluation, "code_search": _code_search, "xquad": _xquad}
-    return [loaders[name](data_folder() / name, cut) for name in names]
+    folders = {name: data_folder(name) for name in names}
+    missing = [name for name, folder in folders.items() if folder is None]
+    if missing:
+        sys.exit(f"skipped: RAGKIT_DATA is not set or holds no {', '.join(missing)}")
+    return [loaders[name](folder, cut) for name, folder in folders.items() if folder is not None]
 
 
 def within_budget(spans: Sequence[Span], characters: int) -> list[Span]:
@@ -122,7 +118,7 @@ def _xquad(folder: Path, cut: Callable[[Document], list[Chunk]]) -> QuestionSet:
 
 
 def _code_search(folder: Path, cut: Callable[[Document], list[Chunk]]) -> QuestionSet:
-    """The chunks are given; a document is its chunks one behind the other."""
+    """Return the set as given: its documents come in chunks, one behind the other."""
     del cut
     documents, chunks, places = {}, {}, {}
     for row in json.loads((folder / "ctx_codebase_chunks.json").read_text(encoding="utf-8")):

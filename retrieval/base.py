@@ -61,6 +61,10 @@ class VectorIndex(Protocol):
         """Return scores and row ids, (queries, min(k, hits)), best first; `allowed` (sorted) restricts the rows."""
         ...
 
+    def similarities(self, query: FloatMatrix, row_ids: IdVector) -> NDArray[np.float32]:
+        """Return the exact inner products of one query (1, dim) with the vectors of `row_ids`, in their order."""
+        ...
+
 
 class SearchableStore(Protocol):
     """The part of `ragkit.store.base.StoreReader` that retrieval reads."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ragkit.retrieval.base import FloatMatrix, IdVector
 from ragkit.retrieval.faiss_runtime import import_faiss, to_device
@@ -42,6 +43,10 @@ class FaissFlatIndex:
 
     def __len__(self) -> int:
         return len(self._row_ids)
+
+    def similarities(self, query: FloatMatrix, row_ids: IdVector) -> NDArray[np.float32]:
+        """Return the inner products of one query (1, dim) with the vectors of these rows, from the exact twin."""
+        return self._exact.similarities(query, row_ids)
 
     def search(self, queries: FloatMatrix, k: int, allowed: IdVector | None = None) -> tuple[FloatMatrix, IdVector]:
         """Return scores and row ids, (queries, min(k, rows)), best first, equal scores by row id."""

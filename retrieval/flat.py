@@ -56,6 +56,14 @@ class FlatIndex:
                 row_ids[row] = self._row_ids[best if positions is None else positions[best]]
         return scores, row_ids
 
+    def similarities(self, query: FloatMatrix, row_ids: IdVector) -> NDArray[np.float32]:
+        """Return the inner products of one query (1, dim) with the vectors of these rows, in their order."""
+        order = np.argsort(row_ids)
+        result = np.empty(len(row_ids), dtype=np.float32)
+        if len(row_ids):
+            result[order] = self.take(positions_of(self._row_ids, row_ids[order])) @ query[0]
+        return result
+
     def take(self, places: NDArray[np.int64]) -> FloatMatrix:
         """Return a copy of the vectors at these ascending places among the rows."""
         pieces = []

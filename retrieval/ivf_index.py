@@ -46,6 +46,10 @@ class IvfIndex:
     def __len__(self) -> int:
         return len(self._exact)
 
+    def similarities(self, query: FloatMatrix, row_ids: IdVector) -> NDArray[np.float32]:
+        """Return the inner products of one query (1, dim) with the vectors of these rows, from the exact twin."""
+        return self._exact.similarities(query, row_ids)
+
     def search(self, queries: FloatMatrix, k: int, allowed: IdVector | None = None) -> tuple[FloatMatrix, IdVector]:
         """Return scores and row ids, (queries, min(k, hits)), best first, equal scores by row id.
 

@@ -9,27 +9,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from ragkit.config import RetrievalConfig, SearchMode
+import numpy as np
+
+from ragkit.config import FusionMethod, RetrievalConfig, SearchMode
 from ragkit.errors import UsageError
 from ragkit.retrieval.base import Embedder, FloatMatrix, IdVector, SearchableStore, VectorIndex
 from ragkit.retrieval.bm25 import TermSelection, search_bm25
-from ragkit.retrieval.fusion import Ranked, reciprocal_rank_fusion
+from ragkit.retrieval.fusion import Ranked, reciprocal_rank_fusion, score_fusion
 from ragkit.retrieval.indexes import open_index
 from ragkit.retrieval.selection import select_distinct
+from ragkit.retrieval.stopwatch import Stopwatch
 from ragkit.types import MetadataValue, SearchHit
 
 if TYPE_CHECKING:
     from ragkit.store.base import StoredChunk
 
 logger = logging.getLogger(__name__)
-
-_Result = TypeVar("_Result")
-_Leg = tuple[FloatMatrix, IdVector]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class RetrievedChunk:
 
     Attributes:
         stored: the chunk, its row id, its URI and metadata.
-        score: the fused score that ranked it; in a search of one leg that leg's own score. Higher is better.
-        dense: cosine similarity of question and chunk, or None where the dense leg did not return it.
+        score: the fused score that ranked it, from 0 to 1 in score fusion; in a search of one leg that leg's own score.
+        dense: cosine similarity of question and chunk; None in a search by BM25 alone.
         bm25: BM25 score, or None where the BM25 leg did not return it.
         rank: 1-based.
     """
@@ -120,12 +120,11 @@ class Retriever:
             RetrievalError: embedding or searching failed.
         """
         wanted, chosen = self._checked(k, mode)
-        watch = _Stopwatch()
+        candidates = max(self._config.candidates, 2 * wanted)
+        watch = Stopwatch()
         with watch("retrieve"), self._store.snapshot() as generation:
             allowed = self._store.rows_where(filter) if filter else None
-            legs = self._run_legs(
-                question, max(self._config.candidates, 2 * wanted), allowed, chosen, generation, watch
-            )
+            legs = self._run_legs(_Asked(question, candidates, allowed, chosen, generation), watch)
             with watch("fuse"):
                 ranking = self._fuse(legs)
             with watch("chunks"):
@@ -146,48 +145,54 @@ class Retriever:
         except ValueError as error:
             raise UsageError(f"there is no search mode {mode!r}; take one of {', '.join(SearchMode)}") from error
 
-    def _run_legs(
-        self,
-        question: str,
-        candidates: int,
-        allowed: IdVector | None,
-        mode: SearchMode,
-        generation: int,
-        watch: _Stopwatch,
-    ) -> dict[SearchMode, _Leg]:
-        """Return (scores, row ids) of each leg. The store is read by this thread alone, within its snapshot."""
-        if allowed is not None and not len(allowed):
-            return {}
-        legs: dict[SearchMode, _Leg] = {}
-        dense: Future[_Leg] | None = None
-        if mode is not SearchMode.BM25:
-            vector = self._dense_pool.submit(watch.timed, "embed", lambda: self._embedder.encode_queries([question]))
-            index = self._index_at(generation)
-            dense = self._dense_pool.submit(
-                watch.timed, "dense", lambda: _search_one(index, vector.result(), candidates, allowed)
-            )
-        if mode is not SearchMode.DENSE:
+    def _run_legs(self, asked: _Asked, watch: Stopwatch) -> _Legs:
+        """Return what each leg found. The store is read by this thread alone, within its snapshot."""
+        legs = _Legs()
+        if asked.allowed is not None and not len(asked.allowed):
+            return legs
+        vector: Future[FloatMatrix] | None = None
+        dense: Future[Ranked] | None = None
+        if asked.mode is not SearchMode.BM25:
+            embed = lambda: self._embedder.encode_queries([asked.question])  # noqa: E731
+            vector = self._dense_pool.submit(watch.timed, "embed", embed)
+            index = self._index_at(asked.generation)
+            dense = self._dense_pool.submit(_search_dense, index, vector, asked, watch)
+        if asked.mode is not SearchMode.DENSE:
             with watch("bm25"):
-                count = self._chunks_at(generation)
-                legs[SearchMode.BM25] = search_bm25(self._store, question, candidates, count, allowed, self._selection)
-        if dense is not None:
-            legs[SearchMode.DENSE] = dense.result()
+                chunks = self._chunks_at(asked.generation)
+                scores, row_ids = search_bm25(
+                    self._store, asked.question, asked.candidates, chunks, asked.allowed, self._selection
+                )
+            legs.bm25 = Ranked(row_ids, scores, 1 - self._config.dense_weight)
+        if vector is not None and dense is not None:
+            legs.dense = dense.result()
+            legs.complete = self._complete(legs, index, vector.result())
         return legs
 
-    def _fuse(self, legs: Mapping[SearchMode, _Leg]) -> list[tuple[int, float]]:
-        if len(legs) == 1:
-            ((scores, row_ids),) = legs.values()
-            return list(zip(row_ids.tolist(), scores.tolist(), strict=True))
-        weights = {SearchMode.DENSE: self._config.dense_weight, SearchMode.BM25: 1 - self._config.dense_weight}
-        lists = [Ranked(row_ids, scores, 2 * weights[leg]) for leg, (scores, row_ids) in legs.items()]
-        return reciprocal_rank_fusion(lists, self._config.rrf_k)
+    def _complete(self, legs: _Legs, index: VectorIndex, query: FloatMatrix) -> Ranked | None:
+        """Return the dense leg with its exact scores for what only the BM25 leg found; these are few rows."""
+        if legs.dense is None or legs.bm25 is None:
+            return legs.dense
+        missing = np.setdiff1d(legs.bm25.row_ids, legs.dense.row_ids)
+        return Ranked(
+            np.concatenate([legs.dense.row_ids, missing]),
+            np.concatenate([legs.dense.scores, index.similarities(query, missing)]),
+            self._config.dense_weight,
+        )
 
-    def _take(
-        self, ranking: list[tuple[int, float]], wanted: int, legs: Mapping[SearchMode, _Leg]
-    ) -> tuple[RetrievedChunk, ...]:
+    def _fuse(self, legs: _Legs) -> list[tuple[int, float]]:
+        if legs.dense is None or legs.bm25 is None or legs.complete is None:
+            only = legs.dense or legs.bm25
+            return only.pairs() if only else []
+        if self._config.fusion is FusionMethod.SCORES:
+            return score_fusion([legs.complete, legs.bm25])
+        dense = replace(legs.dense, weight=self._config.dense_weight)
+        return reciprocal_rank_fusion([dense, legs.bm25], self._config.rrf_k)
+
+    def _take(self, ranking: list[tuple[int, float]], wanted: int, legs: _Legs) -> tuple[RetrievedChunk, ...]:
         """Return the first `wanted` different chunks, read from the store in as few steps as it takes."""
-        by_leg = {leg: dict(zip(ids.tolist(), scores.tolist(), strict=True)) for leg, (scores, ids) in legs.items()}
-        dense, bm25 = by_leg.get(SearchMode.DENSE, {}), by_leg.get(SearchMode.BM25, {})
+        dense = dict(legs.complete.pairs()) if legs.complete else {}
+        bm25 = dict(legs.bm25.pairs()) if legs.bm25 else {}
         scores = dict(ranking)
         row_ids = [row_id for row_id, _ in ranking]
         kept: list[StoredChunk] = []
@@ -216,33 +221,28 @@ class Retriever:
         return self._chunk_count[1]
 
 
-class _Stopwatch:
-    """Milliseconds by name; each name is written by one thread."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One search: `allowed` are the sorted row ids that pass the filter, None without one."""
 
-    def __init__(self) -> None:
-        self.milliseconds: dict[str, float] = {}
-
-    def __call__(self, name: str) -> _Lap:
-        return _Lap(self, name)
-
-    def timed(self, name: str, work: Callable[[], _Result]) -> _Result:
-        """Return what `work` returns, and keep how long it took."""
-        with self(name):
-            return work()
+    question: str
+    candidates: int
+    allowed: IdVector | None
+    mode: SearchMode
+    generation: int
 
 
-class _Lap:
-    def __init__(self, watch: _Stopwatch, name: str) -> None:
-        self._watch = watch
-        self._name = name
+@dataclass(slots=True)
+class _Legs:
+    """What each leg found; `complete` is the dense leg with its scores for the other leg's hits."""
 
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *failure: object) -> None:
-        self._watch.milliseconds[self._name] = 1000 * (time.perf_counter() - self._started)
+    dense: Ranked | None = None
+    bm25: Ranked | None = None
+    complete: Ranked | None = None
 
 
-def _search_one(index: VectorIndex, query: FloatMatrix, k: int, allowed: IdVector | None) -> _Leg:
-    scores, row_ids = index.search(query, k, allowed)
-    return scores[0], row_ids[0]
+def _search_dense(index: VectorIndex, vector: Future[FloatMatrix], asked: _Asked, watch: Stopwatch) -> Ranked:
+    query = vector.result()
+    with watch("dense"):
+        scores, row_ids = index.search(query, asked.candidates, asked.allowed)
+    return Ranked(row_ids[0], scores[0])
