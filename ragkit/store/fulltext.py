@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
@@ -55,6 +56,7 @@ class FtsTokenizer:
     """Cuts text as the full-text index does, stemming included: an empty index in memory does the work."""
 
     def __init__(self, name: str) -> None:
+        self.pid = os.getpid()
         self._mutex = threading.Lock()
         self._memory = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         self._memory.execute(f"CREATE VIRTUAL TABLE t USING fts5(text, tokenize='{FTS_TOKENIZERS[name]}')")
@@ -73,11 +75,19 @@ class FtsTokenizer:
         return found
 
 
-def term_counts(connection: sqlite3.Connection, terms: Iterable[str]) -> dict[str, int]:
-    """Return the number of chunks that hold each index term; terms that none holds are left out."""
-    counts = {}
-    for term in set(terms):
-        row = connection.execute("SELECT doc FROM chunk_vocabulary WHERE term = ?", (term,)).fetchone()
-        if row is not None:
-            counts[term] = int(row[0])
-    return counts
+class TermCounts:
+    """How many chunks hold a term, remembered for one generation: common terms take milliseconds to count."""
+
+    def __init__(self) -> None:
+        self._known: tuple[int, dict[str, int]] = (-1, {})
+
+    def read(self, connection: sqlite3.Connection, generation: int, terms: set[str]) -> dict[str, int]:
+        """Return the counts of index terms; terms that no chunk holds count 0."""
+        known = self._known  # read and replaced as one, since another thread may pin another generation
+        if known[0] != generation:
+            self._known = known = (generation, {})
+        counts = known[1]
+        for term in terms - counts.keys():
+            row = connection.execute("SELECT doc FROM chunk_vocabulary WHERE term = ?", (term,)).fetchone()
+            counts[term] = 0 if row is None else int(row[0])
+        return {term: counts[term] for term in terms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -47,6 +48,7 @@ class Store:
         self._folder = folder
         self._snapshots = Snapshots(folder)
         self._tokenizer: fulltext.FtsTokenizer | None = None
+        self._term_counts = fulltext.TermCounts()
 
     @classmethod
     def create(cls, folder: Path | str, *, fts_tokenizer: str = DEFAULT_FTS_TOKENIZER) -> Store:
@@ -240,7 +242,7 @@ class Store:
 
     def fts_tokens(self, texts: Sequence[str]) -> list[list[str]]:
         """Return the full-text index's own terms of each text, in order."""
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._tokenizer.pid != os.getpid():  # a forked child may inherit a held mutex
             self._tokenizer = fulltext.FtsTokenizer(self.meta.fts_tokenizer)
         return self._tokenizer.tokens(texts)
 
@@ -248,7 +250,7 @@ class Store:
         """Return for each term the number of chunks that hold it, after the index's own tokenising and stemming."""
         tokens = self.fts_tokens(terms)
         with self._snapshots.reading() as connection:
-            counts = fulltext.term_counts(connection, (token for found in tokens for token in found))
+            counts = self._term_counts.read(connection, self.generation, {t for found in tokens for t in found})
         return {
             term: min((counts.get(token, 0) for token in found), default=0)
             for term, found in zip(terms, tokens, strict=True)

