@@ -2,7 +2,7 @@
 
 from ragkit.models.catalogue import CATALOGUE, CatalogueEntry, ModelRole
 from ragkit.models.fingerprint import weights_fingerprint
-from ragkit.models.pull import pull
+from ragkit.models.pulling import pull
 from ragkit.models.resolve import ModelInfo, list_models, resolve
 
 __all__ = [

@@ -10,7 +10,7 @@ from ragkit.errors import ModelError, OfflineError
 from ragkit.models.cache import installing, models_home
 from ragkit.models.catalogue import CATALOGUE, CatalogueEntry, ModelRole
 from ragkit.models.fingerprint import file_sha256
-from ragkit.models.pull import pull
+from ragkit.models.pulling import pull
 from ragkit.progress import Progress
 
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt")

@@ -33,7 +33,7 @@ class ModelTokenizer:
         self.folder = folder
         content = _content(folder / "tokenizer.json")
         self._raw = _parsed(content, folder / "tokenizer.json")
-        self._text = _tokenizer(_without_markup(self._raw), folder)
+        self._text = _as_text_only(self._raw, folder)
         self._digest = hashlib.sha256(_ID_FORMAT + content).hexdigest()
 
     @property
@@ -130,15 +130,16 @@ def _tokenizer(raw: dict[str, Any], folder: Path) -> Tokenizer:
         raise ModelError(f"{folder / 'tokenizer.json'} cannot be loaded as a tokenizer: {error}") from error
 
 
-def _without_markup(raw: dict[str, Any]) -> dict[str, Any]:
-    # Added tokens are matched before anything else. Those that are not runs of whitespace are markup, special by
-    # flag or not (<|fim_prefix|>, <tool_call>, ...), and a document must not be able to write markup.
-    kept = [
-        token
-        for token in raw.get("added_tokens", [])
-        if not token.get("special") and not str(token.get("content", "")).strip()
+def _as_text_only(raw: dict[str, Any], folder: Path) -> Tokenizer:
+    # Added tokens are matched before anything else. Those that are not runs of whitespace are markup, whether the
+    # file calls them special or not (<|fim_prefix|>, <tool_call>, ...), and a document must not be able to write
+    # markup. They stay in the vocabulary, because leaving them out would move the ids of those that follow.
+    added = [
+        {**token, "special": bool(str(token.get("content", "")).strip())} for token in raw.get("added_tokens") or ()
     ]
-    return {**raw, "added_tokens": kept}
+    tokenizer = _tokenizer({**raw, "added_tokens": added}, folder)
+    tokenizer.encode_special_tokens = True  # the library's name for reading special tokens as plain text
+    return tokenizer
 
 
 def _checked(text: str) -> str:
