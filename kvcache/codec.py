@@ -1,0 +1,139 @@
+"""What a KV codec promises, and the pieces that codecs share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef, EncodedKV
+from ragkit.kvcache.layout import KVLayout
+
+LayerKV = tuple[Tensor, Tensor]  # keys before RoPE and values, (tokens, kv_heads, head_dim) each
+
+_SECTION_ALIGNMENT = 16  # bytes; the widest load of a kernel
+_LARGEST = 6e4  # scales and zeros are fp16
+
+
+class KVCodec(Protocol):
+    """Turns the KV of a chunk's layers into bytes and back, on the device where they are.
+
+    Decoding gives the same numbers for the same bytes on every call, and a chunk passes through its codec before its
+    first use, so whoever computes a chunk and whoever loads it see equal values.
+    """
+
+    @property
+    def codec_id(self) -> str:
+        """Names the codec with everything that changes its numbers; part of the KV key."""
+        ...
+
+    @property
+    def layout(self) -> KVLayout:
+        """The layers that it is made for; decoding gives the layout's dtype."""
+        ...
+
+    def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:
+        """Return the bytes (uint8) of each layer of a whole chunk.
+
+        Raises:
+            KVCacheError: a number is not finite, or too large for the codec.
+        """
+        ...
+
+    def decode(self, encoded: Sequence[Tensor], tokens: int, first_layer: int = 0) -> list[LayerKV]:
+        """Return the keys and values of the layers from `first_layer` on whose bytes are given."""
+        ...
+
+    def error_bounds(self, layers: Sequence[LayerKV]) -> list[LayerKV]:
+        """Return for every number of `layers` how far the decoded one may be from it, fp32."""
+        ...
+
+    def bytes_per_token(self, tokens: int) -> float:
+        """Return the bytes a token takes in a chunk of `tokens`: exact for fixed-size codecs, else what to expect."""
+        ...
+
+
+def encode_chunk(codec: KVCodec, chunk: ChunkKV, chunk_id: str, recompute_ms: float = 0.0) -> EncodedKV:
+    """Return `chunk` as `codec` stores it.
+
+    Raises:
+        KVCacheError: its shape is not the codec's, or a number is not finite.
+    """
+    expected = [(spec.num_kv_heads, spec.head_dim) for spec in codec.layout.layers]
+    if [tuple(keys.shape[1:]) for keys, _ in chunk.layers] != expected:
+        raise KVCacheError(f"the KV of {chunk.key} does not have the layers of the model that its codec is for")
+    ref = ChunkRef(chunk.key, chunk.token_ids, chunk_id)
+    return EncodedKV.pack(ref, codec.codec_id, codec.encode(chunk.layers), recompute_ms)
+
+
+def decode_chunk(codec: KVCodec, encoded: EncodedKV) -> ChunkKV:
+    """Return the chunk that `encoded` holds.
+
+    Raises:
+        KVCacheError: another codec made it.
+    """
+    if encoded.codec_id != codec.codec_id:
+        raise KVCacheError(f"KV encoded by {encoded.codec_id} cannot be decoded by {codec.codec_id}")
+    layers = [encoded.layer(index) for index in range(len(encoded.extents))]
+    return ChunkKV(encoded.ref.key, encoded.ref.token_ids, tuple(codec.decode(layers, encoded.num_tokens)))
+
+
+def require_encodable(layers: Sequence[LayerKV]) -> None:
+    """Raise `KVCacheError` if a number is not finite or beyond what fp16 scales carry."""
+    for index, layer in enumerate(layers):
+        for name, heads in zip(("keys", "values"), layer, strict=True):
+            # Written so that NaN fails, too.
+            if heads.numel() and not float(heads.abs().amax()) <= _LARGEST:
+                raise KVCacheError(
+                    f"the {name} of layer {index} hold a number that is not finite or above {_LARGEST:g}: "
+                    "this KV cannot be stored by a low-bit codec, take bf16 or fp32"
+                )
+
+
+Section = tuple[torch.dtype, tuple[int, ...]]
+
+
+def section_bytes(sections: Sequence[Section]) -> int:
+    """Return the bytes of aligned `sections` behind each other."""
+    return sum(_aligned(math.prod(shape) * dtype.itemsize) for dtype, shape in sections)
+
+
+def join_sections(parts: Sequence[Tensor]) -> Tensor:
+    """Return (bytes,) uint8: the contiguous `parts` behind each other, aligned."""
+    out = torch.zeros(sum(_aligned(part.nbytes) for part in parts), dtype=torch.uint8, device=parts[0].device)
+    start = 0
+    for part in parts:
+        out[start : start + part.nbytes] = part.contiguous().flatten().view(torch.uint8)
+        start += _aligned(part.nbytes)
+    return out
+
+
+def split_sections(data: Tensor, sections: Sequence[Section]) -> list[Tensor]:
+    """Return views of what `join_sections` joined.
+
+    Raises:
+        KVCacheError: `data` has another size.
+    """
+    if data.numel() != section_bytes(sections):
+        raise KVCacheError(f"a layer's KV has {data.numel()} bytes where {section_bytes(sections)} were written")
+    parts, start = [], 0
+    for dtype, shape in sections:
+        stop = start + math.prod(shape) * dtype.itemsize
+        parts.append(data[start:stop].view(dtype).view(shape))
+        start += _aligned(stop - start)
+    return parts
+
+
+def rounding(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return how far rounding to `dtype` and computing in fp32 may move numbers of this size, fp32."""
+    info = torch.finfo(dtype)
+    relative = info.eps / 2 + torch.finfo(torch.float32).eps
+    return numbers.float().abs() * relative + info.smallest_normal * info.eps
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _SECTION_ALIGNMENT) * _SECTION_ALIGNMENT

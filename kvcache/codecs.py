@@ -1,0 +1,49 @@
+"""The codecs by name."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.codec import KVCodec
+from ragkit.kvcache.codec_entropy import EntropyCodec
+from ragkit.kvcache.codec_quantized import QuantizedCodec
+from ragkit.kvcache.codec_raw import RawCodec
+from ragkit.kvcache.layout import KVLayout
+
+
+class CodecName(StrEnum):
+    """How chunk KV is stored; the number behind `entropy` is its level, 1 the finest."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+    ENTROPY1 = "entropy1"
+    ENTROPY2 = "entropy2"
+    ENTROPY3 = "entropy3"
+
+
+_RAW = {CodecName.FP32: torch.float32, CodecName.BF16: torch.bfloat16, CodecName.FP16: torch.float16}
+_QUANTIZED = {CodecName.INT8: (8, 64), CodecName.INT4: (4, 32)}  # bits and group; 32 is KIVI's for 4 bits
+_ENTROPY = {CodecName.ENTROPY1: 1, CodecName.ENTROPY2: 2, CodecName.ENTROPY3: 3}
+
+
+def make_codec(name: str, layout: KVLayout) -> KVCodec:
+    """Return the codec `name` for KV of `layout`.
+
+    Raises:
+        KVCacheError: there is no such codec, or it cannot take this shape.
+    """
+    if name not in list(CodecName):
+        raise KVCacheError(f"there is no KV codec {name!r}; there are {', '.join(CodecName)}")
+    known = CodecName(name)
+    if known in _RAW:
+        return RawCodec(known.value, layout, _RAW[known])
+    if known in _QUANTIZED:
+        bits, group = _QUANTIZED[known]
+        return QuantizedCodec(known.value, layout, bits, group)
+    return EntropyCodec(known.value, layout, _ENTROPY[known])

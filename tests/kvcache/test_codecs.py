@@ -1,0 +1,183 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from kv_samples import LAYOUT, chunk_of, layers_of, ref_of
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.chunk_kv import ChunkKV
+from ragkit.kvcache.codec import decode_chunk, encode_chunk
+from ragkit.kvcache.codecs import CodecName, make_codec
+from ragkit.kvcache.layout import KVLayout, LayerSpec
+from ragkit.models.model_config import RopeConfig
+
+CODECS = [name.value for name in CodecName]
+LOSSY = ["int8", "int4", "entropy1", "entropy2", "entropy3"]
+
+
+def layout_of(dtype=torch.float32, heads=2, head_dim=16, layers=3):
+    return KVLayout((LayerSpec(heads, head_dim, RopeConfig()),) * layers, dtype)
+
+
+def round_trip(name, layout, tokens=70):
+    codec = make_codec(name, layout)
+    chunk = chunk_of(ref_of("sample", tokens), layout)
+    encoded = encode_chunk(codec, chunk, "chunk")
+    return codec, chunk, encoded, decode_chunk(codec, encoded)
+
+
+def relative_error(chunk, back):
+    pairs = [(a, b) for mine, theirs in zip(chunk.layers, back.layers, strict=True) for a, b in zip(mine, theirs)]  # noqa: B905
+    wrong = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    total = sum(float((a.double() - a.double().mean(0)).square().sum()) for a, _ in pairs)
+    return (wrong / total) ** 0.5
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 31, 32, 70])
+def test_every_number_is_within_the_stated_bound(name, dtype, tokens):
+    codec, chunk, _, back = round_trip(name, layout_of(dtype), tokens)
+    for original, decoded, bounds in zip(chunk.layers, back.layers, codec.error_bounds(chunk.layers), strict=True):
+        for a, b, bound in zip(original, decoded, bounds, strict=True):
+            assert b.dtype == dtype
+            assert b.shape == a.shape
+            assert bool(((a.double() - b.double()).abs() <= bound.double()).all())
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_raw_codecs_are_exact_in_their_own_type(name):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    _, chunk, _, back = round_trip(name, layout_of(dtype))
+    assert all(torch.equal(a, b) for x, y in zip(chunk.layers, back.layers, strict=True) for a, b in zip(x, y))  # noqa: B905
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("bf16", 0.005), ("int8", 0.01), ("int4", 0.13), ("entropy1", 0.1), ("entropy2", 0.2)]
+)
+def test_the_error_is_small_against_the_spread_of_the_numbers(name, most):
+    _, chunk, _, back = round_trip(name, layout_of(torch.float32, 4, 32), 128)
+    assert relative_error(chunk, back) <= most
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_the_same_bytes_decode_to_the_same_numbers_and_layer_by_layer(name):
+    layout = layout_of()
+    codec, _, encoded, back = round_trip(name, layout)
+    again = decode_chunk(codec, encoded)
+    for index, (keys, values) in enumerate(back.layers):
+        ((own_keys, own_values),) = codec.decode([encoded.layer(index)], encoded.num_tokens, index)
+        assert torch.equal(keys, own_keys)
+        assert torch.equal(values, own_values)
+        assert torch.equal(again.layers[index][0], keys)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_encoding_twice_gives_the_same_bytes(name):
+    first, second = (round_trip(name, layout_of())[2] for _ in range(2))
+    assert torch.equal(first.data, second.data)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 33, 256])
+def test_fixed_size_codecs_state_their_exact_bytes(name, tokens):
+    codec, _, encoded, _ = round_trip(name, layout_of(head_dim=64), tokens)
+    assert sum(stop - start for start, stop in encoded.extents) == codec.bytes_per_token(tokens) * tokens
+
+
+@pytest.mark.parametrize("name", ["entropy1", "entropy2", "entropy3"])
+def test_entropy_codecs_state_about_their_bytes_for_numbers_without_structure(name):
+    layout = layout_of(head_dim=64)
+    generator = torch.Generator().manual_seed(0)
+    shape = (256, 2, 64)
+    layers = tuple(tuple(torch.randn(shape, generator=generator) for _ in range(2)) for _ in layout.layers)
+    codec = make_codec(name, layout)
+    ref = ref_of("noise", 256)
+    encoded = encode_chunk(codec, ChunkKV(ref.key, ref.token_ids, layers), "chunk")
+    assert encoded.nbytes / 256 == pytest.approx(codec.bytes_per_token(256), rel=0.05)
+
+
+def test_bytes_fall_from_codec_to_codec():
+    layout = layout_of(torch.float32, 4, 64)
+    sizes = [round_trip(name, layout, 256)[2].nbytes for name in CODECS if name != "fp16"]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_the_finest_entropy_level_is_a_third_smaller_than_int4_at_equal_error():
+    layout = layout_of(torch.float32, 4, 64)
+    _, chunk, int4, int4_back = round_trip("int4", layout, 256)
+    _, _, entropy, entropy_back = round_trip("entropy1", layout, 256)
+    # Halving the error of a uniform quantiser takes one bit more.
+    missing = math.log2(relative_error(chunk, entropy_back) / relative_error(chunk, int4_back))
+    numbers = 3 * 2 * 4 * 64 * 256
+    assert int4.nbytes * 8 / numbers == 5
+    assert 5 / (entropy.nbytes * 8 / numbers + missing) >= 1.3
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_an_empty_chunk_passes(name):
+    _, _, _, back = round_trip(name, layout_of(), 0)
+    assert back.layers[0][0].shape == (0, 2, 16)
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_numbers_that_no_scale_can_carry_are_refused(name, bad):
+    layers = layers_of(range(20))
+    layers[1][1][3, 2, 1] = bad
+    ref = ref_of("bad", 20)
+    with pytest.raises(KVCacheError, match="values of layer 1 hold a number that is not finite"):
+        encode_chunk(make_codec(name, LAYOUT), ChunkKV(ref.key, ref.token_ids, layers), "chunk")
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_constant_and_outlying_channels_survive(name):
+    layout = layout_of()
+    layers = tuple((torch.zeros(40, 2, 16), torch.zeros(40, 2, 16)) for _ in layout.layers)
+    layers[0][0][..., 1] = 300.0
+    layers[0][0][7, 0, 2] = 5e4
+    layers[1][1][9, 1, 3] = -5e4
+    codec, ref = make_codec(name, layout), ref_of("outlier", 40)
+    chunk = ChunkKV(ref.key, ref.token_ids, layers)
+    back = decode_chunk(codec, encode_chunk(codec, chunk, "chunk"))
+    for original, decoded, bounds in zip(layers, back.layers, codec.error_bounds(layers), strict=True):
+        for a, b, bound in zip(original, decoded, bounds, strict=True):
+            assert bool(((a - b).abs() <= bound).all())
+    assert float(back.layers[0][0][..., 1].sub(300).abs().max()) < 1
+
+
+def test_layers_of_different_shapes_pass_through_the_entropy_codec():
+    layout = KVLayout((LayerSpec(2, 16, RopeConfig()), LayerSpec(1, 8, RopeConfig()), LayerSpec(2, 16, RopeConfig())),
+                      torch.float32)  # fmt: skip
+    codec, chunk, _, back = round_trip("entropy1", layout)
+    for original, decoded, bounds in zip(chunk.layers, back.layers, codec.error_bounds(chunk.layers), strict=True):
+        assert all(bool(((a - b).abs() <= c).all()) for a, b, c in zip(original, decoded, bounds, strict=True))
+
+
+def test_codecs_have_different_ids():
+    assert len({make_codec(name, LAYOUT).codec_id for name in CODECS}) == len(CODECS)
+
+
+def test_an_unknown_codec_is_refused():
+    with pytest.raises(KVCacheError, match="no KV codec 'zip'; there are fp32, bf16"):
+        make_codec("zip", LAYOUT)
+
+
+def test_kv_of_another_model_or_codec_is_refused():
+    chunk = chunk_of(ref_of("a"))
+    with pytest.raises(KVCacheError, match="does not have the layers"):
+        encode_chunk(make_codec("bf16", layout_of()), chunk, "chunk")
+    encoded = encode_chunk(make_codec("bf16", LAYOUT), chunk, "chunk")
+    with pytest.raises(KVCacheError, match="encoded by bf16 cannot be decoded by int8"):
+        decode_chunk(make_codec("int8", LAYOUT), encoded)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_bytes_of_another_size_are_refused(name):
+    codec = make_codec(name, LAYOUT)
+    encoded = encode_chunk(codec, chunk_of(ref_of("a")), "chunk")
+    short = dataclasses.replace(encoded, extents=((0, 32), *encoded.extents[1:]))
+    with pytest.raises(KVCacheError, match="bytes"):
+        decode_chunk(codec, short)
