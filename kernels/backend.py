@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 try:
     import triton
-    import triton.language as tl
+    import triton.language
 
     jit: Any = triton.jit
+    tl: Any = triton.language
     TRITON_INSTALLED = True
 except ImportError:
     TRITON_INSTALLED = False

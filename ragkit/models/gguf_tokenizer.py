@@ -41,7 +41,7 @@ def tokenizer_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ModelError: the file carries a tokenizer of another kind.
     """
-    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    model, pre = fields.get("tokenizer.ggml.model"), str(fields.get("tokenizer.ggml.pre"))
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise ModelError(
             f"the GGUF file carries a tokenizer of kind {model!r} with splitting {pre!r}; ragkit reads gpt2 with "
