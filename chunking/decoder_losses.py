@@ -3,7 +3,9 @@
 Texts run side by side as streams: each pass takes the next segment of as many streams as fit a batch, through the
 linear layers as one packed matrix and through attention stream by stream. A segment attends to itself and to the
 last `window` tokens before it. Keys are kept before RoPE and turned by their place in the window when they are used,
-so that dropping the oldest leaves every distance as it was and no position grows beyond the trained ones.
+so that dropping the oldest leaves every distance as it was and no position grows beyond the trained ones. The first
+few tokens of a text are never dropped: models lean on them, and lose their footing where they are gone (attention
+sinks, StreamingLLM, arXiv 2309.17453); they stand right before the window.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 Losses = NDArray[np.float32]
 
+_SINKS = 4
 _LOGITS = 1 << 28  # logits held at once, in numbers, on a GPU; a sixteenth of that on a CPU
 
 
@@ -54,16 +57,15 @@ class DecoderLosses:
 
     def __init__(self, decoder: Decoder, window: int = 1024, segment: int = 2048, batch: int = 4096) -> None:
         longest = decoder.config.max_context
-        if min(window, segment, batch) < 1 or window + segment > longest:
+        reach = _SINKS + window + segment
+        if min(window, segment, batch) < 1 or reach > longest:
             raise UsageError(
-                f"window, segment and batch must be at least 1, and window + segment at most the model's {longest} "
-                f"tokens, got {window}, {segment} and {batch}"
+                f"window, segment and batch must be at least 1, and window + segment at most {longest - _SINKS} tokens "
+                f"for this model, got {window}, {segment} and {batch}"
             )
         self._decoder = decoder
         self._window, self._segment, self._batch = window, segment, batch
-        self._rotary = RotaryTable.build(
-            decoder.config.rope, decoder.config.head_dim, window + segment, decoder.device, window + segment
-        )
+        self._rotary = RotaryTable.build(decoder.config.rope, decoder.config.head_dim, reach, decoder.device, reach)
         on_cpu = decoder.device.type == "cpu"
         self._logit_rows = max(1, _LOGITS // (16 if on_cpu else 1) // decoder.config.vocab_size)
         self.tokens_forwarded = 0
@@ -129,7 +131,7 @@ class _WindowAttention:
     ) -> None:
         self._rotary, self._scale, self._window = rotary, scale, window
         self._parts, self._last = parts, last
-        longest = max(size for _, size in parts) + window
+        longest = _SINKS + window + max(size for _, size in parts)
         self._positions = torch.arange(longest, device=rotary.cos.device)
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -147,13 +149,19 @@ class _WindowAttention:
             rotated = self._rotary.rotate(key, positions)
             query = self._rotary.rotate(queries[own], positions[len(key) - size :])
             if not ends:
-                kept = (key[-self._window :].clone(), value[-self._window :].clone())
+                kept = self._kept(key), self._kept(value)
                 if stream.done:
                     stream.window[layer] = kept
                 else:
                     stream.window.append(kept)
             out.append(causal_attention(query, rotated, value, self._scale))
         return torch.cat(out) if len(out) > 1 else out[0]
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """Return the rows that the next segment attends to."""
+        if len(rows) <= _SINKS + self._window:
+            return rows.clone()
+        return torch.cat((rows[:_SINKS], rows[-self._window :]))
 
 
 def _passes(streams: list[_Stream], segment: int, batch: int) -> Iterator[list[tuple[_Stream, int]]]:
