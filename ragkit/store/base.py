@@ -198,6 +198,10 @@ class StoreReader(Protocol):
         """Return where the known ones of these KV keys lie."""
         ...
 
+    def kv_listing(self) -> list[tuple[Path, KVEntry]]:
+        """Return where every stored KV lies, oldest first."""
+        ...
+
 
 class StoreWriter(Protocol):
     """The one writer of a store, while it holds the lock. Every method is one transaction, visible as a whole."""
@@ -260,4 +264,8 @@ class StoreWriter(Protocol):
 
     def add_kv(self, parts: Iterable[bytes], entries: Sequence[KVEntry]) -> str:
         """Store one KV segment and where its chunks lie in it; return its sha256."""
+        ...
+
+    def remove_kv(self, keys: Sequence[str]) -> None:
+        """Forget KV entries (unknown keys are ignored); a segment's file goes with its last entry."""
         ...

@@ -117,6 +117,25 @@ def put_kv(changes: Changes, segment: SegmentRow, entries: Sequence[KVEntry]) ->
         changes.connection.execute(sql, (*row, row_crc(*row)))
 
 
+def drop_kv(changes: Changes, keys: Sequence[str]) -> None:
+    """Forget KV entries, and the segments that hold no other, within the open transaction."""
+    changes.connection.executemany("DELETE FROM kv WHERE key = ?", ((key,) for key in keys))
+    changes.connection.execute(
+        "DELETE FROM segments WHERE kind = ? AND segment_id NOT IN (SELECT segment_id FROM kv)", (KV_SEGMENT,)
+    )
+
+
+def list_kv(connection: sqlite3.Connection, folder: Path) -> list[tuple[Path, KVEntry]]:
+    """Return where every KV entry lies, oldest first; rows that rotted are left out."""
+    columns = ", ".join(f"kv.{name}" for name in _KV_COLUMNS.split(", "))
+    sql = f"SELECT {columns}, kv.crc, s.sha256, s.kind FROM kv JOIN segments s USING (segment_id) ORDER BY kv.kv_id"  # noqa: S608
+    return [
+        (segment_path(folder, row[8], row[9]), KVEntry(row[1], row[2], row[4], row[5], row[6]))
+        for row in connection.execute(sql)
+        if row_crc(*row[:7]) == row[7]
+    ]
+
+
 def read_kv(connection: sqlite3.Connection, folder: Path, keys: Sequence[str]) -> dict[str, tuple[Path, KVEntry]]:
     """Return where the known ones of these KV keys lie."""
     columns = ", ".join(f"kv.{name}" for name in _KV_COLUMNS.split(", "))

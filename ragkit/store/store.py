@@ -283,6 +283,11 @@ class Store:
         with self._snapshots.reading() as connection:
             return derived.read_kv(connection, self._folder, keys)
 
+    def kv_listing(self) -> list[tuple[Path, KVEntry]]:
+        """Return where every stored KV lies, oldest first."""
+        with self._snapshots.reading() as connection:
+            return derived.list_kv(connection, self._folder)
+
     @contextlib.contextmanager
     def writer(self, lock_timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[Writer]:
         """Give the one writer of this store; see `StoreWriter`.

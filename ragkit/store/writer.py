@@ -196,6 +196,12 @@ class Writer:
             derived.put_kv(changes, segment, entries)
         return segment.sha256
 
+    def remove_kv(self, keys: Sequence[str]) -> None:
+        """Forget KV entries; a segment goes with its last one."""
+        with self._transactions.open(same_generation=True) as changes:
+            derived.drop_kv(changes, keys)
+        cleaning.remove_unreferenced(self._folder, self._connection, timeout_s=0.0)
+
     def collect(self, reader_timeout_s: float) -> GcReport:
         """Rewrite sparse segments and remove what nothing references: `Store.gc`."""
         return cleaning.collect(self._folder, self._connection, self._transactions, reader_timeout_s)
