@@ -56,9 +56,11 @@ def read_row_ids(connection: sqlite3.Connection) -> RowIds:
     """Return all row ids, ascending."""
     import numpy as np
 
-    # read from the narrow (doc_key, idx) index: the table itself holds all the text
-    rows = connection.execute("SELECT row_id FROM chunks INDEXED BY sqlite_autoindex_chunks_2")
-    return np.sort(np.fromiter((row_id for (row_id,) in rows), dtype=np.int64))
+    # Read from the narrow (doc_key, idx) index, since the table itself holds all the text; and as one string, which
+    # numpy parses several times faster than Python fetches rows.
+    sql = "SELECT group_concat(row_id, ' ') FROM chunks INDEXED BY sqlite_autoindex_chunks_2"
+    (listed,) = connection.execute(sql).fetchone()
+    return np.sort(np.fromstring(listed or "", dtype=np.int64, sep=" "))
 
 
 def _stored_chunk(row: Sequence[Any]) -> StoredChunk:

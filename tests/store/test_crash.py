@@ -17,7 +17,7 @@ from store_children import in_child, start_child
 from store_samples import configure, contents, texts_of, update
 
 from ragkit.errors import StoreLockedError, StoreSpaceError
-from ragkit.store import Store, faults
+from ragkit.store import Store, connections, faults
 from ragkit.store.cleaning import unreferenced_files
 from ragkit.store.connections import connect
 
@@ -280,35 +280,65 @@ def test_a_dead_owner_loses_the_lock_at_once(store):
 
 
 @pytest.mark.crash
-def test_a_forked_child_does_not_keep_its_parents_lock(store):
-    with store.writer():
-        pid = os.fork()
-        if pid == 0:
+def test_a_forked_child_does_not_keep_a_dead_parents_lock(store):
+    read_end, write_end = os.pipe()
+
+    def parent():
+        with store.writer():
+            if os.fork() == 0:
+                os.write(write_end, f"{os.getpid()}\n".encode())
+                time.sleep(60)
+                os._exit(0)
             time.sleep(60)
-            os._exit(0)
+
+    pid = start_child(parent)
+    grandchild = int(os.read(read_end, 20))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     try:
         with store.writer(lock_timeout_s=0):
             pass
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        os.kill(grandchild, signal.SIGKILL)
+
+
+def test_the_lock_is_free_at_once_even_while_a_copy_of_its_file_is_still_open(store):
+    with store.writer():
+        copies = [os.dup(number) for number in open_descriptors(store.folder / "lock")]
+    assert len(copies) == 1
+    with store.writer(lock_timeout_s=0):
+        pass
+    os.close(copies[0])
+
+
+def open_descriptors(path):
+    links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+    return [int(link.name) for link in links if link.exists() and link.samefile(path)]
 
 
 @pytest.mark.crash
-def test_a_forked_child_reads_through_its_own_connection(store):
+def test_a_forked_child_reads_through_its_own_connection(store, monkeypatch):
     with store.writer() as writer:
         configure(writer)
         writer.commit([update("a.txt", "shared text")])
     expected = contents(store)
+    opened = []
+
+    def counting(folder, **options):
+        opened.append(os.getpid())
+        return connect(folder, **options)
 
     def child():
         assert contents(store) == expected
+        assert opened == [os.getpid()]
         with store.writer() as writer:
             writer.commit([update("child.txt", "from the child")])
 
+    monkeypatch.setattr(connections, "connect", counting)
     with store.snapshot():  # forked while a read transaction is open
         assert in_child(child) == 0
         assert contents(store) == expected
+    assert opened == []
     assert sorted(texts_of(store)) == ["a.txt", "child.txt"]
     assert store.verify().problems == ()
 
@@ -318,23 +348,33 @@ def test_a_child_that_leaves_its_parents_snapshot_does_not_end_it(store):
     with store.writer() as writer:
         configure(writer)
         writer.commit([update("a.txt", "old")])
-
-    def child():
-        raise SystemExit(0)
-
-    with store.snapshot():
-        pid = os.fork()
-        if pid == 0:
-            try:
-                with store.snapshot():
-                    pass
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
-        with store.writer() as writer:
-            writer.commit([update("a.txt", "new")])
-        assert texts_of(store) == {"a.txt": ["old"]}
+    try:
+        with store.snapshot():
+            pid = os.fork()
+            if pid == 0:
+                raise SystemExit
+            assert os.waitpid(pid, 0)[1] == 0
+            with store.writer() as writer:
+                writer.commit([update("a.txt", "new")])
+            assert store.gc(reader_timeout_s=0).pending_files == 1
+            assert texts_of(store) == {"a.txt": ["old"]}
+    except SystemExit:
+        os._exit(0)
     assert texts_of(store) == {"a.txt": ["new"]}
+
+
+def test_a_writer_goes_on_after_a_transaction_that_failed(store, monkeypatch):
+    with store.writer() as writer:
+        configure(writer)
+        with monkeypatch.context() as patch:
+            faults.restart()
+            patch.setenv("RAGKIT_ENOSPC_AT", "6")  # the transaction's commit, after every row was changed
+            with pytest.raises(StoreSpaceError, match="transaction:commit"):
+                writer.commit([update("a.txt", "lost")])
+        assert store.counts().sources == 0
+        writer.commit([update("b.txt", "kept")])
+    assert texts_of(store) == {"b.txt": ["kept"]}
+    assert store.verify().problems == ()
 
 
 def test_the_lock_file_is_a_witness_of_lost_commits(store):
