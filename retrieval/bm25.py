@@ -8,14 +8,18 @@ others remain; `benchmarks/retrieval_quality.py` shows what that costs.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ragkit.retrieval.base import FloatMatrix, IdVector, SearchableStore
 
-# Letters and digits, with combining marks inside a word, as SQLite's unicode61 takes them.
-_WORD = re.compile(r"[^\W_]+(?:[\u0300-\u036f]+[^\W_]*)*")
+# What SQLite's tokenizer is sure to cut at, in ASCII, Latin-1, general punctuation and CJK punctuation. Everything else
+# stays together: a quoted word that SQLite cuts further is searched for as a phrase, so nothing of it is lost.
+_SEPARATORS = (
+    r"\x00-/:-@\[-`{-\xa9\xab-\xb1\xb4\xb6-\xb8\xbb\xbf\xd7\xf7"
+    r"\u2000-\u2064\u206a-\u206f\u3000-\u3004\u3008-\u3020\u3030"
+)
+_WORD = re.compile(f"[^{_SEPARATORS}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,10 @@ class TermSelection:
 
 def query_terms(question: str) -> list[str]:
     """Return the different words of `question` in order, without regard to case."""
-    words = _WORD.findall(unicodedata.normalize("NFC", question))
-    return list({word.casefold(): word for word in words}.values())
+    words: dict[str, str] = {}
+    for word in _WORD.findall(question):
+        words.setdefault(word.casefold(), word)
+    return list(words.values())
 
 
 def select_terms(frequencies: Mapping[str, int], chunks: int, selection: TermSelection) -> list[str]:

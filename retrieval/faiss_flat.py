@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ragkit.retrieval.base import FloatMatrix, IdVector
 from ragkit.retrieval.faiss_runtime import import_faiss, to_device
-from ragkit.retrieval.flat import FlatIndex
+from ragkit.retrieval.flat import FlatIndex, settled
 
 # GPU indexes give at most so many hits a query.
 GPU_MAX_K = 2048
@@ -59,6 +59,7 @@ class FaissFlatIndex:
 
 
 def order_ties(scores: FloatMatrix, row_ids: IdVector) -> tuple[FloatMatrix, IdVector]:
-    """Return both matrices with each row by falling score and equal scores by row id."""
+    """Return both matrices with each row by falling score, as `settled` rounds it, and equal scores by row id."""
+    scores = settled(scores)
     order = np.lexsort((row_ids, -scores), axis=-1)
     return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(row_ids, order, axis=-1)

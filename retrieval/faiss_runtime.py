@@ -69,7 +69,8 @@ def read_index(path: Path) -> Any:
     faiss.set_deserialization_vector_byte_limit(_VECTOR_BYTES_LIMIT)
     faiss.set_deserialization_loop_limit(_LOOP_LIMIT)
     try:
-        return faiss.downcast_index(faiss.read_index(str(path)))
+        # no downcast_index around it: that gives a second handle which does not keep the first one's memory
+        return faiss.read_index(str(path))
     except RuntimeError as error:
         raise StoreCorruptError(
             f"the vector index {path} cannot be read ({_first_line(error)}); `ragkit gc` removes it, and the next "

@@ -62,7 +62,7 @@ class FlatIndex:
         result = np.empty(len(row_ids), dtype=np.float32)
         if len(row_ids):
             result[order] = self.take(positions_of(self._row_ids, row_ids[order])) @ query[0]
-        return result
+        return settled(result)
 
     def take(self, places: NDArray[np.int64]) -> FloatMatrix:
         """Return a copy of the vectors at these ascending places among the rows."""
@@ -76,7 +76,7 @@ class FlatIndex:
 
     def _products(self, queries: FloatMatrix, places: NDArray[np.int64] | None) -> FloatMatrix:
         if places is not None and len(places) < len(self) // 8:
-            return queries @ self.take(places).T
+            return settled(queries @ self.take(places).T)
         products = np.empty((len(queries), len(self._row_ids)), dtype=np.float32)
         start = 0
         for part in self._parts:
@@ -84,7 +84,16 @@ class FlatIndex:
             # one question: matrix times vector, which reads the part once and needs no transposed copy
             products[:, start:stop] = (part @ queries[0])[None] if len(queries) == 1 else queries @ part.T
             start = stop
-        return products if places is None else products[:, places]
+        return settled(products if places is None else products[:, places])
+
+
+def settled(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return cosines rounded to multiples of 2^-20 (1e-6), so that equal vectors score equally.
+
+    The same row gives sums that differ in the last bits by its place in a matrix and by the shape of the batch.
+    """
+    rounded: NDArray[np.float32] = np.rint(scores * np.float32(1 << 20)) * np.float32(2.0**-20)
+    return rounded
 
 
 def positions_of(row_ids: IdVector, wanted: IdVector) -> NDArray[np.int64]:
