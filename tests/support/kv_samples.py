@@ -2,12 +2,16 @@
 
 import hashlib
 
+import numpy as np
 import torch
 
 from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef
+from ragkit.kvcache.codec import encode_chunk
 from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.layout import KVLayout, LayerSpec
 from ragkit.models.model_config import ModelConfig, RopeConfig
+from ragkit.store import IndexedDocument, SourceUpdate, Store
+from ragkit.types import Chunk, Document, chunk_id_of
 
 LAYOUT = KVLayout((LayerSpec(3, 8, RopeConfig()), LayerSpec(3, 8, RopeConfig())), torch.float32)
 
@@ -59,3 +63,24 @@ def layers_of(token_ids, layout=LAYOUT, *, outliers=True):
 
 def chunk_of(ref, layout=LAYOUT):
     return ChunkKV(ref.key, ref.token_ids, layers_of(ref.token_ids, layout))
+
+
+def store_of(folder, count=40):
+    """A store with `count` chunks, and their ids."""
+    text = "".join(f"chunk {number:03d}\n" for number in range(count))
+    document = Document.from_text(text, "a.txt")
+    spans = [(10 * number, 10 * number + 10) for number in range(count)]
+    chunks = [
+        Chunk(chunk_id_of(document.doc_id, *span), document.doc_id, index, text[slice(*span)], *span, 3)
+        for index, span in enumerate(spans)
+    ]
+    store = Store.create(folder)
+    with store.writer() as writer:
+        writer.configure(embedder_id="e", dim=2, chunker="c", chunker_fingerprint="f", tokenizer_id="t")
+        indexed = IndexedDocument(document, chunks, np.zeros((count, 2), np.float32))
+        writer.commit([SourceUpdate("a.txt", "0" * 64, len(text), 1, documents=(indexed,))])
+    return store, [chunk.chunk_id for chunk in chunks]
+
+
+def encoded_of(codec, ref, recompute_ms=1.0):
+    return encode_chunk(codec, chunk_of(ref, codec.layout), ref.chunk_id, recompute_ms)

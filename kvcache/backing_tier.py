@@ -1,0 +1,40 @@
+"""What a tier outside of memory promises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.kv_segment import RecordReader
+
+
+class BackingTier(Protocol):
+    """A tier that keeps chunks for longer than a process. Thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """How the tier is called in reports."""
+        ...
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes that its records take."""
+        ...
+
+    def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> AbstractContextManager[RecordReader]:
+        """Give a reader of the chunk's record, whole or layer by layer.
+
+        Raises:
+            KVMissError: it is not here, or not what was asked for; later reads may raise it, too.
+        """
+        ...
+
+    def save(self, chunks: Sequence[EncodedKV]) -> int:
+        """Keep chunks, evicting others to stay within the budget, and return how many are kept.
+
+        Raises:
+            KVCacheError: the tier could not be written.
+        """
+        ...

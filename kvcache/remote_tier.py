@@ -1,0 +1,107 @@
+"""Chunk KV at any fsspec URL, one object a chunk."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ragkit.errors import KVCacheError, MissingExtraError
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
+from ragkit.kvcache.kv_key import KVKey
+from ragkit.kvcache.kv_segment import KVMissError, MemorySource, MissReason, RecordReader, write_record
+
+
+class RemoteTier:
+    """One object a chunk below an fsspec URL (`file://`, `s3://`, `memory://`, ...), for sharing between machines.
+
+    Nothing is locked there: a half-written or foreign object is recognised by its checksums and is a miss. Keys hold
+    a tenant's salt, so tenants that share a place do not share KV.
+
+    Args:
+        url: the folder.
+        budget_bytes: most bytes that this process lets lie there, objects that it finds at the start included.
+        policy: which chunks leave first.
+        options: settings of the file system, as fsspec takes them.
+    """
+
+    def __init__(
+        self, url: str, budget_bytes: int, policy: EvictionPolicy, options: dict[str, Any] | None = None
+    ) -> None:
+        try:
+            import fsspec
+        except ImportError as error:
+            raise MissingExtraError(f"the KV tier {url} needs fsspec: pip install fsspec") from error
+        self.name = urllib.parse.urlsplit(url).scheme or "file"
+        self.budget_bytes = budget_bytes
+        self._lock = threading.Lock()
+        self._queue: EvictionQueue[KVKey] = EvictionQueue(policy)
+        self._sizes: dict[KVKey, int] = {}
+        self.bytes_used = 0
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url, **(options or {}))
+            found = self._files.find(self._root, detail=True) if self._files.exists(self._root) else {}
+        except Exception as error:  # every file system has errors of its own
+            raise KVCacheError(f"the KV tier {url} cannot be opened: {error}") from error
+        for path, about in sorted(found.items()):
+            name = str(path).rsplit("/", 1)[-1]
+            with contextlib.suppress(KVCacheError):  # other files may lie there
+                self._note(KVKey(name.removesuffix(".kv")), int(about["size"] or 0), 1.0)
+
+    @contextlib.contextmanager
+    def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:
+        """Give a reader of the chunk's record, which is fetched in one request."""
+        try:
+            content = self._files.cat_file(self._path(ref.key))
+        except FileNotFoundError as error:
+            raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not at {self.name}") from error
+        except Exception as error:
+            raise KVMissError(MissReason.UNREADABLE, f"the KV of {ref.key} cannot be fetched: {error}") from error
+        reader = RecordReader(MemorySource(content), ref, codec_id, num_layers)
+        with self._lock:
+            if ref.key in self._sizes:
+                self._queue.use(ref.key)
+        yield reader
+
+    def save(self, chunks: Sequence[EncodedKV]) -> int:
+        """Write one object a chunk."""
+        kept = 0
+        for chunk in chunks:
+            record = write_record(chunk)
+            if len(record) > self.budget_bytes:
+                continue
+            with self._lock:
+                missing = self.bytes_used + len(record) - self.budget_bytes
+                leaving = self._queue.make_room(missing, lambda _: True) if missing > 0 else []
+                for key in leaving:
+                    self.bytes_used -= self._sizes.pop(key)
+                self._note(chunk.ref.key, len(record), chunk.recompute_ms)
+            try:
+                for key in leaving:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._files.rm_file(self._path(key))
+                self._files.makedirs(self._path(chunk.ref.key).rsplit("/", 1)[0], exist_ok=True)
+                self._files.pipe_file(self._path(chunk.ref.key), record)
+            except Exception as error:
+                with self._lock:
+                    self._forget(chunk.ref.key)
+                raise KVCacheError(f"chunk KV could not be written to {self.name}: {error}") from error
+            kept += 1
+        return kept
+
+    def _path(self, key: KVKey) -> str:
+        return f"{self._root.rstrip('/')}/{key.digest[:2]}/{key.digest}.kv"
+
+    def _note(self, key: KVKey, nbytes: int, cost: float) -> None:
+        self._forget(key)
+        self._sizes[key] = nbytes
+        self._queue.add(key, nbytes, cost)
+        self.bytes_used += nbytes
+
+    def _forget(self, key: KVKey) -> None:
+        if key in self._sizes:
+            self._queue.remove(key)
+            self.bytes_used -= self._sizes.pop(key)

@@ -1,0 +1,220 @@
+"""Chunk KV on the local disk: in segments of the store, whose transactions and erasure they share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from ragkit.errors import KVCacheError, StoreError
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
+from ragkit.kvcache.kv_key import KVKey
+from ragkit.kvcache.kv_segment import FileSource, KVMissError, MissReason, RecordReader, segment_parts
+from ragkit.store.records import KVEntry
+
+_SEGMENT_BYTES = 64 << 20  # as a commit group
+_LOCK_TIMEOUT_S = 5.0
+_FILLED = 0.75  # of a segment's file holds live records, or it is written anew; and of the budget after an eviction
+_MOVED_TOGETHER = 64  # records
+
+
+class _KVWriter(Protocol):
+    def add_kv(self, parts: Iterator[bytes], entries: Sequence[KVEntry]) -> str: ...
+
+    def remove_kv(self, keys: Sequence[str]) -> None: ...
+
+
+class KVCatalogue(Protocol):
+    """What the segment tier needs of a store; `ragkit.store.Store` has it."""
+
+    def kv_entries(self, keys: Sequence[str]) -> dict[str, tuple[Path, KVEntry]]:
+        """Return where the known ones of these KV keys lie."""
+        ...
+
+    def kv_listing(self) -> list[tuple[Path, KVEntry]]:
+        """Return where every stored KV lies, oldest first."""
+        ...
+
+    def chunks_by_id(self, chunk_ids: Sequence[str]) -> Sequence[object]:
+        """Return these chunks; a `StoreError` says that one is not there."""
+        ...
+
+    def writer(self, lock_timeout_s: float = ...) -> AbstractContextManager[_KVWriter]:
+        """Give the one writer of the store."""
+        ...
+
+
+class SegmentTier:
+    """Chunks in the store's `.kv` segments, each written in one transaction with its catalogue entries.
+
+    The budget counts the files. A segment's file can only go as a whole, so where the budget is reached, the chunks of
+    least worth leave, and segments of which too little is left are written anew without the gaps (log-structured
+    cleaning; Rosenblum and Ousterhout, SOSP 1991).
+
+    Args:
+        catalogue: the store.
+        budget_bytes: most bytes of segment files that it keeps.
+        policy: which chunks leave first.
+    """
+
+    name = "disk"
+
+    def __init__(self, catalogue: KVCatalogue, budget_bytes: int, policy: EvictionPolicy) -> None:
+        self._catalogue = catalogue
+        self.budget_bytes = budget_bytes
+        self._lock = threading.Lock()
+        self._queue: EvictionQueue[KVKey] = EvictionQueue(policy)
+        self._records: dict[KVKey, tuple[Path, KVEntry]] = {}
+        self._reload()
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the segment files."""
+        with self._lock:
+            return sum(_file_bytes(path) for path in self._live_bytes())
+
+    @contextlib.contextmanager
+    def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:
+        """Give a reader of the chunk's record."""
+        try:
+            place = self._catalogue.kv_entries([ref.key.digest]).get(ref.key.digest)
+        except StoreError as error:
+            raise KVMissError(MissReason.UNREADABLE, f"the catalogue cannot name the KV of {ref.key}") from error
+        if place is None:
+            raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not on disk")
+        path, entry = place
+        # An open file stays readable while it is removed, so eviction cannot pull it away from under a load.
+        with FileSource(path, entry.offset, entry.bytes) as source:
+            reader = RecordReader(source, ref, codec_id, num_layers)
+            with self._lock:
+                if ref.key in self._records:
+                    self._queue.use(ref.key)
+            yield reader
+
+    def save(self, chunks: Sequence[EncodedKV]) -> int:
+        """Write chunks in segments of up to 64 MiB; those whose text has left the store meanwhile are left out."""
+        kept = 0
+        for group in _groups(chunks, min(_SEGMENT_BYTES, int(self.budget_bytes * _FILLED / 4))):
+            try:
+                with self._catalogue.writer(_LOCK_TIMEOUT_S) as writer:
+                    kept += self._save_group(writer, [chunk for chunk in group if self._is_alive(chunk)])
+            except StoreError as error:
+                with contextlib.suppress(StoreError):
+                    self._reload()
+                raise KVCacheError(f"chunk KV could not be written to the store: {error}") from error
+        return kept
+
+    def _save_group(self, writer: _KVWriter, group: Sequence[EncodedKV]) -> int:
+        parts, entries = segment_parts(group)
+        nbytes = sum(entry.bytes for entry in entries)
+        if not group or nbytes > self.budget_bytes * _FILLED:
+            return 0
+        if self.bytes_used + nbytes > self.budget_bytes:
+            self._make_room(writer, nbytes)
+        writer.add_kv(parts, entries)
+        places = self._catalogue.kv_entries([entry.key for entry in entries])
+        with self._lock:
+            for chunk, entry in zip(group, entries, strict=True):
+                self._note(places[entry.key][0], entry, chunk.recompute_ms)
+        return len(group)
+
+    def _make_room(self, writer: _KVWriter, nbytes: int) -> None:
+        with self._lock:
+            missing = sum(self._live_bytes().values()) + nbytes - int(self.budget_bytes * _FILLED)
+            victims = self._queue.make_room(missing, lambda _: True) if missing > 0 else []
+            for key in victims:
+                del self._records[key]
+            sparse = {path for path, live in self._live_bytes().items() if live < _FILLED * _file_bytes(path)}
+            moving = [(path, entry) for path, entry in self._records.values() if path in sparse]
+        writer.remove_kv([key.digest for key in victims])
+        for start in range(0, len(moving), _MOVED_TOGETHER):
+            self._move(writer, moving[start : start + _MOVED_TOGETHER])
+        writer.remove_kv([])  # the segments that have become empty
+
+    def _move(self, writer: _KVWriter, moving: Sequence[tuple[Path, KVEntry]]) -> None:
+        """Write records into a new segment; those that cannot be read whole are forgotten."""
+        contents: list[bytes] = []
+        entries: list[KVEntry] = []
+        lost: list[str] = []
+        for path, entry in moving:
+            content = _record_bytes(path, entry)
+            if content is None:
+                lost.append(entry.key)
+                continue
+            entries.append(dataclasses.replace(entry, offset=sum(map(len, contents))))
+            contents.append(content)
+        if lost:
+            writer.remove_kv(lost)
+        if entries:
+            writer.add_kv(iter(contents), entries)
+        places = self._catalogue.kv_entries([entry.key for entry in entries])
+        with self._lock:
+            for entry in entries:
+                self._records[KVKey(entry.key)] = (places[entry.key][0], entry)
+            for key in map(KVKey, lost):
+                self._queue.remove(key)
+                del self._records[key]
+
+    def _is_alive(self, chunk: EncodedKV) -> bool:
+        """Whether the chunk is still in the catalogue: what was erased must not come back through its KV."""
+        try:
+            self._catalogue.chunks_by_id([chunk.ref.chunk_id])
+        except StoreError:
+            return False
+        return True
+
+    def _reload(self) -> None:
+        listing = self._catalogue.kv_listing()
+        with self._lock:
+            for key in list(self._records):
+                self._queue.remove(key)
+            self._records.clear()
+            for path, entry in listing:
+                self._note(path, entry, cost=float(entry.bytes))
+
+    def _note(self, path: Path, entry: KVEntry, cost: float) -> None:
+        key = KVKey(entry.key)
+        if key in self._records:
+            self._queue.remove(key)
+        self._records[key] = (path, entry)
+        self._queue.add(key, entry.bytes, cost)
+
+    def _live_bytes(self) -> dict[Path, int]:
+        live: dict[Path, int] = {}
+        for path, entry in self._records.values():
+            live[path] = live.get(path, 0) + entry.bytes
+        return live
+
+
+def _groups(chunks: Sequence[EncodedKV], limit: int = _SEGMENT_BYTES) -> Iterator[list[EncodedKV]]:
+    group: list[EncodedKV] = []
+    for chunk in chunks:
+        if group and sum(item.nbytes for item in group) + chunk.nbytes > limit:
+            yield group
+            group = []
+        group.append(chunk)
+    if group:
+        yield group
+
+
+def _file_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _record_bytes(path: Path, entry: KVEntry) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            file.seek(entry.offset)
+            content = file.read(entry.bytes)
+    except OSError:
+        return None
+    return content if len(content) == entry.bytes and zlib.crc32(content) == entry.crc32 else None

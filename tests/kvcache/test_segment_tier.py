@@ -1,0 +1,208 @@
+import contextlib
+import os
+
+import pytest
+import torch
+from kv_samples import LAYOUT, encoded_of, ref_of, store_of
+
+from ragkit.errors import KVCacheError, StoreLockedError
+from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.eviction import make_policy
+from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.segment_tier import SegmentTier
+
+CODEC = make_codec("bf16", LAYOUT)
+
+
+@pytest.fixture
+def place(tmp_path):
+    store, chunk_ids = store_of(tmp_path / "store")
+    with store:
+        yield store, chunk_ids
+
+
+def tier_of(store, budget=10**9):
+    return SegmentTier(store, budget, make_policy("lru"))
+
+
+def refs_of(chunk_ids, count):
+    return [ref_of(number, 20, chunk_ids[number]) for number in range(count)]
+
+
+def load(tier, ref):
+    with tier.open(ref, CODEC.codec_id, 2) as reader:
+        return reader.load()
+
+
+def reason(tier, ref):
+    with pytest.raises(KVMissError) as caught:
+        load(tier, ref)
+    return caught.value.reason
+
+
+def found(tier, refs):
+    kept = []
+    for index, ref in enumerate(refs):
+        with contextlib.suppress(KVMissError):
+            assert torch.equal(load(tier, ref).data, encoded_of(CODEC, ref).data)
+            kept.append(index)
+    return kept
+
+
+def test_saved_chunks_come_back_also_to_another_process(place):
+    store, ids = place
+    refs = refs_of(ids, 5)
+    assert tier_of(store).save([encoded_of(CODEC, ref) for ref in refs]) == 5
+    again = tier_of(store)
+    assert found(again, refs) == [0, 1, 2, 3, 4]
+    assert again.bytes_used == sum(entry.bytes for _, entry in store.kv_listing())
+    assert store.verify().problems == ()
+
+
+def test_one_layer_is_read_alone(place):
+    store, ids = place
+    (ref,) = refs_of(ids, 1)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref)])
+    with tier.open(ref, CODEC.codec_id, 2) as reader:
+        assert torch.equal(reader.layer(1), encoded_of(CODEC, ref).layer(1))
+
+
+def test_an_unknown_chunk_is_absent(place):
+    assert reason(tier_of(place[0]), ref_of("x")) is MissReason.ABSENT
+
+
+def test_the_files_stay_within_the_budget_and_the_best_chunks_stay(place):
+    store, ids = place
+    refs = refs_of(ids, 30)
+    one = tier_of(store)
+    one.save([encoded_of(CODEC, refs[0])])
+    record = one.bytes_used
+    tier = tier_of(store, budget=12 * record)
+    for ref in refs[1:]:
+        tier.save([encoded_of(CODEC, ref)])
+        load(tier, refs[0])  # used all the time
+        assert tier.bytes_used <= 12 * record
+        assert sum(path.stat().st_size for path in store.folder.rglob("*.kv")) == tier.bytes_used
+    kept = found(tier, refs)
+    assert kept[0] == 0
+    assert kept[-1] == 29
+    assert len(kept) >= 6
+
+
+def test_sparse_segments_are_written_anew(place):
+    store, ids = place
+    refs = refs_of(ids, 24)
+    tier = tier_of(store, budget=10**9)
+    tier.save([encoded_of(CODEC, ref) for ref in refs[:12]])  # one file
+    whole = tier.bytes_used
+    tier.budget_bytes = int(whole * 1.2)
+    for ref in refs[6:12]:
+        load(tier, ref)
+    tier.save([encoded_of(CODEC, refs[12])])
+    assert tier.bytes_used <= tier.budget_bytes
+    tier.save([encoded_of(CODEC, ref) for ref in refs[13:18]])
+    assert tier.bytes_used <= tier.budget_bytes
+    kept = found(tier, refs)
+    assert set(kept) >= {11, 12, 17}
+    assert 0 not in kept
+    assert store.verify().problems == ()
+
+
+def test_what_is_larger_than_the_budget_is_not_kept(place):
+    store, ids = place
+    (ref,) = refs_of(ids, 1)
+    assert tier_of(store, budget=5000).save([encoded_of(CODEC, ref)]) == 0
+    assert store.kv_listing() == []
+
+
+def test_kv_of_an_erased_chunk_is_not_written(place):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    tier = tier_of(store)
+    with store.writer() as writer:
+        writer.remove(["a.txt"], erase=True)
+    assert tier.save([encoded_of(CODEC, ref) for ref in refs]) == 0
+    assert store.kv_listing() == []
+
+
+def test_kv_of_a_removed_chunk_is_absent(place):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs])
+    with store.writer() as writer:
+        writer.remove(["a.txt"])
+    assert reason(tier, refs[0]) is MissReason.ABSENT
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda path: path.unlink(), MissReason.UNREADABLE),
+        (lambda path: os.truncate(path, 100), MissReason.SHORT),
+        (lambda path: os.truncate(path, 5000), MissReason.SHORT),
+        (lambda path: path.write_bytes(path.read_bytes()[:4200] + b"\xff" * 8 + path.read_bytes()[4208:]),
+         MissReason.CHECKSUM),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), MissReason.HEADER),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_a_miss_and_can_be_saved_again(place, damage, expected):
+    store, ids = place
+    (ref,) = refs_of(ids, 1)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref)])
+    damage(store.kv_listing()[0][0])
+    assert reason(tier, ref) is expected
+    tier.save([encoded_of(CODEC, ref, recompute_ms=2.0)])
+    assert found(tier, [ref]) == [0]
+
+
+def test_swapped_files_are_misses(place):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    tier = tier_of(store)
+    for ref in refs:
+        tier.save([encoded_of(CODEC, ref)])
+    one, other = (path for path, _ in store.kv_listing())
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    assert [reason(tier, ref) for ref in refs] == [MissReason.OTHER_KEY] * 2
+
+
+def test_eviction_while_a_chunk_is_loaded_does_no_harm(place):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, refs[0])])
+    with tier.open(refs[0], CODEC.codec_id, 2) as reader, store.writer() as writer:
+        writer.remove_kv([refs[0].key.digest])
+        assert torch.equal(reader.load().data, encoded_of(CODEC, refs[0]).data)
+    assert reason(tier, refs[0]) is MissReason.ABSENT
+
+
+def test_damaged_neighbours_are_lost_when_a_segment_is_written_anew(place):
+    store, ids = place
+    refs = refs_of(ids, 12)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs[:8]])
+    path, entry = store.kv_listing()[7]
+    content = bytearray(path.read_bytes())
+    content[entry.offset + 4500] ^= 1
+    path.write_bytes(content)
+    tier.budget_bytes = int(tier.bytes_used * 1.1)
+    tier.save([encoded_of(CODEC, refs[8])])
+    kept = found(tier, refs)
+    assert 7 not in kept
+    assert {6, 8} <= set(kept)
+
+
+def test_a_locked_store_is_reported(place, monkeypatch):
+    store, ids = place
+    (ref,) = refs_of(ids, 1)
+    tier = tier_of(store)
+    monkeypatch.setattr("ragkit.kvcache.segment_tier._LOCK_TIMEOUT_S", 0.05)
+    with store.writer(), pytest.raises(KVCacheError, match="could not be written to the store") as caught:
+        tier.save([encoded_of(CODEC, ref)])
+    assert isinstance(caught.value.__cause__, StoreLockedError)
