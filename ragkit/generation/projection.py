@@ -14,8 +14,8 @@ _PACKABLE = (torch.float32, torch.bfloat16)
 class Projection:
     """`x -> x weight^T + bias`, with (out, in) weights.
 
-    On a CPU the weights are re-ordered once for oneDNN: on the 135M bundled model that halves the time of a prefill
-    in fp32 and of a decoding step in bf16 against torch's plain product (benchmarks/prefill_decode.py --cpu).
+    On a CPU the weights are re-ordered once for oneDNN. Measured for the bundled 135M model's shapes on an AMD core
+    with AVX-512 against torch's plain product: about twice as fast for 417 rows in fp32, and for one row in bf16.
     """
 
     __slots__ = ("_bias", "_is_packed", "_weight", "out_features")
