@@ -117,6 +117,10 @@ class SegmentTier:
             return 0
         if self.bytes_used + nbytes > self.budget_bytes:
             self._make_room(writer, nbytes)
+        # A record of the same key is there if it was unusable, or belongs to another chunk of the same text.
+        known = list(self._catalogue.kv_entries([entry.key for entry in entries]))
+        if known:
+            writer.remove_kv(known)
         writer.add_kv(parts, entries)
         places = self._catalogue.kv_entries([entry.key for entry in entries])
         with self._lock:

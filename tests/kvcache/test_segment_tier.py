@@ -206,3 +206,17 @@ def test_a_locked_store_is_reported(place, monkeypatch):
     with store.writer(), pytest.raises(KVCacheError, match="could not be written to the store") as caught:
         tier.save([encoded_of(CODEC, ref)])
     assert isinstance(caught.value.__cause__, StoreLockedError)
+
+
+def test_equal_chunks_of_two_documents_share_one_record_that_can_be_replaced(place):
+    store, ids = place
+    mine, twin = ref_of("same", 20, ids[0]), ref_of("same", 20, ids[1])
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, mine)])
+    assert found(tier, [twin]) == [0]
+    path, _ = store.kv_listing()[0]
+    path.write_bytes(bytes(path.stat().st_size))
+    assert reason(tier, twin) is MissReason.HEADER
+    tier.save([encoded_of(CODEC, twin, recompute_ms=2.0)])
+    assert found(tier, [mine, twin]) == [0, 1]
+    assert len(store.kv_listing()) == 1

@@ -1,0 +1,387 @@
+"""The chunk-KV store: finds a chunk in the nearest tier, computes what is nowhere, and keeps both in memory.
+
+Whatever is wrong with a stored KV is a miss, counted and logged; the chunk is computed then, passes through the same
+codec, and so gives the same numbers. No answer depends on what was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.backing_tier import BackingTier
+from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef, EncodedKV
+from ragkit.kvcache.codec import KVCodec, decode_chunk, encode_chunk
+from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.memory_tier import MemoryTier, PinnedKV
+
+COMPUTED = "computed"  # the origin of what no tier had
+_SAVE_BATCH = 64  # chunks that one write takes together
+_UNSAVED_BYTES = 1 << 30  # of chunks that wait to be written; more are not written
+
+_log = logging.getLogger(__name__)
+
+Compute = Callable[[Sequence[ChunkRef]], Sequence[ChunkKV]]
+
+
+@dataclass(frozen=True, slots=True)
+class FetchReport:
+    """Where the chunks of one request came from.
+
+    Attributes:
+        hits: chunks found in some tier.
+        misses: chunks that had to be computed.
+        bytes_by_tier: bytes taken from each tier.
+        load_ms, compute_ms: time spent in finding and loading, and in computing.
+    """
+
+    hits: int
+    misses: int
+    bytes_by_tier: Mapping[str, int]
+    load_ms: float
+    compute_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedKV:
+    """The KV of a request's chunks, pinned until the block ends; in the order of the request."""
+
+    chunks: tuple[EncodedKV, ...]
+    report: FetchReport
+
+
+@dataclass(slots=True)
+class KVStoreStats:
+    """What happened since the store was made.
+
+    Attributes:
+        hits: hits by tier.
+        misses: why chunks were missing from the tiers below memory, by tier and reason.
+        computed: chunks that were computed.
+        saved: chunks written to each tier; `not_saved` those that it refused or failed to write.
+        prefetched: chunks brought into memory before they were asked for.
+    """
+
+    hits: Counter[str] = field(default_factory=Counter)
+    misses: Counter[tuple[str, MissReason]] = field(default_factory=Counter)
+    computed: int = 0
+    saved: Counter[str] = field(default_factory=Counter)
+    not_saved: Counter[str] = field(default_factory=Counter)
+    prefetched: int = 0
+
+
+class KVStore:
+    """Chunk KV in tiers. Thread-safe; a context manager.
+
+    Two requests that miss the same chunk at once compute it once. What was computed is written to the backing tiers by
+    a thread of its own; `flush` waits for it.
+
+    Args:
+        codec: what every chunk passes through before its first use.
+        memory: the tier that requests use chunks from.
+        backing: where else to look, in this order, and where computed chunks are kept.
+        load_threads: how many chunks are loaded at once.
+    """
+
+    def __init__(
+        self, codec: KVCodec, memory: MemoryTier, backing: Sequence[BackingTier] = (), *, load_threads: int = 4
+    ) -> None:
+        self.codec = codec
+        self.memory = memory
+        self.backing = tuple(backing)
+        self.stats = KVStoreStats()
+        self._lock = threading.Lock()
+        self._in_flight: dict[ChunkRef, Future[EncodedKV]] = {}
+        self._loaders = ThreadPoolExecutor(load_threads, thread_name_prefix="ragkit-kv-load")
+        self._unsaved: queue.Queue[EncodedKV | None] = queue.Queue()
+        self._saver = threading.Thread(target=self._save_forever, name="ragkit-kv-save", daemon=True)
+        self._saver.start()
+        self._unsaved_bytes = 0
+        self._closed = False
+
+    @contextlib.contextmanager
+    def fetch(self, refs: Sequence[ChunkRef], compute: Compute) -> Iterator[FetchedKV]:
+        """Give the KV of `refs`, pinned until the block ends; `compute` makes what no tier has.
+
+        Args:
+            refs: the chunks; one may stand there twice.
+            compute: gets the missing ones and returns their KV in the same order.
+
+        Raises:
+            KVCacheError: the store is closed, or what was computed cannot be stored by the codec.
+        """
+        if self._closed:
+            raise KVCacheError("the KV store is closed")
+        request = _Request(self, compute)
+        try:
+            chunks = request.run(refs)
+            yield FetchedKV(chunks, request.report())
+        finally:
+            request.release()
+
+    def decode(self, encoded: EncodedKV) -> ChunkKV:
+        """Return keys and values in the model's type."""
+        return decode_chunk(self.codec, encoded)
+
+    def prefetch(self, refs: Sequence[ChunkRef]) -> None:
+        """Start to bring chunks into memory and return at once: call it while the question is still being ranked.
+
+        Chunks that are nowhere are left alone.
+        """
+        with contextlib.suppress(RuntimeError):  # the store was closed: nothing is to be expected any more
+            for ref in refs:
+                if not self.memory.holds(ref):
+                    self._loaders.submit(self._prefetch_one, ref)
+
+    def missing(self, refs: Sequence[ChunkRef]) -> list[ChunkRef]:
+        """Return those of `refs` that are not in memory."""
+        return [ref for ref in refs if not self.memory.holds(ref)]
+
+    def flush(self) -> None:
+        """Return once everything computed so far is written to the backing tiers, or was refused by them."""
+        self._unsaved.join()
+
+    def bytes_by_tier(self) -> dict[str, int]:
+        """Return the bytes that each tier holds."""
+        return {tier.name: tier.bytes_used for tier in (self.memory, *self.backing)}
+
+    def close(self) -> None:
+        """Write what is unsaved and stop the threads. Closing twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+        self._unsaved.put(None)
+        self._saver.join()
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def load(self, ref: ChunkRef) -> tuple[EncodedKV, str] | None:
+        """Return a chunk from the first backing tier that has it, with the tier's name, or None."""
+        for tier in self.backing:
+            try:
+                with tier.open(ref, self.codec.codec_id, self.codec.layout.num_layers) as reader:
+                    return reader.load(), tier.name
+            except KVMissError as error:
+                with self._lock:
+                    self.stats.misses[tier.name, error.reason] += 1
+                if error.reason is not MissReason.ABSENT:
+                    _log.warning("%s: it is computed again", error)
+        return None
+
+    def lead(self, ref: ChunkRef) -> tuple[Future[EncodedKV], bool]:
+        """Return the future of a chunk that is being brought, and whether the caller is the one to bring it."""
+        with self._lock:
+            future = self._in_flight.get(ref)
+            if future is not None:
+                return future, False
+            future = self._in_flight[ref] = Future()
+            return future, True
+
+    def settle(self, ref: ChunkRef, encoded: EncodedKV | None) -> None:
+        """End what `lead` began; None where the chunk could not be brought, so that those who wait try themselves."""
+        with self._lock:
+            future = self._in_flight.pop(ref)
+        if encoded is None:
+            future.cancel()
+        else:
+            future.set_result(encoded)
+
+    def load_all(self, refs: Sequence[ChunkRef]) -> list[tuple[EncodedKV, str] | None]:
+        """Return what `load` finds for each, several at once."""
+        if len(refs) <= 1 or not self.backing:
+            return [self.load(ref) for ref in refs]
+        return list(self._loaders.map(self.load, refs))
+
+    def keep(self, chunk: ChunkKV, ref: ChunkRef, recompute_ms: float) -> EncodedKV:
+        """Return a computed chunk as the codec stores it, and have it written to the backing tiers."""
+        if chunk.key != ref.key or chunk.token_ids != ref.token_ids:
+            raise KVCacheError(f"the KV of {ref.key} was asked for, and that of {chunk.key} was computed")
+        encoded = encode_chunk(self.codec, chunk, ref.chunk_id, recompute_ms)
+        with self._lock:
+            self.stats.computed += 1
+        if self.backing:
+            self._enqueue(encoded)
+        return encoded
+
+    def count_hit(self, tier: str) -> None:
+        """Count a chunk that was found."""
+        with self._lock:
+            self.stats.hits[tier] += 1
+
+    def _enqueue(self, encoded: EncodedKV) -> None:
+        with self._lock:
+            accepted = self._unsaved_bytes + encoded.nbytes <= _UNSAVED_BYTES
+            if accepted:
+                self._unsaved_bytes += encoded.nbytes
+            else:
+                self.stats.not_saved.update(tier.name for tier in self.backing)
+        if accepted:
+            self._unsaved.put(encoded)
+        else:
+            _log.warning("the KV of %s is not written: too much waits to be written", encoded.ref.key)
+
+    def _prefetch_one(self, ref: ChunkRef) -> None:
+        if self.memory.holds(ref):
+            return
+        _, mine = self.lead(ref)
+        if not mine:
+            return
+        encoded = None
+        try:
+            found = self.load(ref)
+            if found is not None:
+                self.memory.add(found[0]).release()
+                encoded = found[0]
+                with self._lock:
+                    self.stats.prefetched += 1
+        finally:
+            self.settle(ref, encoded)
+
+    def _save_forever(self) -> None:
+        while True:
+            batch = [self._unsaved.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < _SAVE_BATCH and batch[-1] is not None:
+                    batch.append(self._unsaved.get_nowait())
+            try:
+                self._save([chunk for chunk in batch if chunk is not None])
+            finally:
+                with self._lock:
+                    self._unsaved_bytes -= sum(chunk.nbytes for chunk in batch if chunk is not None)
+                for _ in batch:
+                    self._unsaved.task_done()
+            if batch[-1] is None:
+                return
+
+    def _save(self, chunks: Sequence[EncodedKV]) -> None:
+        for tier in self.backing if chunks else ():
+            try:
+                kept = tier.save(chunks)
+            except KVCacheError as error:
+                kept = 0
+                _log.warning("%d chunks stay in memory only: %s", len(chunks), error)
+            except Exception:  # the thread must live on; the chunks are computed again when they are next needed
+                kept = 0
+                _log.exception("%d chunks could not be written to the tier %s", len(chunks), tier.name)
+            with self._lock:
+                self.stats.saved[tier.name] += kept
+                self.stats.not_saved[tier.name] += len(chunks) - kept
+
+
+class _Request:
+    """One `fetch`: what it holds, and what it counted."""
+
+    def __init__(self, store: KVStore, compute: Compute) -> None:
+        self._store = store
+        self._compute = compute
+        self._pins: dict[ChunkRef, PinnedKV] = {}
+        self._origin: dict[ChunkRef, str] = {}
+        self._load_s = 0.0
+        self._compute_s = 0.0
+
+    def run(self, refs: Sequence[ChunkRef]) -> tuple[EncodedKV, ...]:
+        """Return the chunks, pinned."""
+        wanted = list(dict.fromkeys(refs))
+        while open_refs := [ref for ref in wanted if ref not in self._pins]:
+            started = time.perf_counter()
+            led, awaited = self._take_or_lead(open_refs)
+            try:
+                self._bring(led, started)
+            finally:
+                for ref in led:  # whatever happened, nobody waits for us any longer
+                    self._store.settle(ref, self._pins[ref].encoded if ref in self._pins else None)
+            self._wait(awaited)
+        return tuple(self._pins[ref].encoded for ref in refs)
+
+    def release(self) -> None:
+        """Unpin everything."""
+        for pin in self._pins.values():
+            pin.release()
+
+    def report(self) -> FetchReport:
+        """Return where the chunks came from."""
+        bytes_by_tier: Counter[str] = Counter()
+        for ref, origin in self._origin.items():
+            if origin != COMPUTED:
+                bytes_by_tier[origin] += self._pins[ref].encoded.nbytes
+        misses = sum(origin == COMPUTED for origin in self._origin.values())
+        hits = len(self._origin) - misses
+        return FetchReport(hits, misses, dict(bytes_by_tier), self._load_s * 1e3, self._compute_s * 1e3)
+
+    def _take_or_lead(self, refs: Sequence[ChunkRef]) -> tuple[list[ChunkRef], dict[ChunkRef, Future[EncodedKV]]]:
+        """Pin what is in memory; return what this request has to bring, and what others are bringing."""
+        led: list[ChunkRef] = []
+        awaited: dict[ChunkRef, Future[EncodedKV]] = {}
+        for ref in refs:
+            if self._pin(ref):
+                continue
+            future, mine = self._store.lead(ref)
+            if mine:
+                led.append(ref)
+            else:
+                awaited[ref] = future
+        # Another request may have brought a chunk between the look into memory and the lead.
+        for ref in led:
+            self._pin(ref)
+        return led, awaited
+
+    def _pin(self, ref: ChunkRef) -> bool:
+        pin = self._store.memory.pin(ref)
+        if pin is None:
+            return False
+        self._hold(ref, pin, self._store.memory.name)
+        return True
+
+    def _hold(self, ref: ChunkRef, pin: PinnedKV, origin: str) -> None:
+        self._pins[ref] = pin
+        self._origin[ref] = origin
+        if origin != COMPUTED:
+            self._store.count_hit(origin)
+
+    def _bring(self, led: Sequence[ChunkRef], started: float) -> None:
+        """Load or compute the chunks that this request leads."""
+        todo = [ref for ref in led if ref not in self._pins]
+        for ref, found in zip(todo, self._store.load_all(todo), strict=True):
+            if found is not None:
+                self._hold(ref, self._store.memory.add(found[0]), found[1])
+        loaded = time.perf_counter()
+        self._load_s += loaded - started
+        todo = [ref for ref in todo if ref not in self._pins]
+        if not todo:
+            return
+        computed = self._compute(todo)
+        if len(computed) != len(todo):
+            raise KVCacheError(f"{len(todo)} chunks were to be computed, {len(computed)} came back")
+        took_ms = (time.perf_counter() - loaded) * 1e3
+        tokens = max(sum(len(ref.token_ids) for ref in todo), 1)
+        for ref, chunk in zip(todo, computed, strict=True):
+            encoded = self._store.keep(chunk, ref, took_ms * len(ref.token_ids) / tokens)
+            self._hold(ref, self._store.memory.add(encoded), COMPUTED)
+        self._compute_s += time.perf_counter() - loaded
+
+    def _wait(self, awaited: Mapping[ChunkRef, Future[EncodedKV]]) -> None:
+        """Wait for chunks that other requests bring; what they could not bring is tried again by the caller."""
+        started = time.perf_counter()
+        for ref, future in awaited.items():
+            try:
+                encoded = future.result()
+            except CancelledError:
+                continue
+            self._hold(ref, self._store.memory.add(encoded), self._store.memory.name)
+        self._load_s += time.perf_counter() - started

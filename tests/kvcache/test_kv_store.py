@@ -1,0 +1,399 @@
+import dataclasses
+import logging
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from kv_samples import LAYOUT, chunk_of, encoded_of, key_of, ref_of, store_of
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.codec import decode_chunk
+from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.eviction import make_policy
+from ragkit.kvcache.kv_segment import MissReason
+from ragkit.kvcache.kv_store import KVStore
+from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.remote_tier import RemoteTier
+from ragkit.kvcache.segment_tier import SegmentTier
+
+CODEC = make_codec("int4", LAYOUT)
+
+
+class Computer:
+    """Computes chunk KV, and counts what it computed."""
+
+    def __init__(self):
+        self.computed = []
+        self.gate = None
+
+    def __call__(self, refs):
+        if self.gate is not None:
+            self.gate.wait(10)
+        self.computed += refs
+        return [chunk_of(ref) for ref in refs]
+
+
+@pytest.fixture
+def compute():
+    return Computer()
+
+
+@pytest.fixture
+def place(tmp_path):
+    store, chunk_ids = store_of(tmp_path / "store")
+    with store:
+        yield store, chunk_ids
+
+
+def kv_store(store=None, budget=10**8, disk=10**9, codec=CODEC, **options):
+    backing = [] if store is None else [SegmentTier(store, disk, make_policy("cost"))]
+    return KVStore(codec, MemoryTier("ram", budget, make_policy("cost")), backing, **options)
+
+
+def is_right(chunk, ref, codec=CODEC):
+    """Whether the numbers are those of a chunk that was computed just now."""
+    got, fresh = decode_chunk(codec, chunk), decode_chunk(codec, encoded_of(codec, ref))
+    return got.token_ids == ref.token_ids and all(
+        torch.equal(a, b)
+        for mine, theirs in zip(got.layers, fresh.layers, strict=True)
+        for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+def refs_of(chunk_ids, count):
+    return [ref_of(number, 10 + number, chunk_ids[number]) for number in range(count)]
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4", "entropy2"])
+def test_hit_and_miss_see_equal_numbers(place, compute, name):
+    store, ids = place
+    codec, refs = make_codec(name, LAYOUT), refs_of(ids, 3)
+    with kv_store(store, codec=codec) as kv:
+        with kv.fetch(refs, compute) as missed:
+            first = [kv.decode(chunk) for chunk in missed.chunks]
+        with kv.fetch(refs, compute) as hit:
+            second = [kv.decode(chunk) for chunk in hit.chunks]
+    with kv_store(store, codec=codec) as kv, kv.fetch(refs, compute) as loaded:
+        third = [kv.decode(chunk) for chunk in loaded.chunks]
+    assert len(compute.computed) == 3
+    for a, b, c in zip(first, second, third, strict=True):
+        for x, y, z in zip(a.layers, b.layers, c.layers, strict=True):
+            assert torch.equal(x[0], y[0])
+            assert torch.equal(x[0], z[0])
+            assert torch.equal(x[1], z[1])
+
+
+def test_the_report_says_where_chunks_came_from(place, compute):
+    store, ids = place
+    refs = refs_of(ids, 4)
+    with kv_store(store) as kv, kv.fetch(refs[:2], compute) as got:
+        assert (got.report.hits, got.report.misses, got.report.bytes_by_tier) == (0, 2, {})
+    with kv_store(store) as kv:
+        with kv.fetch(refs[:1], compute):
+            pass
+        with kv.fetch(refs[:3], compute) as got:
+            sizes = [chunk.nbytes for chunk in got.chunks]
+            assert (got.report.hits, got.report.misses) == (2, 1)
+            assert got.report.bytes_by_tier == {"ram": sizes[0], "disk": sizes[1]}
+            assert got.report.load_ms > 0
+            assert got.report.compute_ms > 0
+        assert kv.stats.hits == {"disk": 2, "ram": 1}
+        assert kv.stats.misses == {("disk", MissReason.ABSENT): 1}
+        assert kv.stats.computed == 1
+        kv.flush()
+        assert kv.stats.saved == {"disk": 1}
+        assert kv.bytes_by_tier() == {"ram": sum(sizes), "disk": kv.backing[0].bytes_used}
+
+
+def test_a_chunk_that_stands_twice_is_computed_once(compute):
+    ref = ref_of("a")
+    with kv_store() as kv, kv.fetch([ref, ref_of("b"), ref], compute) as got:
+        assert [chunk.ref for chunk in got.chunks] == [ref, ref_of("b"), ref]
+        assert len(compute.computed) == 2
+
+
+def test_chunks_in_use_stay_and_leave_afterwards(compute):
+    with kv_store(budget=encoded_of(CODEC, ref_of("a")).nbytes) as kv:
+        with kv.fetch([ref_of("a")], compute):
+            with kv.fetch([ref_of("b")], compute) as other:
+                assert is_right(other.chunks[0], ref_of("b"))
+            assert kv.memory.holds(ref_of("a"))
+        with kv.fetch([ref_of("b")], compute):
+            assert not kv.memory.holds(ref_of("a"))
+
+
+def test_nothing_stays_pinned_after_an_error(compute):
+    def fail(refs):
+        raise RuntimeError("out of memory")
+
+    with kv_store() as kv:
+        with kv.fetch([ref_of("a")], compute):
+            pass
+        with pytest.raises(RuntimeError, match="out of memory"), kv.fetch([ref_of("a"), ref_of("b")], fail):
+            pass
+        assert [held.pins for held in kv.memory._held.values()] == [0]
+        with kv.fetch([ref_of("b")], compute) as got:  # nobody waits for what failed
+            assert is_right(got.chunks[0], ref_of("b"))
+
+
+def test_two_requests_compute_a_chunk_once(compute):
+    compute.gate = threading.Event()
+    with kv_store() as kv, ThreadPoolExecutor(4) as pool:
+
+        def ask(refs):
+            with kv.fetch(refs, compute) as got:
+                return [is_right(chunk, ref) for chunk, ref in zip(got.chunks, refs, strict=True)]
+
+        a, b = ref_of("a"), ref_of("b")
+        asked = [pool.submit(ask, refs) for refs in ([a, b], [b, a], [a], [b])]
+        time.sleep(0.1)
+        compute.gate.set()
+        assert all(all(future.result(20)) for future in asked)
+    assert sorted(ref.key for ref in compute.computed) == sorted([a.key, b.key])
+
+
+def test_who_waits_for_a_request_that_fails_computes_itself(compute):
+    started, go_on = threading.Event(), threading.Event()
+
+    def fail(refs):
+        started.set()
+        go_on.wait(10)
+        raise RuntimeError("killed")
+
+    def failing():
+        with kv.fetch([ref_of("a")], fail):
+            pass
+
+    with kv_store() as kv, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(failing)
+        started.wait(10)
+        threading.Timer(0.1, go_on.set).start()
+        with kv.fetch([ref_of("a")], compute) as got:
+            assert is_right(got.chunks[0], ref_of("a"))
+        with pytest.raises(RuntimeError, match="killed"):
+            future.result(10)
+
+
+def test_computing_the_wrong_chunk_is_an_error():
+    with kv_store() as kv:
+        wrong = lambda refs: [chunk_of(ref_of("b"))]  # noqa: E731
+        with pytest.raises(KVCacheError, match="was asked for"), kv.fetch([ref_of("a")], wrong):
+            pass
+        with (
+            pytest.raises(KVCacheError, match="1 chunks were to be computed, 0 came back"),
+            kv.fetch([ref_of("a")], lambda refs: []),
+        ):
+            pass
+
+
+def test_prefetched_chunks_are_in_memory_when_they_are_asked_for(place, compute):
+    store, ids = place
+    refs = refs_of(ids, 6)
+    with kv_store(store) as kv, kv.fetch(refs, compute):
+        pass
+    with kv_store(store) as kv:
+        kv.prefetch([*refs, ref_of("nowhere")])
+        for _ in range(500):
+            if not kv.missing(refs):
+                break
+            time.sleep(0.01)
+        with kv.fetch(refs, compute) as got:
+            assert got.report.bytes_by_tier.keys() == {"ram"}
+        assert kv.stats.prefetched == 6
+        assert kv.missing([ref_of("nowhere")]) == [ref_of("nowhere")]
+    kv.prefetch(refs)  # harmless after the end
+
+
+def test_asking_during_a_prefetch_waits_for_it(place, compute):
+    store, ids = place
+    refs = refs_of(ids, 6)
+    with kv_store(store) as kv, kv.fetch(refs, compute):
+        pass
+    with kv_store(store) as kv:
+        kv.prefetch(refs)
+        with kv.fetch(refs, compute) as got:
+            assert all(is_right(chunk, ref) for chunk, ref in zip(got.chunks, refs, strict=True))
+    assert len(compute.computed) == 6
+
+
+def test_the_next_tier_is_asked_and_every_tier_is_filled(place, tmp_path, compute):
+    store, ids = place
+    refs = refs_of(ids, 3)
+    remote = RemoteTier(f"file://{tmp_path}/remote", 10**9, make_policy("lru"))
+    disk = SegmentTier(store, 10**9, make_policy("lru"))
+    with KVStore(CODEC, MemoryTier("ram", 10**8, make_policy("lru")), [disk, remote]) as kv:
+        with kv.fetch(refs, compute):
+            pass
+        kv.flush()
+        assert kv.stats.saved == {"disk": 3, "file": 3}
+    with store.writer() as writer:
+        writer.remove_kv([ref.key.digest for ref in refs])
+    memory = MemoryTier("ram", 10**8, make_policy("lru"))
+    with KVStore(CODEC, memory, [disk, remote]) as kv, kv.fetch(refs, compute) as got:
+        assert got.report.bytes_by_tier.keys() == {"file"}
+    assert len(compute.computed) == 3
+
+
+def test_a_tier_that_cannot_be_written_is_counted_and_logged(place, compute, monkeypatch, caplog):
+    store, ids = place
+    monkeypatch.setattr("ragkit.kvcache.segment_tier._LOCK_TIMEOUT_S", 0.05)
+    with store.writer(), kv_store(store) as kv:
+        with kv.fetch(refs_of(ids, 2), compute):
+            pass
+        kv.flush()
+        assert kv.stats.not_saved == {"disk": 2}
+    assert "stay in memory only: chunk KV could not be written to the store" in caplog.text
+
+
+def test_a_changed_codec_or_model_is_a_miss(place, compute):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    with kv_store(store) as kv, kv.fetch(refs, compute):
+        pass
+    other = make_codec("int8", LAYOUT)
+    with kv_store(store, codec=other) as kv:  # the same keys on purpose: in earnest the codec changes them
+        with kv.fetch(refs, compute) as got:
+            assert all(is_right(chunk, ref, other) for chunk, ref in zip(got.chunks, refs, strict=True))
+        assert kv.stats.misses == {("disk", MissReason.OTHER_CODEC): 2}
+
+
+def test_a_closed_store_refuses():
+    kv = kv_store()
+    kv.close()
+    kv.close()
+    with pytest.raises(KVCacheError, match="closed"), kv.fetch([ref_of("a")], Computer()):
+        pass
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "half", "swapped", "collision"])
+def test_whatever_is_wrong_is_a_logged_miss_and_the_numbers_are_right(place, compute, damage, caplog):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    for ref in refs:  # one file each
+        with kv_store(store) as kv, kv.fetch([ref], compute):
+            pass
+    paths = [path for path, _ in store.kv_listing()]
+    content = paths[0].read_bytes()
+    wanted = refs[0]
+    if damage == "missing":
+        paths[0].unlink()
+    elif damage == "truncated":
+        os.truncate(paths[0], 4200)
+    elif damage == "flipped":
+        paths[0].write_bytes(content[:4300] + bytes([content[4300] ^ 8]) + content[4301:])
+    elif damage == "half":
+        paths[0].write_bytes(content[:4096] + bytes(len(content) - 4096))
+    elif damage == "swapped":
+        paths[0].write_bytes(paths[1].read_bytes().ljust(len(content), b"\0"))
+    else:
+        wanted = dataclasses.replace(refs[1], key=refs[0].key)
+    caplog.set_level(logging.WARNING)
+    with kv_store(store) as kv:
+        with kv.fetch([wanted], compute) as got:
+            assert is_right(got.chunks[0], wanted)
+            assert got.report.misses == 1
+        assert sum(kv.stats.misses.values()) == 1
+        assert MissReason.ABSENT not in {reason for _, reason in kv.stats.misses}
+    assert "it is computed again" in caplog.text
+    with kv_store(store) as kv, kv.fetch([wanted], compute) as got:  # and is whole again afterwards
+        assert got.report.hits == 1
+
+
+class Saboteur(threading.Thread):
+    """Damages stored KV in every way while others read it."""
+
+    def __init__(self, folder):
+        super().__init__(daemon=True)
+        self.folder = folder
+        self.stop = threading.Event()
+        self.random = random.Random(1)
+        self.done = 0
+
+    def run(self):
+        while not self.stop.wait(0.005):
+            paths = list(self.folder.rglob("*.kv"))
+            if len(paths) < 2:
+                continue
+            path, other = self.random.sample(paths, 2)
+            try:
+                content = bytearray(path.read_bytes())
+                kind = self.random.randrange(4)
+                if kind == 0:
+                    content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
+                    path.write_bytes(content)
+                elif kind == 1:
+                    os.truncate(path, self.random.randrange(len(content)))
+                elif kind == 2:
+                    path.unlink()
+                else:
+                    path.write_bytes(other.read_bytes())
+                self.done += 1
+            except (OSError, ValueError, IndexError):
+                continue
+
+
+def test_a_hundred_requests_among_collisions_eviction_and_damage_all_get_fresh_numbers(place):
+    store, ids = place
+    refs = refs_of(ids, 24)
+    # Every third chunk has the key of another one: a forced collision.
+    refs += [dataclasses.replace(refs[number], key=refs[(number + 1) % 24].key) for number in range(0, 24, 3)]
+    one = encoded_of(CODEC, refs[12]).nbytes
+    fresh = {ref: decode_chunk(CODEC, encoded_of(CODEC, ref)) for ref in refs}
+    compute = Computer()
+    with kv_store(store, budget=6 * one, disk=10 * 8192) as kv:
+        with kv.fetch(refs, compute):
+            pass
+        kv.flush()
+        saboteur = Saboteur(store.folder)
+        saboteur.start()
+
+        def ask(seed):
+            chosen = random.Random(seed).choices(refs, k=6)
+            kv.prefetch(chosen[:2])
+            with kv.fetch(chosen, compute) as got:
+                for ref, chunk in zip(chosen, got.chunks, strict=True):
+                    mine = decode_chunk(CODEC, chunk)
+                    assert mine.token_ids == ref.token_ids
+                    for (a, b), (c, d) in zip(mine.layers, fresh[ref].layers, strict=True):
+                        assert torch.equal(a, c)
+                        assert torch.equal(b, d)
+            return True
+
+        with ThreadPoolExecutor(100) as pool:
+            assert all(pool.map(ask, range(100)))
+        saboteur.stop.set()
+        saboteur.join()
+        kv.flush()
+        assert kv.memory.evictions > 0
+        assert kv.memory.bytes_used <= kv.memory.budget_bytes
+        assert all(held.pins == 0 for held in kv.memory._held.values())
+        assert kv._in_flight == {}
+        assert saboteur.done > 0
+
+
+def test_the_hit_rate_does_not_decay_while_the_corpus_is_larger_than_the_cache(compute):
+    source = random.Random(0)
+    refs = [ref_of(number, 4) for number in range(400)]
+    one = encoded_of(CODEC, refs[0]).nbytes
+    rates = []
+    with kv_store(budget=100 * one) as kv:
+        for _ in range(6):
+            hits = asked = 0
+            for _ in range(50):
+                chosen = [refs[min(int(source.paretovariate(0.9)) - 1, 399)] for _ in range(5)]
+                with kv.fetch(chosen, compute) as got:
+                    hits += got.report.hits
+                    asked += got.report.hits + got.report.misses
+            rates.append(hits / asked)
+    assert min(rates[1:]) > 0.6
+    assert rates[-1] > rates[1] - 0.1
+
+
+def test_keys_are_held_apart_by_their_tokens_in_flight(compute):
+    mine, other = ref_of("a"), dataclasses.replace(ref_of("b"), key=key_of("a"))
+    with kv_store() as kv, kv.fetch([mine, other], compute) as got:
+        assert [is_right(chunk, ref) for chunk, ref in zip(got.chunks, (mine, other), strict=True)] == [True, True]
