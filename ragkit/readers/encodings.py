@@ -30,7 +30,8 @@ _BLOCK = 1 << 20
 _REPLACEMENT = "\ufffd"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ENCODED_SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
-_NON_ASCII_LINE = re.compile(rb"[^\n]{0,4096}[\x80-\xff][^\n]{0,4096}")
+_HIGH_BYTE = re.compile(rb"[\x80-\xff]")
+_HALF_LINE = 4096
 # What is tried for bytes that are not UTF-8, Western first; latin-1 accepts everything and comes last.
 _LEGACY = (
     "cp1252",
@@ -250,12 +251,15 @@ def _non_ascii_sample(data: bytes | bytearray) -> bytes:
     """Return up to 32 KB of whole lines that hold bytes above 127: the only ones that tell encodings apart."""
     if len(data) <= _SAMPLE:
         return bytes(data)
-    lines, length = [], 0
-    for match in _NON_ASCII_LINE.finditer(data):
-        lines.append(match.group())
-        length += len(lines[-1]) + 1
-        if length >= _SAMPLE:
-            break
+    lines, length, place = [], 0, 0
+    while length < _SAMPLE and (found := _HIGH_BYTE.search(data, place)) is not None:
+        here = found.start()
+        first = max(place, here - _HALF_LINE)
+        start = max(first, data.rfind(b"\n", first, here) + 1)
+        stop = data.find(b"\n", here, here + _HALF_LINE)
+        place = min(len(data), here + _HALF_LINE) if stop < 0 else stop
+        lines.append(bytes(data[start:place]))
+        length += place - start + 1
     return b"\n".join(lines)
 
 

@@ -64,7 +64,8 @@ _TEXT_SUFFIXES = {
     ".ndjson": MediaType.JSONL,
 }
 _ZIP_SUFFIXES = {".docx": MediaType.DOCX, ".epub": MediaType.EPUB}
-_PREAMBLE = r"\s*(?:<\?xml[^>]{0,200}\?>\s*|<!--.{0,2000}?-->\s*)*"
+# Atomic and possessive: a thousand comments could otherwise be paired in exponentially many ways.
+_PREAMBLE = r"(?>\s+|<\?xml[^>]{0,200}\?>|<!--.*?-->)*+"
 _HTML_START = re.compile(_PREAMBLE + r"(?:<!doctype\s+html\b|<html[\s>]|<head[\s>]|<body[\s>])", re.I | re.S)
 _SVG_START = re.compile(_PREAMBLE + r"(?:<!doctype\s+svg\b[^>]{0,400}>\s*)?<svg[\s>]", re.I | re.S)
 _JSON_LINE = re.compile(r"\s*\{.*\}\s*", re.S)

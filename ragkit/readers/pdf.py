@@ -16,7 +16,8 @@ from ragkit.readers.media_type import MediaType
 from ragkit.types import PageSpan
 
 # PDFium writes a line-end hyphen that joins two lines as one of these, and leaves the line break out.
-_SOFT_HYPHEN = re.compile("([^\\W\\d_]*)[\x02\ufffe]([^\\W\\d_]*)")
+_SOFT_HYPHEN = re.compile("(?<![^\\W\\d_])([^\\W\\d_]*)[\x02\ufffe]([^\\W\\d_]*)")
+_HYPHENED = re.compile(r"(?<![^\W\d_])[^\W\d_]+-[^\W\d_]+")
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
 _WORD = re.compile(r"[^\W\d_]+")
 _PAGE_GAP = "\n\n"
@@ -106,7 +107,7 @@ def _joined_words(pages: list[str]) -> list[str]:
     if any(_SOFT_HYPHEN.search(page) for page in pages):
         whole = " ".join(pages)
         words = {word.casefold() for word in _WORD.findall(_SOFT_HYPHEN.sub(" ", whole))}
-        hyphened = {pair.casefold() for pair in re.findall(r"[^\W\d_]+-[^\W\d_]+", whole)}
+        hyphened = {pair.casefold() for pair in _HYPHENED.findall(whole)}
 
         def resolve(match: re.Match[str]) -> str:
             left, right = match.group(1), match.group(2)

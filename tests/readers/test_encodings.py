@@ -149,6 +149,11 @@ def test_the_encoding_of_a_large_file_is_found_at_its_end(tmp_path):
     assert detect_file(path).name == "cp1252"
 
 
+def test_one_old_byte_at_the_end_of_a_very_long_line_is_found_at_once():
+    decoded = decode(b"x" * (20 << 20) + "é".encode("cp1252"))
+    assert decoded.text[-1] == "é"
+
+
 def test_a_character_across_two_blocks_is_no_error(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"x" * ((1 << 20) - 1) + "é".encode() * 600_000)

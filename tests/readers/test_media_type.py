@@ -59,6 +59,11 @@ def test_content_decides_and_names_break_ties_among_text(head, name, expected):
     assert sniff(head, name) is expected
 
 
+def test_a_thousand_comments_are_not_paired_in_every_way():
+    assert sniff(b"<!---->" * 1000 + b"\n<note>", "a.xml") is MediaType.TEXT
+    assert sniff(b"<!---->" * 1000 + b"\n<html>", "a.xml") is MediaType.HTML
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_bytes_are_never_text(seed):
     assert sniff(random.Random(seed).randbytes(4096), "a.txt") is MediaType.BINARY

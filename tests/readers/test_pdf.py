@@ -88,6 +88,10 @@ def test_line_end_hyphens_are_resolved_by_the_rest_of_the_text(page, expected):
     assert _joined_words([page]) == [expected]
 
 
+def test_a_million_letters_without_a_break_are_searched_once():
+    assert _joined_words(["x" * 1_000_000, "a\x02b"]) == ["x" * 1_000_000, "ab"]
+
+
 def test_wrapped_sentences_are_joined_and_tables_are_not():
     page = "This sentence is broken at the end of a\nline in the middle.\nRevenue 1,234\nCost 567\nshort\nwords"
     assert _joined_words([page]) == [

@@ -53,6 +53,15 @@ def test_a_parser_that_eats_memory_is_oom(make, stub):
     assert "200 MB" in str(error)
 
 
+def test_a_native_parser_that_aborts_for_want_of_memory_is_oom(make, stub):
+    assert failure(make, stub, "eat_native", ReadLimits(timeout_s=30, memory_mb=700)).code == "oom"
+
+
+def test_ctrl_c_goes_to_the_parent_alone(make, stub):
+    pid = pid_of(read_source(make("a.html", "<html>good"), PATIENT, process=stub))
+    assert os.getsid(pid) != os.getsid(0)
+
+
 @pytest.mark.parametrize(
     ("word", "sign"), [("segfault", "SIGSEGV"), ("abort", "SIGABRT"), ("exit", "status 7"), ("half_frame", "status 0")]
 )

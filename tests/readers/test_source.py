@@ -11,6 +11,7 @@ import pytest
 
 from ragkit.errors import UsageError
 from ragkit.readers import content_sha256, discover
+from ragkit.readers.globs import PathFilter
 
 
 @pytest.fixture
@@ -51,6 +52,30 @@ def test_a_folder_is_walked_in_one_order_without_hidden_files_and_litter(tree):
 )
 def test_patterns_mean_what_they_mean_in_gitignore(tree, include, exclude, expected):
     assert found(tree, include, exclude) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "taken", "left"),
+    [
+        ("a/**/b.md", ["a/b.md", "a/x/b.md", "a/x/y/b.md"], ["a/xb.md", "x/a/b.md", "b.md"]),
+        ("*.md", ["b.md", "a/b.md"], ["b.mdx", "md"]),
+        ("a*c/d", ["ac/d", "abc/d"], ["a/c/d"]),
+        ("a?c", ["abc"], ["ac", "a/c"]),
+        ("[]x]", ["]", "x"], ["y"]),
+        ("a[", ["a["], ["a"]),
+        ("a.b", ["a.b"], ["axb"]),
+        ("a/", [], ["a", "x/a"]),
+    ],
+)
+def test_a_pattern_matches_whole_paths_and_nothing_else(pattern, taken, left):
+    paths = PathFilter([pattern], [])
+    assert [path for path in (*taken, *left) if paths.takes_file(path)] == taken
+
+
+def test_a_pattern_for_folders_leaves_a_file_of_that_name():
+    paths = PathFilter([], ["deep/"])
+    assert paths.takes_file("deep")
+    assert not paths.takes_folder("sub/deep")
 
 
 def test_patterns_do_not_touch_files_that_were_named(tree):

@@ -29,6 +29,13 @@ def _eat() -> None:
         held.append(bytearray(8 << 20))
 
 
+def _eat_native() -> None:
+    try:
+        _eat()
+    except MemoryError:
+        os.abort()  # what PDFium does when an allocation fails
+
+
 def _garbage() -> None:
     os.write(REPLIES, b"Segmentation fault? No, just noise on the wire.")
 
@@ -66,6 +73,7 @@ BEHAVIOURS: dict[str, Callable[[], object]] = {
     "abort": os.abort,
     "exit": lambda: os._exit(7),
     "eat": _eat,
+    "eat_native": _eat_native,
     "garbage": _garbage,
     "half_frame": _half_frame,
     "huge_frame": _huge_frame,
