@@ -163,6 +163,10 @@ class StoreReader(Protocol):
         """
         ...
 
+    def fts_tokens(self, texts: Sequence[str]) -> list[list[str]]:
+        """Return the full-text index's own terms of each text, in order."""
+        ...
+
     def document_frequency(self, terms: Sequence[str]) -> dict[str, int]:
         """Return for each term the number of chunks that hold it, after the index's own tokenising and stemming.
 

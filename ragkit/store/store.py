@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ragkit.errors import StoreError, StoreFormatError, StoreMissingError
-from ragkit.store import chunks, derived, filters, fulltext, sources, upgrade, vectors
+from ragkit.store import chunks, derived, fulltext, sources, upgrade, vectors
 from ragkit.store.connections import DATABASE, connect, translated
 from ragkit.store.files import folder_bytes
 from ragkit.store.filesystem import refuse_network_folder
+from ragkit.store.filters import filter_row_ids
 from ragkit.store.locks import WriterLock
 from ragkit.store.records import (
     DocumentLink,
@@ -256,10 +257,10 @@ class Store:
             for term, found in zip(terms, tokens, strict=True)
         }
 
-    def rows_where(self, filters_: Mapping[str, MetadataValue]) -> RowIds:
+    def rows_where(self, filters: Mapping[str, MetadataValue]) -> RowIds:
         """Return the sorted row ids of chunks of documents that fulfil every filter."""
         with self._snapshots.reading() as connection:
-            return filters.filter_row_ids(connection, filters_)
+            return filter_row_ids(connection, filters)
 
     def vectors(self) -> VectorTable:
         """Return every live vector, memory-mapped. Checksums are verified once per process and file."""

@@ -141,6 +141,7 @@ class Writer:
         keys = self._require(unique)
         if erase:
             with translated(self._folder):
+                # what a pinned reader keeps the catalogue's rewriting from reaching is zeroed in its pages already
                 self._connection.execute("PRAGMA secure_delete = ON")
         with self._transactions.open() as changes:
             for source_id in keys:
