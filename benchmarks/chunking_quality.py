@@ -34,12 +34,10 @@ from ragkit.chunking.base import Chunker, check_chunks
 from ragkit.chunking.boundary_head import BoundaryHeadOptions, boundary_head_chunker
 from ragkit.chunking.breakpoints import BreakpointRule
 from ragkit.chunking.cluster import ClusterChunker
-from ragkit.chunking.code import code_chunker
 from ragkit.chunking.length_constrained import LogNormalPrior
 from ragkit.chunking.perplexity import PerplexityOptions, PerplexityScorer, perplexity_chunker
 from ragkit.chunking.registry import create_chunker
 from ragkit.chunking.semantic import SemanticOptions, semantic_chunker
-from ragkit.chunking.structural import structural_chunker
 from ragkit.config import ChunkingConfig, EmbeddingConfig
 from ragkit.models.resolve import resolve
 from ragkit.models.tokenizer import ModelTokenizer
@@ -73,13 +71,13 @@ def by_rule(rule: BreakpointRule, **options: Any) -> Build:
 
 
 def semantic_to_length(config: ChunkingConfig, tokenizer: ModelTokenizer, embedder: Any) -> Chunker:
-    """Return the semantic chunker with paragraphs and a prior at two thirds of the cap."""
+    """Return the semantic chunker with the layout and length of `balanced`: what similarity adds to them."""
     options = SemanticOptions(BreakpointRule.LOCAL_MINIMUM, paragraph_log_odds=2.0)
     return semantic_chunker(config, tokenizer, embedder, options, LogNormalPrior(config.max_tokens * 2 / 3, 0.5))
 
 
 def head_to_length(config: ChunkingConfig, tokenizer: ModelTokenizer, embedder: Any) -> Chunker:
-    """Return the boundary head with paragraphs and a prior at two thirds of the cap."""
+    """Return the boundary head with the layout and length of `balanced`: what the head adds to them."""
     options = BoundaryHeadOptions(paragraph_log_odds=2.0)
     return boundary_head_chunker(
         config, tokenizer, embedder, options=options, prior=LogNormalPrior(config.max_tokens * 2 / 3, 0.5)
@@ -89,10 +87,8 @@ def head_to_length(config: ChunkingConfig, tokenizer: ModelTokenizer, embedder: 
 CHUNKERS: Mapping[str, Build] = {
     **{
         name: lambda config, tokenizer, _, name=name: create_chunker(ChunkingConfig(name, config.max_tokens), tokenizer)
-        for name in ("recursive", "sentence", "token")
+        for name in ("recursive", "sentence", "token", "balanced", "structural", "code")
     },
-    "structural": lambda config, tokenizer, _: structural_chunker(config, tokenizer),
-    "code": lambda config, tokenizer, _: code_chunker(config, tokenizer),
     **{f"semantic {rule.value}": by_rule(rule) for rule in BreakpointRule},
     "semantic + length": semantic_to_length,
     "cluster": lambda config, tokenizer, embedder: ClusterChunker(config, tokenizer, embedder),

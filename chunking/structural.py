@@ -24,8 +24,8 @@ from ragkit.types import Metadata, TextTokenizer
 # Log-odds of a cut. Each kind costs more than the one before, so the cap is held by few cuts at strong places.
 _SPLIT = 5.0
 _HEADING, _HEADING_STEP = -1.0, 0.5  # below the split level; one step more for each level
-_PARAGRAPH, _ROW, _SENTENCE = -6.0, -8.0, -12.0
-_TORN = -40.0  # between a heading and its text, inside the header of a table
+_PARAGRAPH, _ROW, _SENTENCE = -6.0, -8.0, -30.0
+_TORN = -100.0  # between a heading and its text, inside the header of a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class StructureScorer:
 
     def __init__(self, options: StructuralOptions) -> None:
         self._options = options
-        self.fingerprint = f"structure-1:{options.split_level}"
+        self.fingerprint = f"structure-2:{options.split_level}"
 
     def boundaries(self, text: str) -> list[int]:
         """Return where headings and table rows start: units end there whatever the sentences do."""
