@@ -99,7 +99,7 @@ def decode_levels(streams: EntropyStreams, tokens: int) -> NDArray[np.int32]:
     """Return (tokens, streams, 4): the integers that were coded, before mean and step."""
     reader = _Reader(streams)
     tables = streams.tables.cpu().numpy()
-    table = (tables & (TABLES - 1)).astype(np.uint32) << FREQUENCY_BITS
+    table = (tables & (TABLES - 1)).astype(np.uint32) << np.uint32(FREQUENCY_BITS)
     predictor = (tables >> 6).astype(np.int32)
     out = np.zeros((tokens, *tables.shape), dtype=np.int32)
     levels = np.zeros(tables.shape, dtype=np.int32)
@@ -129,7 +129,8 @@ class _Reader:
         entry = self._slots[table + (self._state & 4095)]
         self._state = ((entry >> 8) & 4095) * (self._state >> FREQUENCY_BITS) + (entry >> 20)
         self._take(np.flatnonzero(self._state < STATE_FLOOR))
-        return (entry & 255).astype(np.int32)
+        symbol: NDArray[np.int32] = (entry & 255).astype(np.int32)
+        return symbol
 
     def escaped(self, which: NDArray[np.intp]) -> NDArray[np.int32]:
         """Return the plain 16-bit numbers that follow in these streams."""

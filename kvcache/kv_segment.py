@@ -129,7 +129,7 @@ class MemorySource:
 def write_record(encoded: EncodedKV) -> bytes:
     """Return the record of one chunk."""
     data = encoded.data.cpu().contiguous().numpy()
-    view = memoryview(data)
+    view = data.data
     crcs = [zlib.crc32(view[start : start + PAGE_BYTES]) for start in range(0, len(view), PAGE_BYTES)]
     settings = {
         "key": encoded.ref.key.digest,
@@ -194,7 +194,7 @@ class RecordReader:
         """Return the whole chunk; `allocate(bytes)` gives the uint8 memory that it is read into."""
         header = self.header
         data = allocate(header.data_bytes) if allocate else torch.empty(header.data_bytes, dtype=torch.uint8)
-        self._fill(0, memoryview(data.numpy()))
+        self._fill(0, data.numpy().data)
         return EncodedKV(self._ref, self._codec_id, data, header.extents, header.recompute_ms)
 
     def layer(self, index: int) -> Tensor:
@@ -203,7 +203,7 @@ class RecordReader:
         first = start // PAGE_BYTES * PAGE_BYTES
         last = min(-(-stop // PAGE_BYTES) * PAGE_BYTES, self.header.data_bytes)
         pages = torch.empty(max(last - first, 0), dtype=torch.uint8)
-        self._fill(first, memoryview(pages.numpy()))
+        self._fill(first, pages.numpy().data)
         return pages[start - first : stop - first]
 
     def _fill(self, start: int, target: memoryview) -> None:

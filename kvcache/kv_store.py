@@ -152,7 +152,7 @@ class KVStore:
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Return the bytes that each tier holds."""
-        return {tier.name: tier.bytes_used for tier in (self.memory, *self.backing)}
+        return {self.memory.name: self.memory.bytes_used} | {tier.name: tier.bytes_used for tier in self.backing}
 
     def close(self) -> None:
         """Write what is unsaved and stop the threads. Closing twice is harmless."""

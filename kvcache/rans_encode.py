@@ -43,7 +43,8 @@ def choose_tables(residuals: Residuals) -> NDArray[np.uint8]:
     symbols = _symbols(residuals)
     flat = np.bincount((symbols + 256 * np.arange(channels)).reshape(-1), minlength=256 * channels)
     costs: NDArray[np.float64] = flat.reshape(channels, 256).astype(np.float64) @ rans_tables().costs
-    return costs.argmin(axis=1).astype(np.uint8)
+    best: NDArray[np.uint8] = costs.argmin(axis=1).astype(np.uint8)
+    return best
 
 
 def encode_streams(residuals: Residuals, tables: NDArray[np.uint8]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
@@ -78,14 +79,16 @@ class _Writer:
         longest = tokens * CHANNELS_PER_STREAM * (FREQUENCY_BITS + 2 * RAW_BITS) // 16 + 4
         self._words = np.zeros((streams, longest), dtype=np.uint16)
         self._at = np.full(streams, longest)
-        self._state = np.full(streams, STATE_FLOOR, dtype=np.uint64)
+        self._state: NDArray[np.uint64] = np.full(streams, STATE_FLOOR, dtype=np.uint64)
         self._all = np.arange(streams)
 
     def put(self, frequency: NDArray[np.uint64], start: NDArray[np.uint64]) -> None:
         """Write one symbol to every stream."""
         self._spill(self._all, frequency)
-        high, low = np.divmod(self._state, frequency)
-        self._state = (high << FREQUENCY_BITS) + low + start
+        high: NDArray[np.uint64] = self._state // frequency
+        low: NDArray[np.uint64] = self._state % frequency
+        shift = np.uint64(FREQUENCY_BITS)
+        self._state = (high << shift) + low + start
 
     def put_plain(self, which: NDArray[np.intp], value: NDArray[np.uint64]) -> None:
         """Write eight plain bits to some streams."""

@@ -32,7 +32,7 @@ class RemoteTier:
         self, url: str, budget_bytes: int, policy: EvictionPolicy, options: dict[str, Any] | None = None
     ) -> None:
         try:
-            import fsspec
+            import fsspec  # type: ignore[import-untyped]
         except ImportError as error:
             raise MissingExtraError(f"the KV tier {url} needs fsspec: pip install fsspec") from error
         self.name = urllib.parse.urlsplit(url).scheme or "file"
