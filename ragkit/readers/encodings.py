@@ -139,18 +139,21 @@ def head_text(head: bytes) -> str:
 
 def clean(text: str) -> tuple[str, tuple[str, ...]]:
     """Return `text` with NUL and lone surrogates replaced by U+FFFD one for one, and a warning for each kind."""
-    warnings = []
-    nul = text.count("\0")
-    if nul:
-        text = text.replace("\0", _REPLACEMENT)
-        warnings.append(f"{nul} NUL characters were replaced by U+FFFD")
+    text, warnings = _without_nul(text)
     try:
         if not text.isascii():
             text.encode("utf-8")
     except UnicodeEncodeError:
         text, lone = _SURROGATE.subn(_REPLACEMENT, text)
-        warnings.append(f"{lone} lone surrogates were replaced by U+FFFD")
-    return text, tuple(warnings)
+        warnings = (*warnings, f"{lone} lone surrogates were replaced by U+FFFD")
+    return text, warnings
+
+
+def _without_nul(text: str) -> tuple[str, tuple[str, ...]]:
+    nul = text.count("\0")
+    if not nul:
+        return text, ()
+    return text.replace("\0", _REPLACEMENT), (f"{nul} NUL characters were replaced by U+FFFD",)
 
 
 def looks_binary(head: bytes) -> bool:
@@ -230,7 +233,7 @@ def _cleaned(text: str, encoding: Encoding, replaced: int) -> Decoded:
             f"{replaced} of {len(text)} characters are not valid {encoding.name}; convert the file to UTF-8",
             code="encoding",
         )
-    text, warnings = clean(text)
+    text, warnings = _without_nul(text)  # a codec never gives lone surrogates
     if replaced:
         warnings = (f"{replaced} byte sequences are not valid {encoding.name} and became U+FFFD", *warnings)
     return Decoded(text, encoding, warnings)
