@@ -33,6 +33,7 @@ RESULT_CODES = "rescode"
 SKIPPED_TAGS = {"script", "style", "svg", "button", "form"}
 SKIPPED_CLASSES = {"nosearch", "imgcontainer"}
 HEADINGS = {"h1": 2, "h2": 3, "h3": 4}
+INLINE_MARKS = {"br": "\n", "sup": "^"}
 BLOCK_TAGS = set(HEADINGS) | {"p", "li", "ul", "ol", "div", "pre", "blockquote", "table", "tr", "td", "th", "body"}
 
 
@@ -73,8 +74,8 @@ class _PageReader:
             self._end_block()
             self._kind = self._kind_of(element.tag)
             self._level = HEADINGS.get(element.tag, 0)
-        elif element.tag == "br":
-            self._text.append("\n")
+        elif element.tag in INLINE_MARKS:
+            self._text.append(INLINE_MARKS[element.tag])
         self._text.append(element.text or "")
         for child in element:
             self.walk(child)

@@ -16,6 +16,6 @@ run() {
 }
 
 run ingest collection
-run query "What is the maximum number of columns in a table?"
+run query "What is the maximum size of an SQLite database?"
 run query "Do readers block writers in WAL mode?"
-run query "What does SQLITE_BUSY mean?"
+run query "Which result code means that the disk is full?"
