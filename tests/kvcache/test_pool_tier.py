@@ -1,0 +1,100 @@
+import dataclasses
+
+import pytest
+import torch
+from kv_samples import LAYOUT, chunk_of, key_of, ref_of
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.eviction import make_policy
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.pool_tier import PoolTier
+from ragkit.kvcache.request_kv import RequestKV, pack_rows
+
+
+@pytest.fixture
+def pool():
+    return KVPool(LAYOUT, 8, torch.device("cpu"), block_size=16)
+
+
+def tier_of(pool, max_blocks=8):
+    return PoolTier(pool, max_blocks, make_policy("lru"))
+
+
+def add(tier, name, tokens=20):
+    ref = ref_of(name, tokens)
+    return tier.add(chunk_of(ref), ref)
+
+
+def test_a_request_reads_the_rows_of_the_chunk(pool):
+    tier = tier_of(pool)
+    add(tier, "other").release()
+    add(tier, "a", 40).release()
+    with tier.pin(ref_of("a", 40)) as blocks, RequestKV(pool) as request:
+        request.append_shared(blocks.block_ids, blocks.num_tokens)
+        slots = pack_rows([request]).slots
+        for layer, (keys, values) in enumerate(chunk_of(ref_of("a", 40)).layers):
+            got = pool.rows(layer, slots)
+            assert torch.equal(got[0], keys)
+            assert torch.equal(got[1], values)
+
+
+def test_the_tier_stays_within_its_blocks_and_the_pool_gets_them_back(pool):
+    tier = tier_of(pool, 4)
+    for name in "abc":
+        add(tier, name).release()
+    assert tier.pin(ref_of("a")) is None
+    assert pool.num_free == 4
+    assert tier.bytes_used == 4 * 16 * LAYOUT.bytes_per_token
+    assert tier.give_back(7) == 8  # a chunk takes two blocks
+    assert tier.bytes_used == 0
+
+
+def test_blocks_in_use_stay(pool):
+    tier = tier_of(pool, 2)
+    with add(tier, "a") as blocks:
+        assert add(tier, "b") is None
+        assert tier.give_back(8) == 6
+        assert pool.references(blocks.block_ids[0]) == 2
+    assert pool.references(blocks.block_ids[0]) == 1
+    blocks.release()
+    assert add(tier, "b") is not None
+
+
+def test_rows_of_a_request_outlive_their_eviction(pool):
+    tier = tier_of(pool, 2)
+    request = RequestKV(pool)
+    with add(tier, "a") as blocks:
+        request.append_shared(blocks.block_ids, blocks.num_tokens)
+    add(tier, "b").release()
+    keys, _ = pool.rows(0, pack_rows([request]).slots)
+    assert torch.equal(keys, chunk_of(ref_of("a")).layers[0][0])
+    request.release()
+    assert pool.num_free == 6
+
+
+def test_a_full_pool_is_no_error(pool):
+    tier = tier_of(pool)
+    blocks = pool.allocate(7)
+    assert add(tier, "a") is None
+    pool.release(blocks)
+    assert add(tier, "a") is not None
+
+
+def test_other_tokens_under_one_key_replace(pool):
+    tier = tier_of(pool)
+    mine = add(tier, "a")
+    ref = dataclasses.replace(ref_of("b"), key=key_of("a"))
+    assert tier.pin(ref) is None
+    other = tier.add(chunk_of(ref), ref)
+    assert set(other.block_ids).isdisjoint(mine.block_ids)
+    mine.release()
+    other.release()
+    assert pool.num_free == 6
+    assert tier.pin(ref_of("a")) is None
+
+
+def test_a_chunk_under_a_wrong_name_is_refused(pool):
+    with pytest.raises(KVCacheError, match="cannot be kept as that of"):
+        tier_of(pool).add(chunk_of(ref_of("a")), ref_of("b"))
+    with pytest.raises(KVCacheError, match="does not fit a pool of 8"):
+        tier_of(pool, 9)
