@@ -103,7 +103,8 @@ def report_json(report: IngestReport) -> dict[str, Any]:
 def report_lines(report: IngestReport, output: Output) -> Iterator[str]:
     """Yield what people read: the counts, then one line for each failure and warning."""
     counts = [("added", report.added), ("updated", report.updated), ("unchanged", report.unchanged)]
-    counts += [("renamed", report.relinked), ("removed", report.removed), ("failed", len(report.failed))]
+    counts += [("renamed", report.relinked), ("removed", report.removed)]
+    counts += [("skipped", report.skipped), ("failed", len(report.failed))]
     shown = ", ".join(f"{count:,} {name}" for name, count in counts if count or name == "added")
     if report.dry_run:
         yield f"would be: {shown}"

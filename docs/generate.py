@@ -44,7 +44,7 @@ Keys may be added, never renamed. Character offsets are half-open and count Unic
 | command | keys |
 |---|---|
 | any that fails | `error`: {`code`, `message`} |
-| `ingest` | `added`, `updated`, `unchanged`, `relinked`, `removed`, `failed`: [{`uri`, `stage`, `code`, `message`}], `chunks`, `tokens`, `seconds`, `dry_run`, `interrupted`, `warnings`, `timings_s` |
+| `ingest` | `added`, `updated`, `unchanged`, `relinked`, `removed`, `skipped`, `failed`: [{`uri`, `stage`, `code`, `message`}], `chunks`, `tokens`, `seconds`, `dry_run`, `interrupted`, `warnings`, `timings_s` |
 | `query` | `answer`, `found`, `citations`: [{`uri`, `page`, `char_start`, `char_stop`, `quote`, `score`, `doc_id`}], `strategy`, `model`, `tokens`: {`prompt`, `reused`, `recomputed`, `generated`}, `dropped_chunks`, `warnings`, `kv`: {`hits`, `misses`, `holes`, `bytes_by_tier`}, `draft`: {`mode`, `drafted`, `accepted`, `ms_per_step`}, `timings_ms`: {`load_models`, `retrieve`, `load_kv`, `prefill`, `first_token`, `total`} |
 | `search` | `hits`: [{`rank`, `score`, `uri`, `page`, `char_start`, `char_stop`, `text`, `chunk_id`}], `timings_ms`, `warnings` |
 | `chunk` | `chunker`, `chunks`: [{`index`, `char_start`, `char_stop`, `token_count`, `text`, `page`, `uri`, `chunk_id`}] |

@@ -20,8 +20,9 @@ class FailedSource:
 class IngestReport:
     """What one ingest did. Counts are sources (files), except `chunks` and `tokens`, which are newly written.
 
-    `relinked` sources were renamed: linked again without reading. `interrupted` is True when a stop was asked for;
-    everything counted is committed, and the same command goes on with the rest.
+    `relinked` sources were renamed: linked again without reading. `skipped` files stood in a given folder and are of no
+    readable kind (pictures, say), which is no failure; a file that was named itself is one. `interrupted` is True when
+    a stop was asked for; everything counted is committed, and the same command goes on with the rest.
     """
 
     added: int = 0
@@ -29,6 +30,7 @@ class IngestReport:
     unchanged: int = 0
     relinked: int = 0
     removed: int = 0
+    skipped: int = 0
     failed: tuple[FailedSource, ...] = ()
     chunks: int = 0
     tokens: int = 0

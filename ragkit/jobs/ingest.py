@@ -64,6 +64,7 @@ class _Tally:
 
     added: int = 0
     updated: int = 0
+    skipped: int = 0
     chunks: int = 0
     tokens: int = 0
     failed: list[FailedSource] = field(default_factory=list)
@@ -110,7 +111,10 @@ class Ingest:
         try:
             for item, outcome in self._read(work):
                 self._check_stop()
-                if isinstance(outcome, ReadFailure):
+                if isinstance(outcome, ReadFailure) and _is_skipped(outcome):
+                    self._tally.skipped += 1
+                    self._progress.advance(documents=1, bytes=item.source.size)
+                elif isinstance(outcome, ReadFailure):
                     self._commit_failure(item, outcome.error)
                 else:
                     self._add(item, outcome)
@@ -124,6 +128,7 @@ class Ingest:
             unchanged=len(plan.of(Action.UNCHANGED)),
             relinked=len(plan.of(Action.RELINK)),
             removed=len(removed),
+            skipped=tally.skipped,
             failed=tuple(tally.failed),
             chunks=tally.chunks,
             tokens=tally.tokens,
@@ -283,3 +288,8 @@ class Ingest:
             ]
         )
         self._progress.advance(documents=1, bytes=source.size)
+
+
+def _is_skipped(failure: ReadFailure) -> bool:
+    """Return whether the file only happens to lie in a folder, and is nothing that anyone reads."""
+    return failure.error.code == "unsupported" and not failure.source.named

@@ -13,7 +13,7 @@ from ragkit.chunking.registry import create_chunker
 from ragkit.jobs.ingest import Ingest, IngestTools
 from ragkit.jobs.plan import Action, IngestPlan, Recipes, plan_ingest
 from ragkit.progress import Progress
-from ragkit.readers import ReadLimits, discover
+from ragkit.readers import ReadLimits, Skipped, discover
 from ragkit.reports import FailedSource, IngestReport
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def run_ingest(
     """Return what `Pipeline.ingest` returns; arguments and errors are described there."""
     started = time.perf_counter()
     config = pipeline.config
-    found = list(discover(sources, include=config.ingest.include, exclude=config.ingest.exclude))
+    outside: list[Skipped] = []
+    include, exclude = config.ingest.include, config.ingest.exclude
+    found = list(discover(sources, include=include, exclude=exclude, on_skip=outside.append))
     roots = [source for source in sources if Path(source).is_dir()] if prune else []
     chunker = create_chunker(config.chunking, pipeline.tokenizer)
     recipes = Recipes(chunker)
@@ -72,7 +74,8 @@ def run_ingest(
             report = Ingest(store, writer, tools, progress, stop).run(plan)
         finally:
             progress.close()
-    return replace(report, seconds=time.perf_counter() - started)
+    warnings = tuple(f"{one.uri}: {one.reason}" for one in outside)
+    return replace(report, seconds=time.perf_counter() - started, warnings=warnings + report.warnings)
 
 
 def _planned(plan: IngestPlan, seconds: float) -> IngestReport:

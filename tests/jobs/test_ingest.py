@@ -146,6 +146,27 @@ def test_one_bad_source_never_stops_the_others(tmp_path: Path, folder: Path) -> 
         assert len(pipeline.store.sources(SourceStatus.FAILED)) == 2
 
 
+def test_a_picture_in_a_folder_is_skipped_and_one_that_is_named_fails(tmp_path: Path, folder: Path) -> None:
+    picture = folder / "frog.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
+    with open_pipeline(tmp_path) as pipeline:
+        report = pipeline.ingest([folder])
+        assert (report.added, report.skipped, report.failed) == (2, 1, ())
+        assert pipeline.store.source(str(picture)) is None
+        report = pipeline.ingest([picture])
+        assert [failure.code for failure in report.failed] == ["unsupported"]
+
+
+def test_a_link_out_of_the_folder_is_not_followed_and_said(tmp_path: Path, folder: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("Not for everybody.")
+    (folder / "link.txt").symlink_to(secret)
+    with open_pipeline(tmp_path) as pipeline:
+        report = pipeline.ingest([folder])
+        assert report.added == 2
+        assert any("link.txt" in warning for warning in report.warnings)
+
+
 def test_a_known_failure_is_named_again_and_read_again_on_demand(tmp_path: Path, folder: Path) -> None:
     (folder / "empty.txt").write_bytes(b"")
     with open_pipeline(tmp_path) as pipeline:
