@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from embedding_doubles import TopicEmbedder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loss_doubles import CodePointTokenizer, TableLosses, TopicJudge
 
+from ragkit.chunking.balanced import balanced_chunker
 from ragkit.chunking.base import check_chunks
+from ragkit.chunking.boundary_head import BoundaryHead, boundary_head_chunker
 from ragkit.chunking.breakpoints import BreakpointRule
 from ragkit.chunking.cluster import ClusterChunker, ClusterOptions
 from ragkit.chunking.code import CodeOptions, code_chunker
@@ -69,7 +72,15 @@ def perplexity(**options):
     return make
 
 
+def boundary_head(config, tokenizer):
+    draw = np.random.default_rng(0).normal
+    weights = draw(size=(5, 16)).astype(np.float32), draw(size=5).astype(np.float32), draw(size=5).astype(np.float32)
+    return boundary_head_chunker(config, tokenizer, TopicEmbedder(), BoundaryHead(*weights, 0.0, "topics@1"))
+
+
 CHUNKERS = {
+    "balanced": balanced_chunker,
+    "boundary_head": boundary_head,
     **{f"semantic-{rule.value}": semantic(rule) for rule in BreakpointRule},
     "cluster": lambda config, tokenizer: ClusterChunker(config, tokenizer, TopicEmbedder(), ClusterOptions(8)),
     "code": lambda config, tokenizer: code_chunker(config, tokenizer),
