@@ -176,7 +176,7 @@ class KVStore:
         for tier in self.backing:
             try:
                 with tier.open(ref, self.codec.codec_id, self.codec.layout.num_layers) as reader:
-                    return reader.load(), tier.name
+                    return reader.load(self.memory.allocate), tier.name
             except KVMissError as error:
                 with self._lock:
                     self.stats.misses[tier.name, error.reason] += 1

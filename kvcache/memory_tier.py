@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
@@ -95,6 +96,10 @@ class MemoryTier:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return unwritten (nbytes,) uint8 host memory of the tier's kind, to read a chunk into without a copy."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._page_locked)
 
     def pin(self, ref: ChunkRef) -> PinnedKV | None:
         """Return the chunk, pinned, or None where it is not here; a chunk of other tokens is not the one meant."""

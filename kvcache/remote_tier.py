@@ -49,7 +49,7 @@ class RemoteTier:
         for path, about in sorted(found.items()):
             name = str(path).rsplit("/", 1)[-1]
             with contextlib.suppress(KVCacheError):  # other files may lie there
-                self._note(KVKey(name.removesuffix(".kv")), int(about["size"] or 0), 1.0)
+                self._note(KVKey(name.removesuffix(".kv")), int(about["size"] or 0))
 
     @contextlib.contextmanager
     def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:
@@ -78,7 +78,7 @@ class RemoteTier:
                 leaving = self._queue.make_room(missing, lambda _: True) if missing > 0 else []
                 for key in leaving:
                     self.bytes_used -= self._sizes.pop(key)
-                self._note(chunk.ref.key, len(record), chunk.recompute_ms)
+                self._note(chunk.ref.key, len(record))
             try:
                 for key in leaving:
                     with contextlib.suppress(FileNotFoundError):
@@ -95,10 +95,10 @@ class RemoteTier:
     def _path(self, key: KVKey) -> str:
         return f"{self._root.rstrip('/')}/{key.digest[:2]}/{key.digest}.kv"
 
-    def _note(self, key: KVKey, nbytes: int, cost: float) -> None:
+    def _note(self, key: KVKey, nbytes: int) -> None:
         self._forget(key)
         self._sizes[key] = nbytes
-        self._queue.add(key, nbytes, cost)
+        self._queue.add(key, nbytes, float(nbytes))  # a byte costs the same everywhere: frequency decides
         self.bytes_used += nbytes
 
     def _forget(self, key: KVKey) -> None:

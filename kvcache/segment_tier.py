@@ -124,8 +124,8 @@ class SegmentTier:
         writer.add_kv(parts, entries)
         places = self._catalogue.kv_entries([entry.key for entry in entries])
         with self._lock:
-            for chunk, entry in zip(group, entries, strict=True):
-                self._note(places[entry.key][0], entry, chunk.recompute_ms)
+            for entry in entries:
+                self._note(places[entry.key][0], entry)
         return len(group)
 
     def _make_room(self, writer: _KVWriter, nbytes: int) -> None:
@@ -180,14 +180,16 @@ class SegmentTier:
                 self._queue.remove(key)
             self._records.clear()
             for path, entry in listing:
-                self._note(path, entry, cost=float(entry.bytes))
+                self._note(path, entry)
 
-    def _note(self, path: Path, entry: KVEntry, cost: float) -> None:
+    def _note(self, path: Path, entry: KVEntry) -> None:
         key = KVKey(entry.key)
         if key in self._records:
             self._queue.remove(key)
         self._records[key] = (path, entry)
-        self._queue.add(key, entry.bytes, cost)
+        # Computing costs about the same for every byte of one model's KV, and what an earlier process wrote must
+        # compare with what this one does: so frequency decides here.
+        self._queue.add(key, entry.bytes, float(entry.bytes))
 
     def _live_bytes(self) -> dict[Path, int]:
         live: dict[Path, int] = {}

@@ -220,3 +220,16 @@ def test_equal_chunks_of_two_documents_share_one_record_that_can_be_replaced(pla
     tier.save([encoded_of(CODEC, twin, recompute_ms=2.0)])
     assert found(tier, [mine, twin]) == [0, 1]
     assert len(store.kv_listing()) == 1
+
+
+def test_what_an_earlier_process_wrote_has_no_advantage(place):
+    store, ids = place
+    refs = refs_of(ids, 16)
+    for ref in refs[:8]:
+        tier_of(store).save([encoded_of(CODEC, ref)])
+    tier = SegmentTier(store, 10**9, make_policy("cost"))
+    tier.budget_bytes = tier.bytes_used
+    for ref in refs[8:12]:
+        tier.save([encoded_of(CODEC, ref)])
+        load(tier, ref)
+    assert set(found(tier, refs)) >= {8, 9, 10, 11}
