@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from ragkit.config import PipelineConfig, SearchMode, Strategy
-from ragkit.errors import EmbedderMismatchError, StoreMissingError, UsageError
+from ragkit.errors import EmbedderMismatchError, StoreError, StoreMissingError, UsageError
 from ragkit.progress import Progress, Silent
 from ragkit.reports import IngestReport, SearchResult
 from ragkit.store import Store
@@ -88,7 +88,7 @@ class Pipeline:
             StoreError: the store cannot be opened.
         """
         pipeline = cls(Path(store), config or PipelineConfig(), embedder=embedder, tokenizer=tokenizer, engine=engine)
-        if not pipeline.has_store() and not create:
+        if not create and not pipeline.has_store():
             raise _no_store(pipeline.folder)
         return pipeline
 
@@ -286,10 +286,16 @@ class Pipeline:
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Check every stored byte. `repair` marks the sources of damaged parts, so that the next ingest reads them."""
-        report = self.store.verify()
-        if repair and report.problems:
-            self.store.repair(report, lock_timeout_s=self.config.ingest.lock_timeout_s)
-        return report
+        from ragkit.store.verify import verify_store
+
+        try:
+            store = self.store
+        except StoreMissingError:
+            raise
+        except StoreError as error:  # a catalogue too damaged to open: say all that is wrong with it
+            logger.warning("%s", error)
+            return verify_store(self.folder)
+        return store.verify(repair=repair, lock_timeout_s=self.config.ingest.lock_timeout_s)
 
     # ------------------------------------------------------------------------------------------------ parts
 
@@ -311,11 +317,7 @@ class Pipeline:
 
     def has_store(self) -> bool:
         """Return whether anything was ever ingested here."""
-        try:
-            _ = self.store
-        except StoreMissingError:
-            return False
-        return True
+        return Store.exists(self.folder)
 
     @property
     def embedder(self) -> Embedder:

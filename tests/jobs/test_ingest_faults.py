@@ -161,3 +161,12 @@ def test_a_query_during_an_ingest_sees_the_last_commit(tmp_path: Path) -> None:
     before = contents(folder)
     with Pipeline.open(store, CONFIG, create=False) as pipeline, pipeline.store.writer(lock_timeout_s=1):
         assert visible(store) == before
+
+
+def test_a_catalogue_that_cannot_be_opened_is_still_verified(tmp_path: Path) -> None:
+    folder, store = tmp_path / "docs", tmp_path / "store"
+    write_folder(folder, 2, seed=6)
+    assert run(store, folder).returncode == 0
+    (store / "ragkit.db").write_bytes(b"rotten" * 100)
+    with Pipeline.open(store, CONFIG, create=False) as pipeline:
+        assert pipeline.verify().problems
