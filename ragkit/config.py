@@ -141,7 +141,7 @@ class AnswerConfig:
     max_citations: int = 5
     max_quote_chars: int = 300
     citation_mass: float = 0.9
-    found_threshold: float = 0.5
+    found_threshold: float = 0.15
 
     def __post_init__(self) -> None:
         _at_least("answers.max_citations", self.max_citations, 1)
