@@ -46,7 +46,7 @@ class ConfidenceModel:
         return 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, logit))))
 
 
-MODEL = ConfidenceModel(bias=-12.0, dense=14.0, sentence=6.0, chunk=6.0)
+MODEL = ConfidenceModel(bias=-10.61, dense=16.3, sentence=5.37, chunk=3.54)
 
 
 def judge(question: str, hits: Sequence[RankedChunk], embedder: Embedder, config: AnswerConfig) -> Confidence:

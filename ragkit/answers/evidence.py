@@ -94,7 +94,7 @@ class SupportWeights:
 
 
 WEIGHTS = SupportWeights(
-    dense=4.2, cover=6.4, before=1.5, after=1.0, chunk_best=4.5, chunk_dense=13.0, chunk_score=1.5, answer=2.0
+    dense=4.16, cover=6.5, before=1.62, after=1.12, chunk_best=3.59, chunk_dense=9.68, chunk_score=3.11, answer=2.0
 )
 
 
