@@ -2,7 +2,8 @@
 
 FTS5 scores every chunk that holds any term, so a word that half the collection holds costs far more than it tells
 (its inverse document frequency is near zero). Terms that stand in over a tenth of all chunks are left out where
-others remain; `benchmarks/retrieval_quality.py` shows what that costs.
+others remain, and so are the commonest of the rest when there are very many chunks to score;
+`benchmarks/retrieval_quality.py` shows what that costs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ragkit.retrieval.base import FloatMatrix, IdVector, SearchableStore
 
@@ -29,11 +31,15 @@ class TermSelection:
     Attributes:
         common_share: terms in a larger share of the chunks are common; 1 keeps every term.
         max_terms: only so many, the rarest ones.
+        max_postings, postings_share: terms are taken, rarest first, while the chunks that hold them are together at
+            most `max_postings` or this share of all chunks, whichever is more; FTS5 takes about a microsecond for each.
         fallback_terms: where every term is common, so many of the rarest are searched for.
     """
 
     common_share: float = 0.1
     max_terms: int = 32
+    max_postings: int = 30_000
+    postings_share: float = 0.1
     fallback_terms: int = 3
 
 
@@ -54,10 +60,11 @@ def select_terms(frequencies: Mapping[str, int], chunks: int, selection: TermSel
         selection: the rules.
     """
     found = sorted((count, term) for term, count in frequencies.items() if count)
-    rare = [term for count, term in found if count <= selection.common_share * chunks]
-    if rare:
-        return rare[: selection.max_terms]
-    return [term for _, term in found[: selection.fallback_terms]]
+    rare = [(count, term) for count, term in found if count <= selection.common_share * chunks]
+    chosen = rare[: selection.max_terms] or found[: selection.fallback_terms]
+    budget = max(selection.max_postings, selection.postings_share * chunks)
+    affordable = sum(total <= budget for total in accumulate(count for count, _ in chosen))
+    return [term for _, term in chosen[: max(1, affordable)]]
 
 
 def full_text_query(terms: list[str]) -> str:

@@ -72,6 +72,14 @@ def test_no_more_words_than_allowed_and_the_rarest_stay() -> None:
     assert select_terms(counts, 10_000, TermSelection(max_terms=5)) == ["w01", "w02", "w03", "w04", "w05"]
 
 
+def test_words_are_taken_rarest_first_while_their_postings_are_affordable() -> None:
+    counts = {"a": 10_000, "b": 9_000, "c": 8_000, "d": 7_000, "e": 6_000}
+    assert select_terms(counts, 100_000, TermSelection()) == ["e", "d", "c", "b"]
+    assert select_terms(counts, 1_000_000, TermSelection()) == ["e", "d", "c", "b", "a"]
+    assert select_terms({"to": 90_000, "be": 25_000, "or": 20_000}, 100_000, TermSelection()) == ["or"]
+    assert select_terms({"only": 90_000}, 1_000_000, TermSelection(postings_share=0)) == ["only"]
+
+
 def test_only_allowed_rows_are_found(store: Store) -> None:
     fill(store, HashEmbedder(), {"a": ["cat one "], "b": ["cat two "]})
     allowed = store.rows_where({"uri": "b"})
