@@ -29,7 +29,8 @@ def search_text(
 
     values: tuple[object, ...]
     if allowed is None:
-        sql = "SELECT rowid, rank FROM chunk_fts WHERE chunk_fts MATCH ? ORDER BY rank LIMIT ?"
+        # bm25() rather than the hidden column rank: sorting by rank scores every row a second time
+        sql = "SELECT rowid, bm25(chunk_fts) AS score FROM chunk_fts WHERE chunk_fts MATCH ? ORDER BY score LIMIT ?"
         values = (fts_query, limit)
     else:
         # the unary plus keeps SQLite from running the query once for every allowed row
