@@ -45,7 +45,9 @@ class Assembler:
         result: list[CountedSpan] = []
         self._broken = []
         for (start, stop), count in zip(spans, counts, strict=True):
-            if count <= self._max_tokens:
+            # Where the span before was cut again, its last part may start where this one's overlap does.
+            repeats = bool(result) and start <= result[-1][0]
+            if count <= self._max_tokens and not repeats:
                 result.append((start, stop, count))
             else:
                 result += self._under_cap(document, max(start, covered), stop)

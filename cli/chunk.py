@@ -46,13 +46,12 @@ def chunk(
 
 def _cut(file: Path, config: PipelineConfig) -> tuple[str, Cut]:
     from ragkit.chunking.registry import create_chunker
-    from ragkit.models import resolve
-    from ragkit.models.tokenizer import ModelTokenizer
+    from ragkit.pipeline import Pipeline
     from ragkit.readers import read_documents
 
     documents = read_documents(file, config.ingest)
-    tokenizer = ModelTokenizer(resolve(config.generation.model, offline=config.offline))
-    chunker = create_chunker(config.chunking, tokenizer)
+    models = Pipeline(Path(), config)  # for its tokenizer and models alone: no store is opened
+    chunker = create_chunker(config.chunking, models.tokenizer, models)
     return chunker.name, [(document, chunker.chunk(document)) for document in documents]
 
 

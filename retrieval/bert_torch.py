@@ -8,6 +8,7 @@ agree within fp32 rounding; the choice is checked on construction, logged, and k
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from ragkit.retrieval.bert_weights import BertLayer, BertWeights, pool_tokens
 logger = logging.getLogger(__name__)
 
 _ROW_STEP = 128
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
 Linear = Callable[[Tensor], Tensor]
 AddLinear = Callable[[Tensor, Tensor], Tensor]
@@ -62,6 +64,14 @@ class TorchBert:
             inner = layer.up(states)
             states = F.layer_norm(layer.down(inner, states), states.shape[-1:], *layer.output_norm, self._epsilon)
         return pool_tokens(states[: len(token_ids)].float().cpu().numpy(), lengths, self._pooling)
+
+    def return_memory(self) -> None:
+        """Give free heap memory back to the system.
+
+        Activations of ever other sizes leave holes that glibc keeps: gigabytes over a collection of 8,500 chunks.
+        """
+        if self._device.type == "cpu" and _malloc_trim is not None:
+            _malloc_trim(0)
 
     def _attention(self, qkv: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
         hidden = qkv.shape[1] // 3

@@ -111,6 +111,8 @@ class BertEncoder:
             windows = self._tokenise(part, self._folder.document_prompt)
             forward = self._forward_for(int(windows.weights.sum()))
             result[start : start + len(part)] = self._embed(windows, len(part), forward, on_tokens)
+        if self._torch is not None:
+            self._torch.return_memory()
         return result
 
     def encode_queries(self, texts: Sequence[str]) -> FloatMatrix:

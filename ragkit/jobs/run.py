@@ -40,7 +40,7 @@ def run_ingest(
     include, exclude = config.ingest.include, config.ingest.exclude
     found = list(discover(sources, include=include, exclude=exclude, on_skip=outside.append))
     roots = [source for source in sources if Path(source).is_dir()] if prune else []
-    chunker = create_chunker(config.chunking, pipeline.tokenizer)
+    chunker = create_chunker(config.chunking, pipeline.tokenizer, pipeline)
     recipes = Recipes(chunker)
     if dry_run:
         store = pipeline.store if pipeline.has_store() else None

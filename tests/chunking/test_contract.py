@@ -44,6 +44,7 @@ every_chunker = pytest.mark.parametrize("name", sorted(CHUNKERS))
 @example(text="a" * 500, double="byte", cap=7, overlap=3)
 @example(text=FAMILY * 30, double="byte", cap=9, overlap=2)
 @example(text="\n" * 300, double="surcharge", cap=20, overlap=4)
+@example(text="Dr. No met e.g. U.S. agents. \n\x0cword ", double="pair", cap=5, overlap=1)
 def test_chunks_keep_the_contract_on_any_text(name, doubles, text, double, cap, overlap):
     tokenizer = doubles[double]()
     document = Document.from_text(text)
