@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ragkit.config import PipelineConfig, SearchMode, Strategy
 from ragkit.errors import EmbedderMismatchError, StoreError, StoreMissingError, UsageError
@@ -241,7 +241,7 @@ class Pipeline:
         """
         from ragkit.request import QueryOptions, stream
 
-        changes = {
+        changes: dict[str, Any] = {
             "strategy": None if strategy is None else _strategy(strategy),
             "system_prompt": system_prompt,
             "max_new_tokens": max_new_tokens,

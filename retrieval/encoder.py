@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from ragkit.retrieval.bert_numpy import NumpyBert
 from ragkit.retrieval.bert_weights import load_bert_weights
 from ragkit.retrieval.model_folder import ModelFolder
 from ragkit.retrieval.windows import pool_windows, split_windows, unit_rows
+
+if TYPE_CHECKING:
+    from ragkit.retrieval.bert_torch import TorchBert
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +84,7 @@ class BertEncoder:
         if self._capacity < 1:
             raise ModelError(f"{folder.path}: a window of {self.max_tokens} tokens holds no text")
         self._numpy = NumpyBert(self._weights)
-        self._torch: Forward | None = None
+        self._torch: TorchBert | None = None
 
     @property
     def embedder_id(self) -> str:
