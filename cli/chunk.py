@@ -15,6 +15,7 @@ from ragkit.cli.query import place_of
 
 if TYPE_CHECKING:
     from ragkit.config import PipelineConfig
+    from ragkit.pipeline import Pipeline
     from ragkit.types import Chunk, Document
 
     Cut = list[tuple[Document, list[Chunk]]]
@@ -45,14 +46,23 @@ def chunk(
 
 
 def _cut(file: Path, config: PipelineConfig) -> tuple[str, Cut]:
-    from ragkit.chunking.registry import create_chunker
-    from ragkit.pipeline import Pipeline
+    from ragkit.chunking.registry import MODEL_CHUNKERS, create_chunker
+    from ragkit.models import resolve
+    from ragkit.models.tokenizer import ModelTokenizer
     from ragkit.readers import read_documents
 
     documents = read_documents(file, config.ingest)
-    models = Pipeline(Path(), config)  # for its tokenizer and models alone: no store is opened
-    chunker = create_chunker(config.chunking, models.tokenizer, models)
+    tokenizer = ModelTokenizer(resolve(config.generation.model, offline=config.offline))
+    models = _models(config) if config.chunking.chunker in MODEL_CHUNKERS else None
+    chunker = create_chunker(config.chunking, tokenizer, models)
     return chunker.name, [(document, chunker.chunk(document)) for document in documents]
+
+
+def _models(config: PipelineConfig) -> Pipeline:
+    """Return a pipeline for its models alone: no store is opened."""
+    from ragkit.pipeline import Pipeline
+
+    return Pipeline(Path(), config)
 
 
 def _chunk_json(document: Document, chunk: Chunk) -> dict[str, Any]:
