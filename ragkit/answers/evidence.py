@@ -191,6 +191,5 @@ def _rarity(stems: Sequence[str], sentences: Sequence[Sentence]) -> dict[str, fl
 
 
 def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    shares: NDArray[np.float64] = np.exp(scores - scores.max(initial=-np.inf))
-    shares /= shares.sum()
-    return shares
+    shares = np.exp(scores - scores.max(initial=-np.inf))
+    return shares / shares.sum()
