@@ -30,19 +30,18 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 RIDGE = 1e-3  # on standardised weights
 
 
-def fit_support(cases: Sequence[Case], embedder: Embedder | None) -> dict[str, float]:
-    """Return the weight of each column by conditional logistic regression; without an embedder, none for `dense`."""
+def fit_support(cases: Sequence[Case], embedder: Embedder) -> dict[str, float]:
+    """Return the weight of each column by conditional logistic regression."""
     tables, labels = [], []
     for case in cases:
         evidence = gather_evidence(case.question.text, None, case.hits)
         gold = np.array(gold_sentences(case, evidence))
         if not gold.any():
             continue
+        vectors = embedder.encode([sentence.text for sentence in evidence.sentences])
+        dense = vectors @ embedder.encode_queries([case.question.text])[0]
         columns = [getattr(evidence.support, name) for name in SUPPORT_COLUMNS if name != "answer"]
-        if embedder is not None:
-            vectors = embedder.encode([sentence.text for sentence in evidence.sentences])
-            columns.append(vectors @ embedder.encode_queries([case.question.text])[0])
-        tables.append(np.column_stack(columns))
+        tables.append(np.column_stack([dense, *columns]))
         labels.append(gold)
     owner = torch.cat([torch.full((len(rows),), index) for index, rows in enumerate(tables)])
     table, gold = torch.tensor(np.concatenate(tables)), torch.tensor(np.concatenate(labels))
@@ -54,9 +53,9 @@ def fit_support(cases: Sequence[Case], embedder: Embedder | None) -> dict[str, f
         held = zeros.index_add(0, owner[gold], shares[gold])
         return -(held / zeros.index_add(0, owner, shares)).log().mean()
 
-    names = [name for name in SUPPORT_COLUMNS if name != "answer"] + ["dense"]
+    names = ["dense", *(name for name in SUPPORT_COLUMNS if name != "answer")]
     weights, _ = minimise(table, loss, bias=False)
-    return dict(zip(names, weights, strict=False))
+    return dict(zip(names, weights, strict=True))
 
 
 def fit_confidence(answerable: Sequence[Case], unanswerable: Sequence[Case], embedder: Embedder) -> dict[str, float]:
@@ -108,8 +107,7 @@ def main() -> None:
         answerable = [collection.ask(question) for question in data.questions[::2]]
         unanswerable = list(collection.without_own_document())[::2]
     for name, fitted in (
-        ("BY_WORDS", fit_support(answerable, None)),
-        ("WITH_VECTORS", fit_support(answerable, embedder)),
+        ("WEIGHTS", fit_support(answerable, embedder)),
         ("MODEL", fit_confidence(answerable, unanswerable, embedder)),
     ):
         print(f"{name}: " + ", ".join(f"{key}={value:.2f}" for key, value in fitted.items()))

@@ -33,7 +33,7 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceModel:
-    """`score = 1 / (1 + exp(-(bias + weights . signals)))`; `benchmarks/fit_answers.py` prints it."""
+    """`score = 1 / (1 + exp(-(bias + weights . signals)))`; `benchmarks/answer_quality.py --fit` prints it."""
 
     bias: float
     dense: float

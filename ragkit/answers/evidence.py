@@ -1,8 +1,8 @@
 """The sentences of the retrieved chunks, and how well each supports an answer.
 
 Most of the support is lexical and costs next to nothing: which share of the question's content words a sentence
-holds, each weighted by its rarity among these sentences, with its neighbours' and its chunk's. Where that leaves the
-best sentence open, the few best are embedded, in one batch.
+holds, each weighted by its rarity among these sentences, with its neighbours' and its chunk's. Only the best few
+sentences are embedded, in one batch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from ragkit.answers.terms import Term, terms
 from ragkit.chunking.sentences import sentence_spans
 from ragkit.retrieval.base import Embedder
 
-EMBEDDED_SENTENCES = 4
-CLEAR_BY_WORDS = 0.7  # probability of the best sentence from which nothing is embedded
+EMBEDDED_SENTENCES = 8
 SUPPORT_COLUMNS = ("cover", "before", "after", "chunk_best", "chunk_dense", "chunk_score", "answer")
 
 
@@ -82,7 +81,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class SupportWeights:
-    """A linear model of support; `benchmarks/fit_answers.py` prints it."""
+    """A linear model of support; `benchmarks/answer_quality.py --fit` prints it."""
 
     dense: float
     cover: float
@@ -94,10 +93,7 @@ class SupportWeights:
     answer: float
 
 
-BY_WORDS = SupportWeights(
-    dense=0.0, cover=8.5, before=1.78, after=1.43, chunk_best=2.9, chunk_dense=12.25, chunk_score=3.43, answer=2.0
-)
-WITH_VECTORS = SupportWeights(
+WEIGHTS = SupportWeights(
     dense=4.16, cover=6.5, before=1.62, after=1.12, chunk_best=3.59, chunk_dense=9.68, chunk_score=3.11, answer=2.0
 )
 
@@ -132,26 +128,29 @@ def gather_evidence(question: str, answer: str | None, hits: Sequence[RankedChun
     return Evidence(sentences, support, weights)
 
 
-def support_scores(support: Support, weights: SupportWeights) -> NDArray[np.float64]:
+def lexical_scores(support: Support, weights: SupportWeights = WEIGHTS) -> NDArray[np.float64]:
     """Return (sentences,) scores from everything that is known without embedding."""
     columns = (getattr(weights, name) * getattr(support, name) for name in SUPPORT_COLUMNS)
     return sum(columns, start=np.zeros(len(support.cover)))
 
 
-def support_probabilities(question: str, evidence: Evidence, embedder: Embedder) -> NDArray[np.float64]:
+def support_probabilities(
+    question: str, evidence: Evidence, embedder: Embedder, embedded: int = EMBEDDED_SENTENCES
+) -> NDArray[np.float64]:
     """Return (sentences,) probabilities that sum to 1: how likely each sentence is the one with the answer.
 
-    Where words leave it open which it is, the few best ones are compared with the question as vectors, and share
-    anew what they had together.
+    The `embedded` lexically best sentences are compared with the question as vectors; the others get 0.
     """
-    probabilities = _softmax(support_scores(evidence.support, BY_WORDS))
-    if not len(probabilities) or probabilities.max() >= CLEAR_BY_WORDS:
-        return probabilities
-    chosen = np.argsort(-probabilities, kind="stable")[:EMBEDDED_SENTENCES]
+    scores = lexical_scores(evidence.support)
+    if not len(scores):
+        return scores
+    chosen = np.argsort(-scores, kind="stable")[:embedded]
     vectors = embedder.encode([evidence.sentences[index].text for index in chosen])
-    similarity = (vectors @ embedder.encode_queries([question])[0]).astype(np.float64)
-    scores = support_scores(evidence.support, WITH_VECTORS)[chosen] + WITH_VECTORS.dense * similarity
-    probabilities[chosen] = probabilities[chosen].sum() * _softmax(scores)
+    similarity = vectors @ embedder.encode_queries([question])[0]
+    final = scores[chosen] + WEIGHTS.dense * similarity.astype(np.float64)
+    shares = np.exp(final - final.max())
+    probabilities = np.zeros(len(scores))
+    probabilities[chosen] = shares / shares.sum()
     return probabilities
 
 
@@ -188,8 +187,3 @@ def _rarity(stems: Sequence[str], sentences: Sequence[Sentence]) -> dict[str, fl
         counts.update({term.stem for term in sentence.terms})
     total = len(sentences)
     return {stem: math.log(1 + (total - counts[stem] + 0.5) / (counts[stem] + 0.5)) for stem in stems}
-
-
-def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    shares = np.exp(scores - scores.max(initial=-np.inf))
-    return shares / shares.sum()

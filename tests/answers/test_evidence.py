@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ragkit.answers.evidence import BY_WORDS, gather_evidence, support_probabilities, support_scores
+from ragkit.answers.evidence import gather_evidence, lexical_scores, support_probabilities
 from ragkit.types import Document
 
 
@@ -56,27 +56,18 @@ def test_a_chunk_that_the_dense_leg_did_not_return_counts_as_the_worst_one(over)
 
 def test_words_of_the_answer_that_the_question_lacks_are_support(towers):
     _, hits = towers
-    plain = support_scores(gather_evidence("Who built the tower?", None, hits).support, BY_WORDS)
-    helped = support_scores(gather_evidence("Who built the tower?", "The tower: Gustave.", hits).support, BY_WORDS)
+    plain = lexical_scores(gather_evidence("Who built the tower?", None, hits).support)
+    helped = lexical_scores(gather_evidence("Who built the tower?", "The tower: Gustave.", hits).support)
     assert np.argmax(helped - plain) == 1
     assert np.count_nonzero(helped - plain) == 1
 
 
-def test_a_sentence_that_words_make_clear_is_taken_without_embedding(towers, embedder):
+def test_only_the_best_sentences_are_embedded(towers, embedder):
     _, hits = towers
-    question = "When was Tokyo Tower finished?"
-    probabilities = support_probabilities(question, gather_evidence(question, None, hits), embedder)
-    assert embedder.texts == 0
-    assert np.argmax(probabilities) == 7
-    assert probabilities.sum() == pytest.approx(1)
-
-
-def test_where_words_leave_it_open_only_the_best_few_are_embedded(towers, embedder):
-    _, hits = towers
-    evidence = gather_evidence("Which?", None, hits)
-    probabilities = support_probabilities(evidence.sentences[2].text, evidence, embedder)
-    assert embedder.texts == 4
-    assert np.argmax(probabilities) == 2
+    evidence = gather_evidence("How high is the Eiffel Tower?", None, hits)
+    probabilities = support_probabilities("How high is the Eiffel Tower?", evidence, embedder, embedded=3)
+    assert embedder.texts == 3
+    assert np.count_nonzero(probabilities) == 3
     assert probabilities.sum() == pytest.approx(1)
 
 
