@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ragkit.config import PipelineConfig, SearchMode, Strategy
-from ragkit.errors import EmbedderMismatchError, StoreError, StoreMissingError, UsageError
+from ragkit.errors import StoreError, StoreMissingError, UsageError
+from ragkit.parts import Parts
 from ragkit.progress import Progress, Silent
 from ragkit.reports import IngestReport, SearchResult
 from ragkit.store import Store
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from ragkit.retrieval.retriever import Retriever
 
 logger = logging.getLogger(__name__)
-
-_Part = TypeVar("_Part")
 
 
 class Pipeline:
@@ -54,15 +52,8 @@ class Pipeline:
         tokenizer: TextTokenizer | None = None,
         engine: Engine | None = None,
     ) -> None:
-        self.folder = folder
         self.config = config
-        self._given_embedder = embedder
-        self._parts: dict[str, object] = {}
-        self._loading = threading.RLock()
-        self._load_seconds = 0.0
-        for name, part in (("embedder", embedder), ("tokenizer", tokenizer), ("engine", engine)):
-            if part is not None:
-                self._parts[name] = part
+        self.parts = Parts(folder, config, embedder=embedder, tokenizer=tokenizer, engine=engine)
 
     @classmethod
     def open(
@@ -88,8 +79,8 @@ class Pipeline:
             StoreError: the store cannot be opened.
         """
         pipeline = cls(Path(store), config or PipelineConfig(), embedder=embedder, tokenizer=tokenizer, engine=engine)
-        if not create and not pipeline.has_store():
-            raise _no_store(pipeline.folder)
+        if not create and not pipeline.parts.has_store():
+            _ = pipeline.store  # raises, and says what to do
         return pipeline
 
     def __enter__(self) -> Pipeline:
@@ -102,10 +93,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Close the store and let the models go."""
-        store = self._parts.get("store")
-        self._parts.clear()
-        if isinstance(store, Store):
-            store.close()
+        self.parts.close()
 
     # ------------------------------------------------------------------------------------------------ ingest
 
@@ -143,7 +131,7 @@ class Pipeline:
         from ragkit.jobs.run import run_ingest
 
         return run_ingest(
-            self,
+            self.parts,
             sources,
             prune=prune,
             reembed=reembed,
@@ -177,7 +165,7 @@ class Pipeline:
         """
         from ragkit.request import search
 
-        return search(self, question, k=k, filter=filter, mode=mode)
+        return search(self.parts, question, k=k, filter=filter, mode=mode)
 
     def query(
         self,
@@ -256,7 +244,7 @@ class Pipeline:
         if document is not None:
             filters["uri"] = self._document_uri(document)
         retrieval = self.config.retrieval if k is None else replace(self.config.retrieval, k=k)
-        return stream(self, question, QueryOptions(generation, retrieval, self.config.answers, filters))
+        return stream(self.parts, question, QueryOptions(generation, retrieval, self.config.answers, filters))
 
     # ------------------------------------------------------------------------------------------------ the store
 
@@ -300,107 +288,38 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------------ parts
 
     @property
+    def folder(self) -> Path:
+        """The store folder."""
+        return self.parts.folder
+
+    @property
     def store(self) -> Store:
-        """The open store.
-
-        Raises:
-            StoreMissingError: nothing was ingested yet.
-        """
-        try:
-            return self._part("store", lambda: Store.open(self.folder), counts=False)
-        except StoreMissingError:
-            raise _no_store(self.folder) from None
-
-    def create_store(self) -> Store:
-        """Return the store, made now where there is none."""
-        return self._part("store", lambda: Store.open_or_create(self.folder), counts=False)
-
-    def has_store(self) -> bool:
-        """Return whether anything was ever ingested here."""
-        return Store.exists(self.folder)
+        """The open store; raises `StoreMissingError` where nothing was ingested yet."""
+        return self.parts.store
 
     @property
     def embedder(self) -> Embedder:
-        """The embedder of the configuration, loaded on first use."""
-
-        def load() -> Embedder:
-            from ragkit.retrieval.embedders import load_embedder
-
-            return load_embedder(self.config.embedding, device=self.config.device, offline=self.config.offline)
-
-        return self._part("embedder", load)
+        """The embedder."""
+        return self.parts.embedder
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """The generator's tokenizer, loaded on first use."""
-
-        def load() -> TextTokenizer:
-            from ragkit.models import resolve
-            from ragkit.models.tokenizer import ModelTokenizer
-
-            return ModelTokenizer(resolve(self.config.generation.model, offline=self.config.offline))
-
-        return self._part("tokenizer", load)
+        """The generator's tokenizer."""
+        return self.parts.tokenizer
 
     @property
     def engine(self) -> Engine:
-        """The generator, loaded on first use."""
-
-        def load() -> Engine:
-            from ragkit.generation.engine import Engine
-
-            generation = self.config.generation
-            return Engine.load(
-                generation.model, device=self.config.device, dtype=generation.dtype, offline=self.config.offline
-            )
-
-        return self._part("engine", load)
+        """The generator."""
+        return self.parts.engine
 
     @property
     def retriever(self) -> Retriever:
-        """The retriever over the store, which follows its generation.
-
-        Raises:
-            EmbedderMismatchError: the store was built with another embedder.
-        """
-
-        def load() -> Retriever:
-            from ragkit.retrieval.retriever import Retriever
-
-            self.check_embedder()
-            return Retriever(self.store, self.embedder, self.config.retrieval)
-
-        return self._part("retriever", load)
-
-    def check_embedder(self) -> None:
-        """Raise `EmbedderMismatchError` where the store's vectors are not of the configured embedder."""
-        meta = self.store.meta
-        if meta.embedder_id and meta.embedder_id != self.embedder.embedder_id:
-            raise EmbedderMismatchError(
-                f"{self.folder} was built with the embedder {meta.embedder_id} ({meta.dim} dimensions), but "
-                f"{self.embedder.embedder_id} ({self.embedder.dim}) is configured; name the store's embedder, or run "
-                "`ragkit ingest --reembed` to replace its vectors"
-            )
-
-    def load_seconds(self) -> float:
-        """Return how long loading models has taken so far in this pipeline."""
-        return self._load_seconds
-
-    def _part(self, name: str, load: Callable[[], _Part], *, counts: bool = True) -> _Part:
-        part = self._parts.get(name)
-        if part is None:
-            with self._loading:
-                part = self._parts.get(name)
-                if part is None:
-                    before, nested = time.perf_counter(), self._load_seconds
-                    part = self._parts[name] = load()
-                    if counts:  # parts that load others must not count them twice
-                        self._load_seconds = nested + time.perf_counter() - before
-        return part  # type: ignore[return-value]
+        """The retriever over the store; raises `EmbedderMismatchError` where another embedder built it."""
+        return self.parts.retriever
 
     def _document_uri(self, document: str) -> str:
         """Return the stored URI that a user means: as given, or as a path relative to the working folder."""
-        if document.startswith("-") or not self.has_store():
+        if document.startswith("-") or not self.parts.has_store():
             return document
         if self.store.rows_where({"uri": document}).size:
             return document
@@ -415,7 +334,3 @@ def _strategy(name: Strategy | str) -> Strategy:
         return Strategy(name)
     except ValueError:
         raise UsageError(f"there is no strategy {name!r}; take one of {', '.join(Strategy)}") from None
-
-
-def _no_store(folder: Path) -> StoreMissingError:
-    return StoreMissingError(f"there is no store in {folder}; `ragkit ingest SOURCE --store {folder}` makes one")

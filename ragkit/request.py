@@ -20,7 +20,7 @@ from ragkit.types import Answer, Citation, MetadataValue, TokenUsage, page_of
 
 if TYPE_CHECKING:
     from ragkit.generation.steps import Finished
-    from ragkit.pipeline import Pipeline
+    from ragkit.parts import Parts
     from ragkit.retrieval.retriever import RetrievedChunk
 
 REFUSAL = "The collection does not seem to hold an answer to this question."
@@ -69,16 +69,16 @@ class AnswerStream:
 class _Clock:
     """Milliseconds since the question arrived, without the time that went into loading models."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         self._started = time.perf_counter()
-        self._loaded_before = pipeline.load_seconds()
+        self._loaded_before = parts.load_seconds()
         self.laps: dict[str, float] = {}
 
     @property
     def load_models(self) -> float:
         """Milliseconds that this request spent on loading models."""
-        return 1e3 * (self._pipeline.load_seconds() - self._loaded_before)
+        return 1e3 * (self._parts.load_seconds() - self._loaded_before)
 
     def elapsed(self) -> float:
         """Return milliseconds since the question arrived."""
@@ -86,7 +86,7 @@ class _Clock:
 
 
 def search(
-    pipeline: Pipeline,
+    parts: Parts,
     question: str,
     *,
     k: int | None,
@@ -95,49 +95,49 @@ def search(
 ) -> SearchResult:
     """Return what `Pipeline.search` returns; arguments and errors are described there."""
     _check_question(question)
-    clock = _Clock(pipeline)
-    found = pipeline.retriever.retrieve(question, k, dict(filter) if filter else None, mode)
+    clock = _Clock(parts)
+    found = parts.retriever.retrieve(question, k, dict(filter) if filter else None, mode)
     timings = {"load_models": clock.load_models, **found.timings_ms, "total": clock.elapsed()}
     return SearchResult(tuple(_hit(one) for one in found.chunks), timings)
 
 
-def stream(pipeline: Pipeline, question: str, options: QueryOptions) -> AnswerStream:
+def stream(parts: Parts, question: str, options: QueryOptions) -> AnswerStream:
     """Return what `Pipeline.stream` returns. The request starts with the first piece; its errors come here."""
     _check_question(question)
-    _ = pipeline.store
-    return AnswerStream(_run(pipeline, question, options))
+    _ = parts.store
+    return AnswerStream(_run(parts, question, options))
 
 
-def _run(pipeline: Pipeline, question: str, options: QueryOptions) -> Iterator[str | Answer]:
+def _run(parts: Parts, question: str, options: QueryOptions) -> Iterator[str | Answer]:
     from ragkit.answers.confidence import judge
 
-    clock = _Clock(pipeline)
-    found = pipeline.retriever.retrieve(question, options.retrieval.k, dict(options.filters) or None)
+    clock = _Clock(parts)
+    found = parts.retriever.retrieve(question, options.retrieval.k, dict(options.filters) or None)
     hits = tuple(_ranked(one) for one in found.chunks)
     clock.laps["retrieve"] = clock.elapsed()
-    confidence = judge(question, hits, pipeline.embedder, options.answers)
+    confidence = judge(question, hits, parts.embedder, options.answers)
     if not confidence.found:
         clock.laps["first_token"] = clock.elapsed()
         yield REFUSAL
-        yield _refused(pipeline, options, clock)
+        yield _refused(parts, options, clock)
         return
-    yield from _answered(pipeline, question, hits, confidence, options, clock)
+    yield from _answered(parts, question, hits, confidence, options, clock)
 
 
 def _answered(
-    pipeline: Pipeline,
+    parts: Parts,
     question: str,
     hits: tuple[RankedChunk, ...],
     confidence: Confidence,
     options: QueryOptions,
     clock: _Clock,
 ) -> Iterator[str | Answer]:
+    engine = parts.engine  # first: it imports torch, which counts as loading
     from ragkit.answers.citations import cite
     from ragkit.generation.sampling import SamplingConfig
     from ragkit.generation.steps import GeneratedToken
 
     generation = options.generation
-    engine = pipeline.engine
     built = engine.prompt_builder(generation.system_prompt).build(
         question,
         [hit.chunk for hit in hits],
@@ -161,11 +161,11 @@ def _answered(
     clock.laps["prefill"] = finished.timings_ms["prefill"]
     clock.laps.setdefault("first_token", before_engine + finished.timings_ms["first_token"])
     text = "".join(pieces).strip()
-    citations = cite(question, text, hits, pipeline.embedder, options.answers, _page_lookup(pipeline))
+    citations = cite(question, text, hits, parts.embedder, options.answers, _page_lookup(parts))
     dropped = set(built.dropped_chunks)
     warnings = (f"{len(dropped)} of {len(hits)} chunks did not fit into the model's window",) if dropped else ()
     yield _answer(
-        pipeline,
+        parts,
         options,
         clock,
         text=text,
@@ -177,19 +177,19 @@ def _answered(
     )
 
 
-def _page_lookup(pipeline: Pipeline) -> Callable[[str, int], int | None]:
+def _page_lookup(parts: Parts) -> Callable[[str, int], int | None]:
     """Return the page of a character: a quote may stand on a later page than the start of its chunk."""
-    pages = cache(pipeline.store.pages)
+    pages = cache(parts.store.pages)
     return lambda doc_id, char: page_of(pages(doc_id), char)
 
 
-def _refused(pipeline: Pipeline, options: QueryOptions, clock: _Clock) -> Answer:
+def _refused(parts: Parts, options: QueryOptions, clock: _Clock) -> Answer:
     clock.laps |= {"load_kv": 0.0, "prefill": 0.0}
-    return _answer(pipeline, options, clock, text=REFUSAL, found=False, citations=(), tokens=TokenUsage())
+    return _answer(parts, options, clock, text=REFUSAL, found=False, citations=(), tokens=TokenUsage())
 
 
 def _answer(
-    pipeline: Pipeline,
+    parts: Parts,
     options: QueryOptions,
     clock: _Clock,
     *,

@@ -17,13 +17,13 @@ from ragkit.readers import ReadLimits, Skipped, discover
 from ragkit.reports import FailedSource, IngestReport
 
 if TYPE_CHECKING:
-    from ragkit.pipeline import Pipeline
+    from ragkit.parts import Parts
 
 _MEGABYTE = 1 << 20
 
 
 def run_ingest(
-    pipeline: Pipeline,
+    parts: Parts,
     sources: Sequence[str | Path],
     *,
     prune: bool,
@@ -35,24 +35,24 @@ def run_ingest(
 ) -> IngestReport:
     """Return what `Pipeline.ingest` returns; arguments and errors are described there."""
     started = time.perf_counter()
-    config = pipeline.config
+    config = parts.config
     outside: list[Skipped] = []
     include, exclude = config.ingest.include, config.ingest.exclude
     found = list(discover(sources, include=include, exclude=exclude, on_skip=outside.append))
     roots = [source for source in sources if Path(source).is_dir()] if prune else []
-    chunker = create_chunker(config.chunking, pipeline.tokenizer, pipeline)
+    chunker = create_chunker(config.chunking, parts.tokenizer, parts)
     recipes = Recipes(chunker)
     if dry_run:
-        store = pipeline.store if pipeline.has_store() else None
+        store = parts.store if parts.has_store() else None
         plan = plan_ingest(store, found, recipes, retry_failed=retry_failed, prune_roots=roots)
         return _planned(plan, time.perf_counter() - started)
-    store = pipeline.create_store()
+    store = parts.create_store()
     if not reembed:
-        pipeline.check_embedder()
+        parts.check_embedder()
     with store.writer(lock_timeout_s=config.ingest.lock_timeout_s) as writer:
         # The plan is made under the lock: two ingests of the same folder must not both embed it.
         plan = plan_ingest(store, found, recipes, retry_failed=retry_failed, prune_roots=roots)
-        embedder = pipeline.embedder
+        embedder = parts.embedder
         if reembed and store.meta.embedder_id not in ("", embedder.embedder_id):
             writer.reset_embeddings(embedder_id=embedder.embedder_id, dim=embedder.dim, embed=embedder.encode)
         writer.configure(
@@ -60,7 +60,7 @@ def run_ingest(
             dim=embedder.dim,
             chunker=chunker.name,
             chunker_fingerprint=chunker.fingerprint,
-            tokenizer_id=pipeline.tokenizer.tokenizer_id,
+            tokenizer_id=parts.tokenizer.tokenizer_id,
         )
         tools = IngestTools(
             chunker=chunker,

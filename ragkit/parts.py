@@ -1,0 +1,161 @@
+"""What a pipeline works with: the store and the models, each loaded on first use and kept.
+
+How long loading took is counted here, so that the timings of a question can leave it out.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ragkit.config import Device, PipelineConfig
+from ragkit.errors import EmbedderMismatchError, StoreMissingError
+from ragkit.store import Store
+from ragkit.types import TextTokenizer
+
+if TYPE_CHECKING:
+    from ragkit.generation.engine import Engine
+    from ragkit.retrieval.base import Embedder
+    from ragkit.retrieval.retriever import Retriever
+
+_Part = TypeVar("_Part")
+
+
+class Parts:
+    """The parts of one pipeline. Safe to use from threads: each part is loaded once.
+
+    Args:
+        folder: the store folder.
+        config: which models, and how.
+        embedder, tokenizer, engine: used instead of the configured ones.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: PipelineConfig,
+        *,
+        embedder: Embedder | None = None,
+        tokenizer: TextTokenizer | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        given = {"embedder": embedder, "tokenizer": tokenizer, "engine": engine}
+        self._loaded: dict[str, object] = {name: part for name, part in given.items() if part is not None}
+        self._loading = threading.RLock()
+        self._load_seconds = 0.0
+
+    def close(self) -> None:
+        """Close the store and let the models go."""
+        store, retriever = self._loaded.get("store"), self._loaded.get("retriever")
+        self._loaded.clear()
+        if retriever is not None:
+            retriever.close()  # type: ignore[attr-defined]
+        if isinstance(store, Store):
+            store.close()
+
+    @property
+    def store(self) -> Store:
+        """The open store.
+
+        Raises:
+            StoreMissingError: nothing was ingested yet.
+        """
+        if "store" not in self._loaded and not self.has_store():
+            raise StoreMissingError(
+                f"there is no store in {self.folder}; `ragkit ingest SOURCE --store {self.folder}` makes one"
+            )
+        return self._part("store", lambda: Store.open(self.folder))
+
+    def create_store(self) -> Store:
+        """Return the store, made now where there is none."""
+        return self._part("store", lambda: Store.open_or_create(self.folder))
+
+    def has_store(self) -> bool:
+        """Return whether anything was ever ingested here."""
+        return Store.exists(self.folder)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder of the configuration."""
+
+        def load() -> Embedder:
+            from ragkit.retrieval.embedders import load_embedder
+
+            return load_embedder(self.config.embedding, device=self.config.device, offline=self.config.offline)
+
+        return self._part("embedder", load, is_model=True)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The generator's tokenizer."""
+
+        def load() -> TextTokenizer:
+            from ragkit.models import resolve
+            from ragkit.models.tokenizer import ModelTokenizer
+
+            return ModelTokenizer(resolve(self.config.generation.model, offline=self.config.offline))
+
+        return self._part("tokenizer", load, is_model=True)
+
+    @property
+    def engine(self) -> Engine:
+        """The generator."""
+
+        def load() -> Engine:
+            from ragkit.generation.engine import Engine
+
+            generation = self.config.generation
+            return Engine.load(
+                generation.model, device=self.config.device, dtype=generation.dtype, offline=self.config.offline
+            )
+
+        return self._part("engine", load, is_model=True)
+
+    @property
+    def retriever(self) -> Retriever:
+        """The retriever over the store, which follows its generation.
+
+        Raises:
+            EmbedderMismatchError: the store was built with another embedder.
+        """
+
+        def load() -> Retriever:
+            from ragkit.retrieval.retriever import Retriever
+
+            self.check_embedder()
+            # Only on request: exact search over what fits a CPU takes milliseconds, a copy on the GPU seconds.
+            device = "cuda" if self.config.device is Device.CUDA else "cpu"
+            return Retriever(self.store, self.embedder, self.config.retrieval, device)
+
+        return self._part("retriever", load, is_model=True)
+
+    def check_embedder(self) -> None:
+        """Raise `EmbedderMismatchError` where the store's vectors are not of the configured embedder."""
+        meta = self.store.meta
+        if meta.embedder_id and meta.embedder_id != self.embedder.embedder_id:
+            raise EmbedderMismatchError(
+                f"{self.folder} was built with the embedder {meta.embedder_id} ({meta.dim} dimensions), but "
+                f"{self.embedder.embedder_id} ({self.embedder.dim}) is configured; name the store's embedder, or run "
+                "`ragkit ingest --reembed` to replace its vectors"
+            )
+
+    def load_seconds(self) -> float:
+        """Return how long loading models has taken so far, imports included."""
+        return self._load_seconds
+
+    def _part(self, name: str, load: Callable[[], _Part], *, is_model: bool = False) -> _Part:
+        part = self._loaded.get(name)
+        if part is None:
+            with self._loading:
+                part = self._loaded.get(name)
+                if part is None:
+                    started, before = time.perf_counter(), self._load_seconds
+                    part = self._loaded[name] = load()
+                    if is_model:  # what was loaded on the way is in this time already
+                        self._load_seconds = before + time.perf_counter() - started
+        return part  # type: ignore[return-value]
