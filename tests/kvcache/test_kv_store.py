@@ -365,7 +365,7 @@ def test_a_hundred_requests_among_collisions_eviction_and_damage_all_get_fresh_n
 
         with ThreadPoolExecutor(100) as pool:
             assert all(pool.map(ask, range(100)))
-        # Where all hundred overlap, what is kept is pinned by one of them all the time: one after another something leaves.
+        # Where all hundred overlap, one of them pins each kept chunk at all times; one after another something leaves.
         for seed in range(100, 120):
             assert ask(seed)
         saboteur.stop.set()
