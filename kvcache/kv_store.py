@@ -40,12 +40,14 @@ class FetchReport:
     Attributes:
         hits: chunks found in some tier.
         misses: chunks that had to be computed.
+        holes: misses that stand before the last hit: a store that reuses prefixes only would end there.
         bytes_by_tier: bytes taken from each tier.
         load_ms, compute_ms: time spent in finding and loading, and in computing.
     """
 
     hits: int
     misses: int
+    holes: int
     bytes_by_tier: Mapping[str, int]
     load_ms: float
     compute_ms: float
@@ -124,7 +126,7 @@ class KVStore:
         request = _Request(self, compute)
         try:
             chunks = request.run(refs)
-            yield FetchedKV(chunks, request.report())
+            yield FetchedKV(chunks, request.report(refs))
         finally:
             request.release()
 
@@ -314,7 +316,7 @@ class _Request:
         for pin in self._pins.values():
             pin.release()
 
-    def report(self) -> FetchReport:
+    def report(self, refs: Sequence[ChunkRef]) -> FetchReport:
         """Return where the chunks came from."""
         bytes_by_tier: Counter[str] = Counter()
         for ref, origin in self._origin.items():
@@ -322,7 +324,10 @@ class _Request:
                 bytes_by_tier[origin] += self._pins[ref].encoded.nbytes
         misses = sum(origin == COMPUTED for origin in self._origin.values())
         hits = len(self._origin) - misses
-        return FetchReport(hits, misses, dict(bytes_by_tier), self._load_s * 1e3, self._compute_s * 1e3)
+        was_hit = [self._origin[ref] != COMPUTED for ref in dict.fromkeys(refs)]
+        last_hit = max((index for index, hit in enumerate(was_hit) if hit), default=0)
+        holes = was_hit[:last_hit].count(False)
+        return FetchReport(hits, misses, holes, dict(bytes_by_tier), self._load_s * 1e3, self._compute_s * 1e3)
 
     def _take_or_lead(self, refs: Sequence[ChunkRef]) -> tuple[list[ChunkRef], dict[ChunkRef, Future[EncodedKV]]]:
         """Pin what is in memory; return what this request has to bring, and what others are bringing."""

@@ -141,6 +141,22 @@ class TokenUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class KVUse:
+    """Where the KV of a request's chunks came from.
+
+    Attributes:
+        hits, misses: chunks found in some tier, and chunks that had to be computed.
+        holes: misses among hits: chunks that were missing before the last one that was found.
+        bytes_by_tier: bytes taken from each tier.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    holes: int = 0
+    bytes_by_tier: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The answer to one question, with what it rests on and what it cost.
 

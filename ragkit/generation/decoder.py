@@ -53,6 +53,21 @@ class Activations(NamedTuple):
         return Activations(self.hidden[index], None if self.residual is None else self.residual[index])
 
 
+class Projected(NamedTuple):
+    """What a layer gives attention.
+
+    Attributes:
+        queries: (tokens, q_heads, head_dim), before rotation.
+        keys, values: (tokens, kv_heads, head_dim), keys after bias and norm and before rotation.
+        residual: (tokens, hidden_size), which attention passes by.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    residual: Tensor
+
+
 class Decoder:
     """A decoder-only language model with its weights on one device. Stateless between calls.
 
@@ -96,12 +111,28 @@ class Decoder:
 
     def layer(self, index: int, activations: Activations, attend: Attend) -> Activations:
         """Return the activations after layer `index`."""
+        projected = self.project(index, activations)
+        attended = attend(index, projected.queries, projected.keys, projected.values)
+        return self.complete(index, attended, projected.residual)
+
+    def project(self, index: int, activations: Activations) -> Projected:
+        """Return what layer `index` gives attention: the first half of the layer."""
         weights = self.weights.layers[index]
         eps = self.config.rms_norm_eps
         normed, residual = add_rms_norm(activations.hidden, activations.residual, weights.input_norm, eps)
-        attended = attend(index, *self._heads(weights, normed))
+        return Projected(*self._heads(weights, normed), residual)
+
+    def complete(self, index: int, attended: Tensor, residual: Tensor) -> Activations:
+        """Return the activations after layer `index`: the second half of the layer.
+
+        Args:
+            index: index of the layer.
+            attended: (tokens, q_heads, head_dim), the attention output; tokens may be fewer than were projected.
+            residual: (tokens, hidden_size), `Projected.residual` of the same tokens.
+        """
+        weights = self.weights.layers[index]
         projected = weights.output(attended.flatten(1))
-        normed, residual = add_rms_norm(projected, residual, weights.feed_forward_norm, eps)
+        normed, residual = add_rms_norm(projected, residual, weights.feed_forward_norm, self.config.rms_norm_eps)
         gated = silu_mul(weights.gate_up(normed))
         return Activations(weights.down(gated), residual)
 

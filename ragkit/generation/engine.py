@@ -65,8 +65,8 @@ class Engine:
         kv_tokens = kv_tokens or kv_tokens_that_fit(decoder)
         # One block more than the tokens take: the graph runner keeps one for unused places of a batch.
         self.pool = KVPool(decoder.layout, -(-kv_tokens // BLOCK_SIZE) + 1, decoder.device)
-        self._strategies: Mapping[str, PrefillStrategy] = {strategy.name: strategy for strategy in strategies}
-        self._rotary = RotaryCache(decoder)
+        self._strategies: dict[str, PrefillStrategy] = {strategy.name: strategy for strategy in strategies}
+        self.rotary = RotaryCache(decoder)
         self._runner: StepRunner = (
             DecodeRunner(decoder, self.pool) if decoder.device.type == "cuda" else ContiguousDecodeRunner(decoder)
         )
@@ -109,12 +109,26 @@ class Engine:
         """
         return PromptBuilder(self.tokenizer, ChatTemplate(self.folder), self.max_context, system_prompt)
 
+    @property
+    def strategies(self) -> Mapping[str, PrefillStrategy]:
+        """The prefill strategies by name."""
+        return self._strategies
+
+    def add_strategy(self, strategy: PrefillStrategy) -> None:
+        """Offer one more prefill strategy, before the first request."""
+        self._strategies[strategy.name] = strategy
+
     @torch.inference_mode()
     def generate(
-        self, prompt: Prompt, sampling: SamplingConfig | None = None, strategy: str = "full"
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig | None = None,
+        strategy: str = "full",
+        ratio: float | None = None,
     ) -> Iterator[GenerationStep]:
         """Yield a `GeneratedToken` a token, and `Finished` at the end.
 
+        `ratio` is the part of reused tokens that is recomputed, for strategies that reuse; None is the strategy's own.
         `sampling.max_new_tokens` is cut to what the window leaves. The request's blocks are free again when the
         iterator ends or is closed.
 
@@ -128,8 +142,8 @@ class Engine:
         started = time.perf_counter()
         with RequestKV(self.pool) as kv:
             total = len(prompt) + sampling.max_new_tokens
-            rotary = self._rotary.table(total, prompt_tokens=len(prompt))
-            prefilled = self._strategies[strategy].prefill(self.decoder, PrefillRequest(prompt, kv, rotary))
+            rotary = self.rotary.table(total, prompt_tokens=len(prompt))
+            prefilled = self._strategies[strategy].prefill(self.decoder, PrefillRequest(prompt, kv, rotary, ratio))
             kv.reserve(total)
             state = self._runner.begin(kv, rotary)
             stops = frozenset(self.decoder.config.stop_token_ids) | frozenset(sampling.stop_token_ids)
@@ -153,7 +167,7 @@ class Engine:
         timings["total"] = (time.perf_counter() - started) * 1e3
         timings.setdefault("first_token", timings["total"])
         usage = TokenUsage(len(prompt), prefilled.reused, prefilled.recomputed, len(ended.token_ids))
-        yield Finished(ended.piece, ended.reason, ended.token_ids, usage, timings)
+        yield Finished(ended.piece, ended.reason, ended.token_ids, usage, timings, prefilled.kv)
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]] = ()) -> CausalOutput:
@@ -183,7 +197,7 @@ class Engine:
         total = len(token_ids) + (len(past[0][0]) if past else 0)
         if not token_ids or total > self.max_context:
             raise GenerationError(f"a pass takes 1 to {self.max_context} tokens, earlier ones included, got {total}")
-        return StandaloneAttention(self._rotary.table(total, total), self.decoder.scale, past, keep=keep)
+        return StandaloneAttention(self.rotary.table(total, total), self.decoder.scale, past, keep=keep)
 
     def _within_window(self, prompt: Prompt, sampling: SamplingConfig) -> SamplingConfig:
         room = self.max_context - len(prompt)

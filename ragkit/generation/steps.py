@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ragkit.types import TokenUsage
+from ragkit.types import KVUse, TokenUsage
 
 
 class FinishReason(StrEnum):
@@ -39,6 +39,7 @@ class Finished:
         token_ids: all generated tokens, without the one that stopped.
         usage: token counts.
         timings_ms: prefill, first_token (from the call to the first token) and total, and the strategy's own.
+        kv: where reused KV came from.
     """
 
     piece: str
@@ -46,6 +47,7 @@ class Finished:
     token_ids: tuple[int, ...]
     usage: TokenUsage
     timings_ms: Mapping[str, float]
+    kv: KVUse = field(default_factory=KVUse)
 
 
 GenerationStep = GeneratedToken | Finished

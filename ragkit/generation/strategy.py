@@ -11,7 +11,7 @@ from torch import Tensor
 from ragkit.generation.decoder import Decoder
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
-from ragkit.types import Prompt
+from ragkit.types import KVUse, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,13 @@ class PrefillRequest:
         kv: the request's empty KV state. The strategy lists or writes a row for every prompt token and sets
             `num_tokens`.
         rotary: the request's rotary table, long enough for prompt and answer.
+        ratio: part of the reused tokens to recompute, for strategies that do so; None is the strategy's own.
     """
 
     prompt: Prompt
     kv: RequestKV
     rotary: RotaryTable
+    ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,14 @@ class PrefillResult:
         logits: (vocab_size,) after the prompt's last token.
         reused, recomputed: prompt tokens whose KV was taken from a store, and computed now.
         timings_ms: what it spent, by step.
+        kv: where reused KV came from.
     """
 
     logits: Tensor
     reused: int
     recomputed: int
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    kv: KVUse = field(default_factory=KVUse)
 
 
 class PrefillStrategy(Protocol):

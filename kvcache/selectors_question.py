@@ -1,0 +1,68 @@
+"""Selectors that ask which tokens the question looks at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ragkit.kvcache.token_selection import ChosenOnce, SelectionScene, evenly_spaced, highest
+
+
+class QuestionAttention(ChosenOnce):
+    """The tokens that the question attends to most over the reused KV, and a share evenly spaced.
+
+    The evenly spaced ones measure how the KV changes everywhere: change propagation moves the rest by what they show.
+
+    Source: query-guided selection of FusionRAG, arXiv 2601.12904; the evenly spaced share is ours.
+
+    Args:
+        even_share: part of the budget that is spaced evenly, from 0 to 1.
+    """
+
+    name = "question"
+
+    def __init__(self, even_share: float = 0.25) -> None:
+        self._even_share = even_share
+
+    def choose(self, scene: SelectionScene) -> Tensor:
+        """Return the budget's positions."""
+        even = evenly_spaced(scene, round(scene.budget * self._even_share))
+        if len(even) == scene.budget:
+            return even
+        return highest(scene, scene.question_mass(), scene.budget, even)
+
+
+class TwoRounds(ChosenOnce):
+    """Half of the budget by the question's attention over the reused KV, the rest over the KV repaired by the first.
+
+    Args:
+        even_share: part of the budget that is spaced evenly and belongs to the first round.
+        first_share: part of the budget that the first round takes.
+    """
+
+    name = "two-rounds"
+
+    def __init__(self, even_share: float = 0.25, first_share: float = 0.5) -> None:
+        self._first = QuestionAttention(even_share / first_share)
+        self._first_share = first_share
+
+    def choose(self, scene: SelectionScene) -> Tensor:
+        """Return the budget's positions."""
+        first = self._first.choose(_WithBudget(scene, round(scene.budget * self._first_share)))
+        if len(first) == 0 or len(first) == scene.budget:
+            return first if len(first) else highest(scene, scene.question_mass(), scene.budget)
+        return highest(scene, scene.question_mass(first), scene.budget, first)
+
+
+class _WithBudget:
+    """A scene with another budget."""
+
+    def __init__(self, scene: SelectionScene, budget: int) -> None:
+        self._scene = scene
+        self.budget = budget
+        self.spans = scene.spans
+        self.device: torch.device = scene.device
+
+    def question_mass(self, repaired: Tensor | None = None) -> Tensor:
+        """Return what the scene returns."""
+        return self._scene.question_mass(repaired)

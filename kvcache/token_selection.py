@@ -1,0 +1,143 @@
+"""Which tokens of reused chunks are recomputed: what a selector sees, what it promises, and the choosing by scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpan:
+    """Where a chunk stands in the prompt: the positions from `start` up to `stop`.
+
+    Attributes:
+        is_exact: its reused KV is what full prefill would compute (it stands behind the very tokens that it was
+            computed behind), so recomputing it gains nothing.
+    """
+
+    start: int
+    stop: int
+    is_exact: bool = False
+
+
+class Deviation(NamedTuple):
+    """How far the reused rows of one layer are from the fresh ones: (tokens,) fp32 squared L2 distances."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class SelectionScene(Protocol):
+    """One prompt as a selector sees it."""
+
+    @property
+    def spans(self) -> Sequence[ChunkSpan]:
+        """The chunks, behind each other without gaps."""
+        ...
+
+    @property
+    def budget(self) -> int:
+        """Most tokens to recompute, at most all tokens of `spans`."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where positions and scores lie."""
+        ...
+
+    def question_mass(self, repaired: Tensor | None = None) -> Tensor:
+        """Return (positions,) fp32: the attention that each position receives from the question's tokens.
+
+        Args:
+            repaired: (tokens,) int64 ascending positions that are recomputed first; None scores the reused KV as it is.
+        """
+        ...
+
+
+class TokenSelector(Protocol):
+    """Chooses the tokens of reused chunks that are recomputed."""
+
+    @property
+    def name(self) -> str:
+        """The name in configurations and tables."""
+        ...
+
+    def choose(self, scene: SelectionScene) -> Tensor:
+        """Return (tokens,) int64, the ascending positions that are computed from the first layer on."""
+        ...
+
+    def narrow(
+        self, scene: SelectionScene, layer: int, chosen: Tensor, deviation: Callable[[], Deviation]
+    ) -> Tensor | None:
+        """Return which of `chosen` are computed beyond the attention of `layer`, or None for all of them.
+
+        Args:
+            scene: the prompt.
+            layer: index of the layer whose keys and values were just computed for `chosen`.
+            chosen: (tokens,) int64 ascending positions.
+            deviation: gives the distances of their fresh rows to the reused ones.
+
+        Returns:
+            (tokens,) bool over `chosen`, or None.
+        """
+        ...
+
+
+class ChosenOnce:
+    """Base of selectors that choose before the first layer and stay with it."""
+
+    def narrow(
+        self, scene: SelectionScene, layer: int, chosen: Tensor, deviation: Callable[[], Deviation]
+    ) -> Tensor | None:
+        """Return None: all of them stay."""
+        return None
+
+
+def all_positions(scene: SelectionScene) -> Tensor:
+    """Return every position of the scene's chunks."""
+    return torch.arange(scene.spans[0].start, scene.spans[-1].stop, device=scene.device)
+
+
+def worth_choosing(scene: SelectionScene) -> Tensor:
+    """Return the ascending positions of chunks whose reused KV is not exact already."""
+    spans = [span for span in scene.spans if not span.is_exact]
+    parts = [torch.arange(span.start, span.stop, device=scene.device) for span in spans]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=scene.device)
+
+
+def highest(scene: SelectionScene, scores: Tensor, budget: int, taken: Tensor | None = None) -> Tensor:
+    """Return the ascending positions of the `budget` highest scores, with those of `taken` added.
+
+    Chunks that are exact already come last, whatever their scores: they are chosen only where the budget is larger
+    than the rest.
+
+    Args:
+        scene: the prompt.
+        scores: (positions,) over the whole prompt, finite.
+        budget: how many positions to return, `taken` included.
+        taken: ascending positions that are chosen already.
+    """
+    rank = torch.full_like(scores, -torch.inf)
+    everything, wanted = all_positions(scene), worth_choosing(scene)
+    floor = scores[everything].amin() - 1 - (scores[everything].amax() - scores[everything].amin())
+    rank[everything] = floor + (scores[everything] - scores[everything].amax()) - 1
+    rank[wanted] = scores[wanted]
+    if taken is not None:
+        rank[taken] = torch.inf
+    count = min(max(budget, 0 if taken is None else len(taken)), len(everything))
+    return rank.topk(count).indices.sort().values
+
+
+def evenly_spaced(scene: SelectionScene, count: int) -> Tensor:
+    """Return `count` ascending positions at equal distances over the chunks whose KV is not exact."""
+    wanted = worth_choosing(scene)
+    count = min(count, len(wanted))
+    if count == 0:
+        return wanted[:0]
+    step = len(wanted) / count
+    index = (torch.arange(count, device=scene.device) * step).long()
+    return wanted[index]

@@ -1,0 +1,190 @@
+"""The pass that recomputes chosen tokens among reused rows, moves the others by what it learns, and gives logits.
+
+Every layer: the chosen tokens and the prompt's ending get fresh keys and values; the reused rows of each chunk move by
+the smoothed change of its chosen ones (change propagation); the fresh tokens attend to all rows up to their own
+position. Attention is causal by true position: a chosen token never sees a later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ragkit.generation.decoder import Decoder
+from ragkit.generation.reused_rows import ReusedRows
+from ragkit.kernels.kv_deviation import kv_deviation
+from ragkit.kernels.propagate_change import propagate_change
+from ragkit.kernels.propagation_plan import plan_propagation
+from ragkit.kernels.rope_write_kv import rope_write_kv
+from ragkit.kernels.selected_attention import selected_attention
+from ragkit.kvcache.codec import LayerKV
+from ragkit.kvcache.rope import RotaryTable
+from ragkit.kvcache.token_selection import Deviation, SelectionScene, TokenSelector
+
+
+@dataclass(frozen=True, slots=True)
+class Propagation:
+    """How the change of recomputed tokens moves the others of their chunk.
+
+    Attributes:
+        sigma: standard deviation in tokens of the Gaussian that weighs the recomputed ones by distance.
+        key_strength, value_strength: part of the smoothed change that is applied; 0 for none.
+    """
+
+    sigma: float = 48.0
+    key_strength: float = 1.0
+    value_strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RowSink:
+    """Where blended rows are written: position i goes to row `slots[i]`, counted over blocks, of each layer's tensors.
+
+    Attributes:
+        layers: keys (before RoPE) and values (blocks, block_size, kv_heads, head_dim) of each layer.
+        slots: (positions,) int64.
+    """
+
+    layers: Sequence[LayerKV]
+    slots: Tensor
+
+    @classmethod
+    def over(cls, rows: ReusedRows) -> RowSink:
+        """Return the sink that writes into `rows`."""
+        keys, _ = rows.layers[0]
+        layers = [(keys.unsqueeze(0), values.unsqueeze(0)) for keys, values in rows.layers]
+        return cls(layers, torch.arange(len(keys), device=keys.device))
+
+
+class BlendPass:
+    """Recomputes tokens of one prompt.
+
+    Args:
+        decoder: the model.
+        rotary: the request's rotary table.
+        scene: the prompt as selectors see it.
+        rows: the reused KV of prefix and chunks.
+        token_ids: (positions,) int64, the whole prompt on the model's device.
+        propagation: how the change of recomputed tokens moves the others.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        rotary: RotaryTable,
+        scene: SelectionScene,
+        rows: ReusedRows,
+        token_ids: Tensor,
+        propagation: Propagation,
+    ) -> None:
+        self._decoder = decoder
+        self._rotary = rotary
+        self._scene = scene
+        self._rows = rows
+        self._token_ids = token_ids
+        self._propagation = propagation
+        self._first, self._stop = scene.spans[0].start, scene.spans[-1].stop
+        starts = [span.start - self._first for span in scene.spans] + [self._stop - self._first]
+        self._cu_rows = torch.tensor(starts, dtype=torch.int32, device=decoder.device)
+        self._ending = torch.arange(self._stop, len(token_ids), device=decoder.device)
+        self.row_layers = 0  # rows times layers that were computed, the ending's left out
+
+    def run(self, chosen: Tensor, sink: RowSink, selector: TokenSelector | None = None) -> Tensor:
+        """Return (vocab_size,) logits after the prompt; the rows of all positions and layers are in `sink` then.
+
+        Args:
+            chosen: (tokens,) int64 ascending positions of chunk tokens, computed from the first layer on.
+            sink: where the rows go.
+            selector: may narrow `chosen` after each layer.
+        """
+        decoder = self._decoder
+        keys, values = self._rows.layers[0]
+        scratch = (torch.empty_like(keys), torch.empty_like(values))
+        active = _Active(chosen, self._ending, self._cu_rows, self._first, self._propagation)
+        activations = decoder.embed(self._token_ids[active.positions])
+        for layer in range(decoder.config.num_layers):
+            projected = decoder.project(layer, activations)
+            keep = self._narrowed(selector, layer, active.chosen, projected.keys, projected.values)
+            self._blend(layer, active, projected.keys, projected.values, sink, scratch)
+            self._write_fresh(layer, active, projected.queries, projected.keys, projected.values, sink, scratch)
+            queries, residual = projected.queries, projected.residual
+            self.row_layers += len(active.chosen)
+            if keep is not None:
+                rows = torch.cat((keep.nonzero().squeeze(1), torch.arange(len(keep), len(queries), device=keep.device)))
+                queries, residual = queries[rows], residual[rows]
+                active = _Active(active.chosen[keep], self._ending, self._cu_rows, self._first, self._propagation)
+            attended = selected_attention(queries, *scratch, active.positions_int32, scale=decoder.scale)
+            activations = decoder.complete(layer, attended, residual)
+        return decoder.logits(activations.rows(slice(-1, None)))[0]
+
+    def _narrowed(
+        self, selector: TokenSelector | None, layer: int, chosen: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor | None:
+        if selector is None:
+            return None
+
+        def deviation() -> Deviation:
+            old_keys, old_values = self._rows.layers[layer]
+            fresh = keys[: len(chosen)], values[: len(chosen)]
+            return Deviation(*kv_deviation(*fresh, old_keys[chosen], old_values[chosen]))
+
+        return selector.narrow(self._scene, layer, chosen, deviation)
+
+    def _blend(
+        self, layer: int, active: _Active, keys: Tensor, values: Tensor, sink: RowSink, scratch: LayerKV
+    ) -> None:
+        """Write the rows of prefix and chunks, moved by the change, into the sink and rotated into the scratch."""
+        old_keys, old_values = self._rows.layers[layer]
+        first, stop = self._first, self._stop
+        self._copy_prefix(layer, sink, scratch)
+        # The keys and values of the first layer depend on their token alone.
+        applied = self._propagation if layer else Propagation(self._propagation.sigma, 0.0, 0.0)
+        propagate_change(
+            old_keys[first:stop], old_values[first:stop], keys[: len(active.chosen)], values[: len(active.chosen)],
+            active.plan, sink.slots[first:stop], *sink.layers[layer],
+            key_strength=applied.key_strength, value_strength=applied.value_strength,
+            cos=self._rotary.cos, sin=self._rotary.sin, first_position=first,
+            rotated_keys=scratch[0], plain_values=scratch[1],
+        )  # fmt: skip
+
+    def _copy_prefix(self, layer: int, sink: RowSink, scratch: LayerKV) -> None:
+        keys, values = (part[: self._first] for part in self._rows.layers[layer])
+        slots = sink.slots[: self._first]
+        for part, rows in zip(sink.layers[layer], (keys, values), strict=True):
+            part.flatten(0, 1)[slots] = rows
+        scratch[0][: self._first] = self._rotary.rotate(keys, torch.arange(self._first, device=keys.device))
+        scratch[1][: self._first] = values
+
+    def _write_fresh(
+        self,
+        layer: int,
+        active: _Active,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sink: RowSink,
+        scratch: LayerKV,
+    ) -> None:
+        """Rotate the queries, and write the ending's rows; the chosen ones' are in place already."""
+        key_pool, value_pool = sink.layers[layer]
+        rope_write_kv(
+            queries, keys, values, active.positions, sink.slots[active.positions],
+            self._rotary.cos, self._rotary.sin, key_pool, value_pool, rotate_keys=True,
+        )  # fmt: skip
+        behind = len(active.chosen)
+        scratch[0][self._stop :], scratch[1][self._stop :] = keys[behind:], values[behind:]
+
+
+class _Active:
+    """The tokens that a layer computes, and what follows from them for all layers."""
+
+    def __init__(self, chosen: Tensor, ending: Tensor, cu_rows: Tensor, first: int, propagation: Propagation) -> None:
+        self.chosen = chosen
+        self.positions = torch.cat((chosen, ending))
+        self.positions_int32 = self.positions.to(torch.int32)
+        selected = (chosen - first).to(torch.int32)
+        cu_selected = torch.searchsorted(selected, cu_rows).to(torch.int32)
+        self.plan = plan_propagation(selected, cu_rows, cu_selected, propagation.sigma)
