@@ -22,9 +22,9 @@ except ImportError:
     TRITON_INSTALLED = False
     tl = None
 
-    def jit(function: Any) -> Any:
+    def jit(function: Any = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
         """Return `function` itself: it is never launched without Triton."""
-        return function
+        return function or jit
 
 
 class Backend(StrEnum):

@@ -207,7 +207,7 @@ def _check_copies(
             )
 
 
-@jit
+@jit(do_not_specialize=("first_position",))  # no request waits for another compilation
 def _propagate_change_kernel(
     cached_ptr, fresh_ptr, selected_ptr, entry_ptr, tile_ptr, slot_ptr, strength_ptr, cos_ptr, sin_ptr,
     pool_ptr, copy_ptr,

@@ -1,7 +1,11 @@
+import importlib.util
+import sys
+
 import pytest
 import torch
 
 from ragkit.errors import KernelUnavailableError
+from ragkit.kernels import backend as installed
 from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, resolve_backend
 
 
@@ -19,6 +23,20 @@ def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setattr("ragkit.kernels.backend.TRITON_INSTALLED", False)
     with pytest.raises(KernelUnavailableError, match=r"install triton>=3\.6"):
         resolve_backend(torch.ones(1), Backend.TRITON)
+
+
+def test_kernels_are_defined_without_triton_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location("backend_without_triton", installed.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def kernel():
+        """Stand for a kernel."""
+
+    assert not module.TRITON_INSTALLED
+    assert module.jit(kernel) is kernel
+    assert module.jit(do_not_specialize=("size",))(kernel) is kernel
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
