@@ -3,11 +3,12 @@
     RAGKIT_DATA=... python benchmarks/blend_quality.py [--model NAME] [--items all|even|odd|N] [--dtype T] [--codec C]
         [--ratios 0.05,0.15] [--variants NAME,...] [--time-limit SECONDS] [--name RESULT]
 
-MuSiQue questions (10 passages each, the items whose gold answer stands in a passage). For each item full prefill gives
-the reference: the distribution of the first answer token, its greedy answer of 16 tokens, and the likelihood of the gold
-answer. A variant is a selector with or without change propagation at one ratio; `d` is its KL from the reference, of the
-first token and as the mean over the 16 tokens, teacher-forced. The recovered share is 1 - d / d_reuse, a ratio of means
-with a bootstrap over items; d_reuse is plain reuse of chunks computed behind the prefix, through the bf16 codec.
+MuSiQue questions (10 passages each, the items whose gold answer stands in a passage). For each item full prefill
+gives the reference: the distribution of the first answer token, its greedy answer of 16 tokens, and the likelihood of
+the gold answer. A variant is a selector with or without change propagation at one ratio; `d` is its KL from the
+reference, of the first token and as the mean over the 16 tokens, teacher-forced. The recovered share is 1 - d / d_reuse,
+a ratio of means with a bootstrap over items; d_reuse is plain reuse of chunks computed behind the prefix, through the
+bf16 codec. `--study` compares settings of propagation and of the default selector instead; look at even items only.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--context", default="prefix", choices=[kind.value for kind in ContextKind])
     parser.add_argument("--ratios", default="0.02,0.05,0.1,0.15,0.3")
     parser.add_argument("--variants", default="", help="only these selectors")
+    parser.add_argument("--study", action="store_true", help="settings of propagation instead of selectors")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds, then what is done is reported")
     parser.add_argument("--name", default="blend_quality", help="name of the result")
     arguments = parser.parse_args()
@@ -94,7 +96,8 @@ def main() -> None:
         sys.exit("set RAGKIT_DATA to the folder of the benchmark data")
     engine = Engine.load(arguments.model, device=arguments.device, dtype=arguments.dtype, kv_tokens=2 * 9000)
     ratios = [float(ratio) for ratio in arguments.ratios.split(",")]
-    variants = list(make_variants(engine.decoder.config.num_layers, ratios, arguments.variants))
+    num_layers = engine.decoder.config.num_layers
+    variants = list(study(ratios) if arguments.study else make_variants(num_layers, ratios, arguments.variants))
     bench = Bench(engine, arguments.codec, ContextKind(arguments.context))
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
@@ -134,6 +137,23 @@ def make_variants(num_layers: int, ratios: Sequence[float], only: str) -> Iterat
             if not wanted or selector.name in wanted:
                 yield Variant(f"{selector.name} + propagation", selector, Propagation(), ratio)
                 yield Variant(selector.name, selector, NO_PROPAGATION, ratio)
+
+
+def study(ratios: Sequence[float]) -> Iterator[Variant]:
+    """Yield settings of the default method."""
+    yield Variant(REUSE, NoTokens(), NO_PROPAGATION, 0.0)
+    for ratio in ratios:
+        for share in (0.25, 0.5, 0.75, 1.0):
+            selector = QuestionAttention(share)
+            yield Variant(f"even {share:g}", selector, Propagation(), ratio)
+            yield Variant(f"even {share:g} evidence", selector, Propagation(by_evidence=True), ratio)
+        for sigma in (16.0, 32.0, 96.0):
+            yield Variant(f"sigma {sigma:g}", QuestionAttention(), Propagation(sigma), ratio)
+            yield Variant(f"sigma {sigma:g} evidence", QuestionAttention(), Propagation(sigma, by_evidence=True), ratio)
+        for strength in (0.5, 0.75):
+            yield Variant(f"strength {strength:g}", QuestionAttention(), Propagation(48.0, strength, strength), ratio)
+        yield Variant("two rounds", TwoRounds(), Propagation(), ratio)
+        yield Variant("two rounds evidence", TwoRounds(), Propagation(by_evidence=True), ratio)
 
 
 class Bench:

@@ -62,7 +62,7 @@ class FirstTokens(ChosenOnce):
                 if not span.is_exact
             ]
             return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=scene.device)
-        # The nearer to its chunk's start, the higher: the budget is shared equally, and what short chunks leave goes on.
+        # The nearer to its chunk's start, the higher: all chunks share equally, and what short ones leave goes on.
         scores = torch.zeros(scene.spans[-1].stop, device=scene.device)
         for span in scene.spans:
             scores[span.start : span.stop] = -torch.arange(span.stop - span.start, device=scene.device).float()

@@ -20,6 +20,7 @@ from ragkit.kernels.propagate_change import propagate_change
 from ragkit.kernels.propagation_plan import plan_propagation
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kernels.selected_attention import selected_attention
+from ragkit.kvcache.change_strength import ChangeStrength
 from ragkit.kvcache.codec import LayerKV
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.kvcache.token_selection import Deviation, SelectionScene, TokenSelector
@@ -32,11 +33,18 @@ class Propagation:
     Attributes:
         sigma: standard deviation in tokens of the Gaussian that weighs the recomputed ones by distance.
         key_strength, value_strength: part of the smoothed change that is applied; 0 for none.
+        by_evidence: whether each layer and head applies only the part that predicts recomputed rows from one another.
     """
 
     sigma: float = 48.0
     key_strength: float = 1.0
     value_strength: float = 1.0
+    by_evidence: bool = False
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing moves."""
+        return self.key_strength == 0 and self.value_strength == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +148,18 @@ class BlendPass:
         old_keys, old_values = self._rows.layers[layer]
         first, stop = self._first, self._stop
         self._copy_prefix(layer, sink, scratch)
-        # The keys and values of the first layer depend on their token alone.
-        applied = self._propagation if layer else Propagation(self._propagation.sigma, 0.0, 0.0)
+        fresh_keys, fresh_values = keys[: len(active.chosen)], values[: len(active.chosen)]
+        key_strength: float | Tensor = self._propagation.key_strength
+        value_strength: float | Tensor = self._propagation.value_strength
+        if layer == 0:
+            key_strength = value_strength = 0.0  # keys and values of the first layer depend on their token alone
+        elif active.strength is not None:
+            key_strength = key_strength * active.strength.of(fresh_keys - old_keys[active.chosen])
+            value_strength = value_strength * active.strength.of(fresh_values - old_values[active.chosen])
         propagate_change(
-            old_keys[first:stop], old_values[first:stop], keys[: len(active.chosen)], values[: len(active.chosen)],
+            old_keys[first:stop], old_values[first:stop], fresh_keys, fresh_values,
             active.plan, sink.slots[first:stop], *sink.layers[layer],
-            key_strength=applied.key_strength, value_strength=applied.value_strength,
+            key_strength=key_strength, value_strength=value_strength,
             cos=self._rotary.cos, sin=self._rotary.sin, first_position=first,
             rotated_keys=scratch[0], plain_values=scratch[1],
         )  # fmt: skip
@@ -188,3 +202,6 @@ class _Active:
         selected = (chosen - first).to(torch.int32)
         cu_selected = torch.searchsorted(selected, cu_rows).to(torch.int32)
         self.plan = plan_propagation(selected, cu_rows, cu_selected, propagation.sigma)
+        self.strength: ChangeStrength | None = None
+        if propagation.by_evidence and not propagation.is_off and len(chosen):
+            self.strength = ChangeStrength(self.plan.selected, cu_selected.tolist(), propagation.sigma)

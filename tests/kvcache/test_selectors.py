@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+
+from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf, GradualFiltering
+from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
+from ragkit.kvcache.selectors_static import Everything, FirstTokens, NoTokens, RandomTokens
+from ragkit.kvcache.token_selection import ChunkSpan, Deviation, evenly_spaced, highest
+
+ALL = {
+    "question": QuestionAttention(),
+    "question only": QuestionAttention(0.0),
+    "two rounds": TwoRounds(),
+    "first": FirstTokens(),
+    "random": RandomTokens(),
+}
+
+
+class Scene:
+    """A prompt of a prefix of 5 tokens, chunks of the given sizes, and 4 tokens behind."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, budget, sizes=(10, 20, 30), first_is_exact=True, mass=None):
+        self.budget = budget
+        starts = [5 + sum(sizes[:index]) for index in range(len(sizes))]
+        self.spans = [
+            ChunkSpan(start, start + size, first_is_exact and index == 0)
+            for index, (start, size) in enumerate(zip(starts, sizes, strict=True))
+        ]
+        self.total = sum(sizes) + 9
+        self.mass = torch.rand(self.total, generator=torch.Generator().manual_seed(1)) if mass is None else mass
+        self.asked = []
+
+    def question_mass(self, repaired=None):
+        self.asked.append(None if repaired is None else repaired.tolist())
+        return self.mass if repaired is None else self.mass.flip(0)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("budget", [0, 1, 7, 50, 55, 60])
+def test_the_budget_is_met_with_distinct_ascending_positions_of_chunks(name, budget):
+    scene = Scene(budget)
+    chosen = ALL[name].choose(scene)
+    assert len(chosen) == budget
+    assert bool((chosen.diff() > 0).all())
+    assert budget == 0 or 5 <= int(chosen[0]) <= int(chosen[-1]) < 65
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_exact_chunk_is_chosen_only_when_nothing_else_is_left(name):
+    assert int(ALL[name].choose(Scene(50)).min()) == 15
+    chosen = ALL[name].choose(Scene(53))
+    assert int((chosen < 15).sum()) == 3
+    assert int(ALL[name].choose(Scene(50, first_is_exact=False)).min()) < 15
+
+
+def test_the_question_chooses_what_it_looks_at():
+    mass = torch.zeros(69)
+    mass[[20, 33, 34, 50]] = torch.tensor([1.0, 3.0, 2.0, 4.0])
+    mass[:15] = 9.0  # the prefix and the exact chunk
+    assert QuestionAttention(0.0).choose(Scene(3, mass=mass)).tolist() == [33, 34, 50]
+
+
+def test_a_share_is_spaced_evenly_and_the_rest_is_added():
+    scene = Scene(20)
+    even = evenly_spaced(scene, 5)
+    assert even.tolist() == [15, 25, 35, 45, 55]
+    chosen = QuestionAttention(0.25).choose(scene)
+    assert set(even.tolist()) <= set(chosen.tolist())
+    assert scene.asked == [None]
+
+
+def test_spacing_alone_asks_nothing():
+    scene = Scene(20)
+    assert torch.equal(QuestionAttention(1.0).choose(scene), evenly_spaced(scene, 20))
+    assert scene.asked == []
+
+
+def test_the_second_round_scores_what_the_first_repaired():
+    scene = Scene(20)
+    chosen = TwoRounds(even_share=0.2).choose(scene)
+    assert scene.asked[0] is None
+    assert len(scene.asked[1]) == 10
+    assert set(scene.asked[1]) <= set(chosen.tolist())
+    rest = [position for position in chosen.tolist() if position not in scene.asked[1]]
+    others = [position for position in range(15, 65) if position not in chosen.tolist()]
+    assert min(scene.mass.flip(0)[rest]) >= max(scene.mass.flip(0)[others])
+
+
+def test_the_first_tokens_are_shared_equally_and_short_chunks_leave_theirs_to_the_others():
+    assert FirstTokens().choose(Scene(6)).tolist() == [15, 16, 17, 35, 36, 37]
+    assert FirstTokens().choose(Scene(45)).tolist() == [*range(15, 35), *range(35, 60)]
+    assert FirstTokens(2).choose(Scene(0)).tolist() == [15, 16, 35, 36]
+
+
+def test_random_tokens_are_the_same_again_and_others_for_another_seed():
+    scene = Scene(20)
+    assert torch.equal(RandomTokens().choose(scene), RandomTokens().choose(scene))
+    assert not torch.equal(RandomTokens().choose(scene), RandomTokens(1).choose(scene))
+
+
+def test_everything_and_nothing():
+    assert Everything().choose(Scene(3)).tolist() == list(range(5, 65))
+    assert NoTokens().choose(Scene(3)).tolist() == []
+    assert NoTokens().narrow(Scene(3), 1, torch.arange(3), lambda: None) is None
+
+
+@pytest.mark.parametrize(
+    ("of", "expected"),
+    [
+        (DeviationOf.KEYS, [20, 21]),
+        (DeviationOf.VALUES, [40, 41]),
+        (DeviationOf.BOTH, [21, 41]),
+    ],
+)
+def test_the_largest_deviations_at_the_check_layer_stay(of, expected):
+    scene = Scene(2)
+    selector = DeviationAtOneLayer(of)
+    chosen = selector.choose(scene)
+    keys, values = torch.full((60,), 0.1), torch.full((60,), 0.1)
+    keys[[15, 16]] = torch.tensor([8.0, 9.0])  # positions 20, 21
+    values[[35, 36]] = torch.tensor([8.0, 9.0])
+    keys[:10] = values[:10] = 100.0  # the exact chunk
+    assert selector.narrow(scene, 0, chosen, lambda: pytest.fail("layer 0 is not checked")) is None
+    kept = selector.narrow(scene, 1, chosen, lambda: Deviation(keys, values))
+    assert chosen[kept].tolist() == expected
+
+
+@pytest.mark.parametrize("num_layers", [3, 12, 32])
+def test_filtering_narrows_layer_by_layer_and_spends_the_budget_on_average(num_layers):
+    scene = Scene(200, sizes=(10, 1000, 1000))
+    selector = GradualFiltering(num_layers)
+    chosen, computed = selector.choose(scene), []
+    for layer in range(num_layers):
+        scores = torch.rand(len(chosen), generator=torch.Generator().manual_seed(layer))
+        kept = selector.narrow(scene, layer, chosen, lambda scores=scores: Deviation(scores, scores))
+        if kept is not None:
+            chosen = chosen[kept]
+            computed.append(len(chosen))
+        elif layer:
+            computed.append(len(chosen))
+    assert computed == sorted(computed, reverse=True)
+    assert computed[0] == 300
+    assert math.isclose(sum(computed) / len(computed), 200, abs_tol=2)
+
+
+def test_the_highest_scores_may_be_negative():
+    scores = -torch.arange(69.0)
+    assert highest(Scene(3), scores, 3).tolist() == [15, 16, 17]
