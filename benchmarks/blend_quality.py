@@ -6,8 +6,8 @@
 MuSiQue questions (10 passages each, the items whose gold answer stands in a passage). For each item full prefill
 gives the reference: the distribution of the first answer token, its greedy answer of 16 tokens, and the likelihood of
 the gold answer. A variant is a selector with or without change propagation at one ratio; `d` is its KL from the
-reference, of the first token and as the mean over the 16 tokens, teacher-forced. The recovered share is 1 - d / d_reuse,
-a ratio of means with a bootstrap over items; d_reuse is plain reuse of chunks computed behind the prefix, through the
+reference, of the first token and as the mean over the 16 tokens, teacher-forced. The recovered share is
+1 - d / d_reuse, a ratio of means with a bootstrap over items; d_reuse is plain reuse of chunks computed behind the prefix, through the
 bf16 codec. `--study` compares settings of propagation and of the default selector instead; look at even items only.
 """
 
