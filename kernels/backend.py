@@ -62,3 +62,15 @@ def next_power_of_2(number: int) -> int:
 def ceil_div(number: int, divisor: int) -> int:
     """Return `number / divisor` rounded up."""
     return -(-number // divisor)
+
+
+def tiles_of_rows(heads: Tensor, rows: int, dim_padded: int) -> Any:
+    """Return a descriptor from which a kernel loads (rows, 1, dim_padded) tiles of `heads`, zero beyond its end.
+
+    Args:
+        heads: (tokens, heads, head_dim), contiguous, a head and its place in memory multiples of 16 bytes.
+        rows, dim_padded: size of a tile; powers of two, `dim_padded` at least the head_dim.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(heads, [rows, 1, dim_padded])

@@ -6,6 +6,7 @@ import torch
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.paged_decode_attention import HIDDEN, paged_decode_attention, paged_decode_attention_torch
+from ragkit.kernels.paged_rows import FIELD_ROWS
 from ragkit.kernels.testing import assert_matches, guarded
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,11 +38,24 @@ def _inputs(lengths, q_heads, kv_heads, head_dim, dtype, device, rng):
     ]  # fmt: skip
 
 
-def _compare(inputs, reduced=4):
+def _fields(inputs, rng):
+    """A field of every entry's rows, for keys and for values; NaN behind the entries of a request."""
+    _, block_size, kv_heads, head_dim = inputs[1].shape
+    fields = []
+    for _ in range(2):
+        shape = (*inputs[3].shape, block_size // FIELD_ROWS, kv_heads, head_dim)
+        field = torch.randn(shape, device=rng.device, generator=rng).to(inputs[0].dtype)
+        field[torch.arange(shape[1], device=rng.device) >= inputs[5].unsqueeze(1)] = math.nan
+        fields.append(guarded(field))
+    return {"key_field": fields[0], "value_field": fields[1]}
+
+
+def _compare(inputs, reduced=4, **fields):
     scale = inputs[0].shape[-1] ** -0.5
-    got = paged_decode_attention(*inputs, scale=scale, backend=Backend.TRITON)
+    got = paged_decode_attention(*inputs, **fields, scale=scale, backend=Backend.TRITON)
     wide = [tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs]
-    assert_matches(got, paged_decode_attention_torch(*wide, scale=scale), reduced=reduced)
+    wide_fields = {name: field.float() for name, field in fields.items()}
+    assert_matches(got, paged_decode_attention_torch(*wide, **wide_fields, scale=scale), reduced=reduced)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,6 +114,37 @@ def test_blocks_in_any_order_give_the_same_result(device, rng):
     order = torch.tensor([2, 0, 1, 3], device=device)
     inputs[3], inputs[4] = inputs[3][:, order].contiguous(), inputs[4][:, order].contiguous()
     assert_matches(paged_decode_attention(*inputs, scale=0.2, backend=Backend.TRITON), straight, reduced=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_matches_the_definition_with_a_field(head_dim, dtype, device, rng):
+    inputs = _inputs((130, 0, 64), 6, 2, head_dim, dtype, device, rng)
+    _compare(inputs, **_fields(inputs, rng))
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_a_field_is_as_if_its_vectors_were_added_to_the_rows(backend, device, rng):
+    inputs = _inputs((130, 40), 4, 2, 32, torch.float32, device, rng)
+    fields = _fields(inputs, rng)
+    added = [tensor.clone() for tensor in inputs]
+    for request, count in enumerate(inputs[5].tolist()):
+        blocks = inputs[3][request, :count].long()
+        for pool, field in zip(added[1:3], fields.values(), strict=True):
+            pool[blocks] += field[request, :count].repeat_interleave(FIELD_ROWS, dim=1)
+    got = paged_decode_attention(*inputs, **fields, scale=0.2, backend=backend)
+    assert_matches(got, paged_decode_attention_torch(*added, scale=0.2), reduced=4)
+
+
+def test_a_field_of_another_shape_is_refused(device, rng):
+    inputs = _inputs((130,), 4, 2, 32, torch.float32, device, rng)
+    fields = _fields(inputs, rng)
+    with pytest.raises(KernelInputError, match="a field must be"):
+        paged_decode_attention(
+            *inputs, key_field=fields["key_field"][:, :1], value_field=fields["value_field"], scale=1.0
+        )
+    with pytest.raises(KernelInputError, match="given together"):
+        paged_decode_attention(*inputs, key_field=fields["key_field"], scale=1.0)
 
 
 def test_tables_of_another_shape_are_refused(device, rng):

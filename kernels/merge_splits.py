@@ -1,0 +1,75 @@
+# ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels, and pointers have none)
+# mypy: disable-error-code="no-untyped-def"
+"""Merge attention over parts of the keys into attention over all of them.
+
+    out = sum_s 2^(w_s - max w) partial_s / sum_s 2^(w_s - max w)     w_s: base-2 log-sum-exp of part s
+
+A part in which a query saw nothing has w_s = -inf and counts for nothing; with no other part the result is zero.
+
+Source: the reduction of FlashDecoding; online softmax of FlashAttention, arXiv 2205.14135, section 3.1.
+Cost: reads every part once; bandwidth bound.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KernelInputError
+from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
+
+
+def merge_splits(partial: Tensor, weights: Tensor, out: Tensor, *, backend: Backend | None = None) -> None:
+    """Write the attention over all parts into `out` (tokens, q_heads, head_dim), contiguous, of any float type.
+
+    Args:
+        partial: (tokens, q_heads, splits, head_dim) fp32, the attention over each part, contiguous.
+        weights: (tokens, q_heads, splits) fp32, base-2 log-sum-exp of each part's scores, contiguous.
+        out: where the result goes.
+        backend: an implementation to insist on.
+
+    Raises:
+        KernelInputError: shapes do not fit.
+    """
+    if partial.dim() != 4 or weights.shape != partial.shape[:3] or out.shape != (*partial.shape[:2], partial.shape[3]):
+        raise KernelInputError(
+            f"parts {tuple(partial.shape)}, weights {tuple(weights.shape)} and out {tuple(out.shape)} do not fit"
+        )
+    if not (partial.is_contiguous() and weights.is_contiguous() and out.is_contiguous()):
+        raise KernelInputError("parts, weights and out must be contiguous")
+    if resolve_backend(out, backend) is Backend.TORCH:
+        out.copy_(merge_splits_torch(partial, weights))
+        return
+    tokens, q_heads, splits, head_dim = partial.shape
+    if out.numel() == 0:
+        return
+    _merge_splits_kernel[(tokens, q_heads)](
+        partial, weights, out, splits,
+        HEAD_DIM=head_dim, DIM_PADDED=max(16, next_power_of_2(head_dim)),
+        SPLITS_PADDED=next_power_of_2(splits),
+    )  # fmt: skip
+
+
+def merge_splits_torch(partial: Tensor, weights: Tensor) -> Tensor:
+    """Return (tokens, q_heads, head_dim) fp32, what `merge_splits` writes: the definition."""
+    share = torch.nan_to_num((weights * 0.6931471805599453).softmax(dim=-1), nan=0.0)
+    return torch.einsum("ths,thsd->thd", share, partial)
+
+
+@jit(do_not_specialize=("splits",))
+def _merge_splits_kernel(
+    partial_ptr, weight_ptr, out_ptr, splits,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+):  # fmt: skip
+    # This program merges the parts of one head of one token.
+    head = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    split = tl.arange(0, SPLITS_PADDED)
+    dim = tl.arange(0, DIM_PADDED)
+    weight = tl.load(weight_ptr + head * splits + split, mask=split < splits, other=float("-inf"))
+    highest = tl.max(weight, axis=0)
+    share = tl.exp2(weight - tl.where(highest == float("-inf"), 0.0, highest))
+    mask = (split < splits)[:, None] & (dim < HEAD_DIM)[None, :]
+    partial = tl.load(partial_ptr + (head * splits + split)[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+    total = tl.sum(share, axis=0)
+    out = tl.sum(partial * share[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + head * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
