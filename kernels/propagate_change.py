@@ -21,6 +21,7 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.propagation_plan import TILE_ROWS, PropagationPlan
+from ragkit.kernels.rotation import rotate_into
 
 
 def propagate_change(
@@ -118,16 +119,12 @@ def propagate_change_torch(
     if rotated_keys is not None and plain_values is not None and cos is not None and sin is not None:
         there = slice(first_position, first_position + plan.rows)
         plain_values[there] = values
-        cos, sin = cos[there].unsqueeze(1), sin[there].unsqueeze(1)
-        first, second = keys.float().chunk(2, dim=-1)
-        left, right = rotated_keys[there].chunk(2, dim=-1)
-        left.copy_((first * cos).addcmul_(second, sin, value=-1))
-        right.copy_((second * cos).addcmul_(first, sin))
+        rotate_into(rotated_keys[there], keys, cos[there], sin[there])
 
 
 def _blended(cached: Tensor, fresh: Tensor, plan: PropagationPlan, strength: float | Tensor) -> Tensor:
     """Return (rows, heads, head_dim) fp32."""
-    change = fresh.float() - cached[plan.selected].float()
+    change = fresh.float() - cached.index_select(0, plan.selected).float()
     change *= strength if isinstance(strength, float | int) else strength[:, None]
     change = change.flatten(1)
     rows = cached.float().flatten(1)

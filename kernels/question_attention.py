@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.rotation import rotate_into
 
 _TORCH_SCORES = 1 << 24  # scores that the torch definition holds at a time: 64 MB
 
@@ -75,30 +76,28 @@ def question_attention_torch(
     scale: float,
     with_mass: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `question_attention` returns: the definition, in fp32, some tokens at a time."""
+    """Return what `question_attention` returns: the definition, in fp32, head after head, some tokens at a time."""
     tokens, q_heads, head_dim = queries.shape
     rows, kv_heads, _ = keys.shape
     end, group = first_position + tokens, q_heads // kv_heads
-    first, second = keys[:end].float().chunk(2, dim=-1)
-    row_cos, row_sin = cos[:end].unsqueeze(1), sin[:end].unsqueeze(1)
-    turned = torch.cat((first * row_cos - second * row_sin, second * row_cos + first * row_sin), dim=-1)
-    turned, plain = turned.permute(1, 2, 0), values[:end].float().transpose(0, 1)
     mass = torch.zeros(rows if with_mass else 0, device=queries.device)
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    at_once = max(1, _TORCH_SCORES // max(1, q_heads * end))
-    for start in range(0, tokens, at_once):
-        part = queries[start : start + at_once].float() * scale
-        count, seen = len(part), first_position + start + len(part)
-        part = part.unflatten(1, (kv_heads, group)).transpose(0, 1).reshape(kv_heads, count * group, head_dim)
-        scores = torch.bmm(part, turned[:, :, :seen])
-        # Only the last `count` rows are hidden from some of these queries.
-        hidden = torch.ones(count, count, dtype=torch.bool, device=queries.device).triu(1)
-        scores.unflatten(1, (count, group))[..., seen - count :].masked_fill_(hidden[:, None, :], float("-inf"))
-        weights = scores.softmax(dim=-1)
-        if with_mass:
-            mass[:seen] += weights.flatten(0, 1).sum(dim=0)
-        attended = torch.bmm(weights, plain[:, :seen]).unflatten(1, (count, group))
-        out[start : start + count] = attended.transpose(0, 1).flatten(1, 2)
+    turned = torch.empty((end, 1, head_dim), device=queries.device)
+    at_once = max(1, _TORCH_SCORES // max(1, group * end))
+    for head in range(kv_heads):
+        rotate_into(turned, keys[:end, head : head + 1], cos[:end], sin[:end])
+        plain, heads = values[:end, head].float(), slice(head * group, (head + 1) * group)
+        for start in range(0, tokens, at_once):
+            part = queries[start : start + at_once, heads].float() * scale
+            count, seen = len(part), first_position + start + len(part)
+            scores = part.flatten(0, 1) @ turned[:seen, 0].T
+            # Only the last `count` rows are hidden from some of these queries.
+            hidden = torch.ones(count, count, dtype=torch.bool, device=queries.device).triu(1).unsqueeze(1)
+            scores.unflatten(0, (count, group))[..., seen - count :].masked_fill_(hidden, float("-inf"))
+            weights = scores.softmax(dim=-1)
+            if with_mass:
+                mass[:seen] += weights.sum(dim=0)
+            out[start : start + count, heads] = (weights @ plain[:seen]).unflatten(0, (count, group)).to(out.dtype)
     return out, mass
 
 
