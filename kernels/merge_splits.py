@@ -19,13 +19,21 @@ from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
 
 
-def merge_splits(partial: Tensor, weights: Tensor, out: Tensor, *, backend: Backend | None = None) -> None:
+def merge_splits(
+    partial: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    log_sums: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> None:
     """Write the attention over all parts into `out` (tokens, q_heads, head_dim), contiguous, of any float type.
 
     Args:
         partial: (tokens, q_heads, splits, head_dim) fp32, the attention over each part, contiguous.
         weights: (tokens, q_heads, splits) fp32, base-2 log-sum-exp of each part's scores, contiguous.
         out: where the result goes.
+        log_sums: (tokens, q_heads) fp32, contiguous; the weights merged over all parts go there.
         backend: an implementation to insist on.
 
     Raises:
@@ -37,16 +45,20 @@ def merge_splits(partial: Tensor, weights: Tensor, out: Tensor, *, backend: Back
         )
     if not (partial.is_contiguous() and weights.is_contiguous() and out.is_contiguous()):
         raise KernelInputError("parts, weights and out must be contiguous")
+    if log_sums is not None and (log_sums.shape != weights.shape[:2] or not log_sums.is_contiguous()):
+        raise KernelInputError(f"log_sums must be {tuple(weights.shape[:2])} contiguous, got {tuple(log_sums.shape)}")
     if resolve_backend(out, backend) is Backend.TORCH:
         out.copy_(merge_splits_torch(partial, weights))
+        if log_sums is not None:
+            log_sums.copy_(torch.logsumexp(weights * 0.6931471805599453, dim=-1) * 1.4426950408889634)
         return
     tokens, q_heads, splits, head_dim = partial.shape
     if out.numel() == 0:
         return
     _merge_splits_kernel[(tokens, q_heads)](
-        partial, weights, out, splits,
+        partial, weights, out, out if log_sums is None else log_sums, splits,
         HEAD_DIM=head_dim, DIM_PADDED=max(16, next_power_of_2(head_dim)),
-        SPLITS_PADDED=next_power_of_2(splits),
+        SPLITS_PADDED=next_power_of_2(splits), WITH_LOG_SUMS=log_sums is not None,
     )  # fmt: skip
 
 
@@ -58,8 +70,8 @@ def merge_splits_torch(partial: Tensor, weights: Tensor) -> Tensor:
 
 @jit(do_not_specialize=("splits",))
 def _merge_splits_kernel(
-    partial_ptr, weight_ptr, out_ptr, splits,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    partial_ptr, weight_ptr, out_ptr, log_sum_ptr, splits,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr, WITH_LOG_SUMS: tl.constexpr,
 ):  # fmt: skip
     # This program merges the parts of one head of one token.
     head = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -73,3 +85,5 @@ def _merge_splits_kernel(
     total = tl.sum(share, axis=0)
     out = tl.sum(partial * share[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + head * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+    if WITH_LOG_SUMS:
+        tl.store(log_sum_ptr + head, highest + tl.log2(tl.where(total > 0, total, 1.0)))

@@ -50,9 +50,21 @@ def test_a_part_in_which_nothing_was_seen_counts_for_nothing(backend, device, rn
     assert torch.equal(out[1], torch.zeros_like(out[1]))
 
 
+@pytest.mark.parametrize("backend", list(Backend))
+def test_log_sums_are_those_of_all_parts(backend, device, rng):
+    partial, weights = _parts(3, 2, 5, 16, device, rng)
+    weights[0, :, 1:4], weights[2, 1] = -math.inf, -math.inf
+    log_sums, check = canaried((3, 2), torch.float32, device)
+    merge_splits(partial, weights, torch.empty(3, 2, 16, device=device), log_sums, backend=backend)
+    check()
+    assert_matches(log_sums, weights.double().exp2().sum(-1).log2())
+
+
 def test_shapes_that_do_not_fit_are_refused(device, rng):
     partial, weights = _parts(2, 4, 3, 32, device, rng)
     with pytest.raises(KernelInputError, match="do not fit"):
         merge_splits(partial, weights, torch.empty(2, 4, 16, device=device))
+    with pytest.raises(KernelInputError, match=r"log_sums must be \(2, 4\)"):
+        merge_splits(partial, weights, torch.empty(2, 4, 32, device=device), torch.empty(4, 2, device=device))
     with pytest.raises(KernelInputError, match="contiguous"):
         merge_splits(partial, weights, torch.empty(4, 2, 32, device=device).transpose(0, 1))
