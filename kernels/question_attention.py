@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.rotation import rotate_into
 
 _TORCH_SCORES = 1 << 24  # scores that the torch definition holds at a time: 64 MB
@@ -140,10 +141,7 @@ def _attend(
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=8 if in_tile >= 128 else 4, num_stages=2,
     )  # fmt: skip
-    _merge_parts_kernel[(tokens * q_heads,)](
-        partial, weights, out, log_sums,
-        splits, HEAD_DIM=head_dim, DIM_PADDED=next_power_of_2(head_dim), SPLITS_PADDED=next_power_of_2(splits),
-    )  # fmt: skip
+    merge_splits(partial, weights, out, log_sums, backend=Backend.TRITON)
     return out, log_sums
 
 
@@ -268,26 +266,6 @@ def _attend_part_kernel(
     tl.store(weight_ptr + out_at, tl.where(total > 0, highest + tl.log2(safe), float("-inf")), mask=is_query)
     out_mask = is_query[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(partial_ptr + out_at[:, None] * HEAD_DIM + dim[None, :], summed / safe[:, None], mask=out_mask)
-
-
-@jit(do_not_specialize=("splits",))
-def _merge_parts_kernel(
-    partial_ptr, weight_ptr, out_ptr, log_sum_ptr, splits,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr,
-):  # fmt: skip
-    # This program merges the parts of one query; `weight` is the base-2 log-sum-exp of each, one at least is finite.
-    query = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS_PADDED)
-    dim = tl.arange(0, DIM_PADDED)
-    weight = tl.load(weight_ptr + query * splits + split, mask=split < splits, other=float("-inf"))
-    highest = tl.max(weight, axis=0)
-    share = tl.exp2(weight - highest)
-    mask = (split < splits)[:, None] & (dim < HEAD_DIM)[None, :]
-    partial = tl.load(partial_ptr + (query * splits + split)[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-    total = tl.sum(share, axis=0)
-    out = tl.sum(partial * share[:, None], axis=0) / total
-    tl.store(out_ptr + query * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
-    tl.store(log_sum_ptr + query, highest + tl.log2(total))
 
 
 @jit(do_not_specialize=("packed", "first_position", "end"))
