@@ -7,8 +7,9 @@ MuSiQue questions (10 passages each, the items whose gold answer stands in a pas
 gives the reference: the distribution of the first answer token, its greedy answer of 16 tokens, and the likelihood of
 the gold answer. A variant is a selector with or without change propagation at one ratio; `d` is its KL from the
 reference, of the first token and as the mean over the 16 tokens, teacher-forced. The recovered share is
-1 - d / d_reuse, a ratio of means with a bootstrap over items; d_reuse is plain reuse of chunks computed behind the prefix, through the
-bf16 codec. `--study` compares settings of propagation and of the default selector instead; look at even items only.
+1 - d / d_reuse, a ratio of means with a bootstrap over items; d_reuse is plain reuse of chunks computed behind the
+prefix, through the bf16 codec. `--study` compares settings of propagation and of the default
+selector instead; look at even items only.
 """
 
 from __future__ import annotations
@@ -216,7 +217,10 @@ class Bench:
             behind_gold = torch.cat((first.unsqueeze(0), self.logits_behind(kv, rotary, gold[:-1])))
             targets = torch.tensor(list(gold), device=first.device).unsqueeze(1)
             nats = -behind_gold.log_softmax(-1).gather(1, targets).mean()
-        return {"along": along, "nll": float(nats), "answer": list(answer)}
+        chunk_tokens = sum(len(one.token_ids) for one in prompt.segments if one.chunk_id is not None)
+        beside = len(prompt) - chunk_tokens if result.reused == 0 else len(prompt.segments[-1].token_ids)
+        share = (result.recomputed - beside) / chunk_tokens
+        return {"along": along, "nll": float(nats), "answer": list(answer), "recomputed": share}
 
     def greedy(self, kv: RequestKV, rotary: Any, first: Tensor) -> list[int]:
         """Return the greedy answer of `ANSWER_TOKENS` tokens, stop tokens included."""
@@ -254,6 +258,7 @@ def compare(got: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, f
         "same_first": float(mine[0].argmax() == theirs[0].argmax()),
         "nll": got["nll"],
         "nll_full": reference["nll"],
+        "recomputed": got["recomputed"],
         "largest_logit_difference": float((got["along"][0] - reference["along"][0]).abs().max()),
     }
 
@@ -281,6 +286,7 @@ def summary(items: Sequence[Mapping[str, Any]], resamples: int = 2000) -> list[d
             {
                 "variant": name,
                 "items": len(items),
+                "recomputed %": 100 * float(column(name, "recomputed").mean()),
                 "KL first": float(column(name, "kl_first").mean()),
                 "recovered %": share(column(name, "kl_first"), column(reuse, "kl_first")),
                 "KL of 16": float(column(name, "kl_mean").mean()),
