@@ -34,6 +34,8 @@ FAMILIES = {
         "rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
     }},
 }  # fmt: skip
+# Where there is a GPU the same tests run there, through the kernels.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHOOSE_ONLY = Propagation(key_strength=0.0, value_strength=0.0)
 SELECTORS = {
     "question": QuestionAttention(),
@@ -55,14 +57,20 @@ CHUNKS = [Segment(_ids(seed, count), f"chunk-{seed}") for seed, count in ((2, 40
 PROMPT = Prompt((Segment(PREFIX), *CHUNKS, Segment(ENDING)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """Products of fp32 in fp32, on a GPU as well."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def decoder(request):
-    return decoder_of(hf_model(request.param, **FAMILIES[request.param]))
+    return decoder_of(hf_model(request.param, **FAMILIES[request.param]).to(DEVICE))
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return decoder_of(hf_model("llama"))
+    return decoder_of(hf_model("llama").to(DEVICE))
 
 
 class Bench:
@@ -103,8 +111,9 @@ class Bench:
 def _reference(bench, rows, chosen, propagation):
     """The blend by its definition: dense masks, explicit softmax, loops over pairs of rows. Returns logits and rows."""
     decoder, table = bench.decoder, bench.rotary.table(256, len(PROMPT))
-    ids, stop = torch.tensor(PROMPT.token_ids), len(PROMPT) - len(ENDING)
-    active = torch.cat((chosen, torch.arange(stop, len(ids))))
+    ids, stop = torch.tensor(PROMPT.token_ids, device=DEVICE), len(PROMPT) - len(ENDING)
+    positions = torch.arange(len(ids), device=DEVICE)
+    active = torch.cat((chosen, positions[stop:]))
     owner = torch.cat([torch.full((len(one.token_ids),), index) for index, one in enumerate(PROMPT.segments)])
     activations, out = decoder.embed(ids[active]), []
     for layer in range(3):
@@ -132,9 +141,9 @@ def _reference(bench, rows, chosen, propagation):
             blended.append(new)
         out.append(tuple(blended))
         group = queries.shape[1] // keys.shape[1]
-        turned = table.rotate(blended[0], torch.arange(len(ids))).repeat_interleave(group, 1)
+        turned = table.rotate(blended[0], positions).repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", table.rotate(queries, active), turned) * decoder.scale
-        scores = scores.masked_fill(torch.arange(len(ids)) > active[:, None], -torch.inf)
+        scores = scores.masked_fill(positions > active[:, None], -torch.inf)
         attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), blended[1].repeat_interleave(group, 1))
         activations = decoder.complete(layer, attended, residual)
     return decoder.logits(activations.rows(slice(-1, None)))[0], out
@@ -191,7 +200,7 @@ def test_with_no_token_chosen_the_question_stands_behind_the_reused_rows(decoder
 @torch.inference_mode()
 def test_the_blend_is_its_definition(decoder, propagation):
     bench = Bench(decoder)
-    chosen = torch.tensor([13, 14, 30, 52, 60, 61, 62, 84, 100, 141])
+    chosen = torch.tensor([13, 14, 30, 52, 60, 61, 62, 84, 100, 141], device=DEVICE)
     with RequestKV(bench.pool) as kv:
         scene, rows = bench.scene(kv, propagation=propagation)
         blended = rows.empty_like()
@@ -220,23 +229,24 @@ def test_the_questions_mass_is_the_sum_of_its_attention_weights(decoder):
     bench = Bench(decoder)
     with RequestKV(bench.pool) as kv:
         _, rows = bench.scene(kv)
-    ids, stop = torch.tensor(PROMPT.token_ids), len(PROMPT) - len(ENDING)
+    ids, stop = torch.tensor(PROMPT.token_ids, device=DEVICE), len(PROMPT) - len(ENDING)
     table = bench.rotary.table(256, len(ids))
     mass = question_mass(decoder, table, rows, ids[stop:], lowest_scored=1 / 3)
-    expected = torch.zeros(len(ids))
+    positions = torch.arange(len(ids), device=DEVICE)
+    expected = torch.zeros(len(ids), device=DEVICE)
     activations = decoder.embed(ids[stop:])
     for layer in range(3):
         queries, keys, values, residual = decoder.project(layer, activations)
         all_keys = torch.cat((rows.layers[layer][0][:stop], keys))
         all_values = torch.cat((rows.layers[layer][1][:stop], values))
         group = queries.shape[1] // keys.shape[1]
-        at = torch.arange(stop, len(ids))
+        at = positions[stop:]
         scores = torch.einsum(
             "qhd,khd->hqk",
             table.rotate(queries, at),
-            table.rotate(all_keys, torch.arange(len(ids))).repeat_interleave(group, 1),
+            table.rotate(all_keys, positions).repeat_interleave(group, 1),
         )
-        weights = (scores * decoder.scale).masked_fill(torch.arange(len(ids)) > at[:, None], -torch.inf).softmax(-1)
+        weights = (scores * decoder.scale).masked_fill(positions > at[:, None], -torch.inf).softmax(-1)
         if layer >= 1:
             expected += weights.sum((0, 1))
         attended = torch.einsum("hqk,khd->qhd", weights, all_values.repeat_interleave(group, 1))
