@@ -36,6 +36,12 @@ def query(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
     k: TopKOption = None,
     strategy: Annotated[Strategy | None, typer.Option("--strategy", help="How the prompt is prefilled.")] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--ratio", min=0.0, max=1.0, metavar="R", help="Part of the chunks' tokens that blend recomputes."
+        ),
+    ] = None,
     document: Annotated[
         str | None, typer.Option("--document", metavar="URI", help="Answer from this document only.")
     ] = None,
@@ -64,6 +70,7 @@ def query(
         {
             "retrieval.k": flag(k, "-k"),
             "generation.strategy": flag(strategy, "--strategy"),
+            "blend.ratio": flag(ratio, "--ratio"),
             "generation.system_prompt": flag(system_prompt, "--system-prompt"),
             "generation.max_new_tokens": flag(max_new_tokens, "--max-new-tokens"),
             "generation.temperature": flag(temperature, "--temperature"),
@@ -103,7 +110,7 @@ def parse_filters(filters: Sequence[str] | None) -> dict[str, str] | None:
 
 
 def answer_json(answer: Answer) -> dict[str, Any]:
-    """Return the object that `--json` prints. No chunk KV is reused and nothing is drafted yet: those counts are 0."""
+    """Return the object that `--json` prints. Nothing is drafted yet: those counts are 0."""
     tokens, timings = answer.tokens, dict(answer.timings_ms)
     decoding = timings.get("total", 0.0) - timings.get("first_token", 0.0)
     return {
@@ -120,7 +127,12 @@ def answer_json(answer: Answer) -> dict[str, Any]:
         },
         "dropped_chunks": list(answer.dropped_chunks),
         "warnings": list(answer.warnings),
-        "kv": {"hits": 0, "misses": 0, "holes": 0, "bytes_by_tier": {}},
+        "kv": {
+            "hits": answer.kv.hits,
+            "misses": answer.kv.misses,
+            "holes": answer.kv.holes,
+            "bytes_by_tier": dict(answer.kv.bytes_by_tier),
+        },
         "draft": {
             "mode": "none",
             "drafted": 0,

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import torch
 
+from ragkit.config import CodecName
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.codec import KVCodec
 from ragkit.kvcache.codec_entropy import EntropyCodec
 from ragkit.kvcache.codec_quantized import QuantizedCodec
 from ragkit.kvcache.codec_raw import RawCodec
 from ragkit.kvcache.layout import KVLayout
-
-
-class CodecName(StrEnum):
-    """How chunk KV is stored; the number behind `entropy` is its level, 1 the finest."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    INT8 = "int8"
-    INT4 = "int4"
-    ENTROPY1 = "entropy1"
-    ENTROPY2 = "entropy2"
-    ENTROPY3 = "entropy3"
-
 
 _RAW = {CodecName.FP32: torch.float32, CodecName.BF16: torch.bfloat16, CodecName.FP16: torch.float16}
 _QUANTIZED = {CodecName.INT8: (8, 64), CodecName.INT4: (4, 32)}  # bits and group; 32 is KIVI's for 4 bits

@@ -6,9 +6,9 @@ import heapq
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
+from ragkit.config import PolicyName
 from ragkit.errors import KVCacheError
 
 Key = TypeVar("Key", bound=Hashable)
@@ -104,15 +104,6 @@ class CostTimesFrequency:
 
     def evicted(self, priority: float) -> None:
         """Do nothing: time is the decay."""
-
-
-class PolicyName(StrEnum):
-    """The policies by name."""
-
-    COST = "cost"
-    GDSF = "gdsf"
-    LFU = "lfu"
-    LRU = "lru"
 
 
 _POLICIES: dict[PolicyName, Callable[[], EvictionPolicy]] = {

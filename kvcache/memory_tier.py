@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Iterable
@@ -143,6 +144,19 @@ class MemoryTier:
             self._used += placed.nbytes
             self._queue.add(key, placed.nbytes, placed.recompute_ms)
             return PinnedKV(placed, self, held)
+
+    def refs(self) -> list[ChunkRef]:
+        """Return the references of all chunks that are here."""
+        with self._lock:
+            return [held.encoded.ref for held in self._held.values()]
+
+    def reown(self, ref: ChunkRef, chunk_id: str) -> None:
+        """Make the chunk belong to another chunk of the catalogue that has the same text."""
+        with self._lock:
+            held = self._held.get(ref.key)
+            if held is not None and held.encoded.ref == ref:
+                owned = dataclasses.replace(ref, chunk_id=chunk_id)
+                held.encoded = dataclasses.replace(held.encoded, ref=owned)
 
     def discard(self, keys: Iterable[KVKey]) -> None:
         """Forget these chunks; who has one pinned keeps it."""

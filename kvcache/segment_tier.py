@@ -41,8 +41,8 @@ class KVCatalogue(Protocol):
         """Return where every stored KV lies, oldest first."""
         ...
 
-    def chunks_by_id(self, chunk_ids: Sequence[str]) -> Sequence[object]:
-        """Return these chunks; a `StoreError` says that one is not there."""
+    def known_chunks(self, chunk_ids: Sequence[str]) -> set[str]:
+        """Return which of these chunks are there."""
         ...
 
     def writer(self, lock_timeout_s: float = ...) -> AbstractContextManager[_KVWriter]:
@@ -103,7 +103,9 @@ class SegmentTier:
         for group in _groups(chunks, min(_SEGMENT_BYTES, int(self.budget_bytes * _FILLED / 4))):
             try:
                 with self._catalogue.writer(_LOCK_TIMEOUT_S) as writer:
-                    kept += self._save_group(writer, [chunk for chunk in group if self._is_alive(chunk)])
+                    # What was erased meanwhile must not come back through its KV.
+                    alive = self._catalogue.known_chunks([chunk.ref.chunk_id for chunk in group])
+                    kept += self._save_group(writer, [chunk for chunk in group if chunk.ref.chunk_id in alive])
             except StoreError as error:
                 with contextlib.suppress(StoreError):
                     self._reload()
@@ -164,14 +166,6 @@ class SegmentTier:
             for key in map(KVKey, lost):
                 self._queue.remove(key)
                 del self._records[key]
-
-    def _is_alive(self, chunk: EncodedKV) -> bool:
-        """Whether the chunk is still in the catalogue: what was erased must not come back through its KV."""
-        try:
-            self._catalogue.chunks_by_id([chunk.ref.chunk_id])
-        except StoreError:
-            return False
-        return True
 
     def _reload(self) -> None:
         listing = self._catalogue.kv_listing()

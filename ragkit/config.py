@@ -40,6 +40,7 @@ class Strategy(StrEnum):
 
     AUTO = "auto"
     FULL = "full"
+    BLEND = "blend"
 
 
 class EncoderBackend(StrEnum):
@@ -48,6 +49,50 @@ class EncoderBackend(StrEnum):
     AUTO = "auto"
     ENCODER = "encoder"
     SENTENCE_TRANSFORMERS = "sentence-transformers"
+
+
+class CodecName(StrEnum):
+    """How chunk KV is stored; the number behind `entropy` is its level, 1 the finest."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+    ENTROPY1 = "entropy1"
+    ENTROPY2 = "entropy2"
+    ENTROPY3 = "entropy3"
+
+
+class PolicyName(StrEnum):
+    """Which chunk leaves a full tier first."""
+
+    COST = "cost"
+    GDSF = "gdsf"
+    LFU = "lfu"
+    LRU = "lru"
+
+
+class ChunkContextName(StrEnum):
+    """What a chunk's KV is computed behind: nothing, or the model's canonical prompt prefix."""
+
+    ISOLATED = "isolated"
+    PREFIX = "prefix"
+
+
+class SelectorName(StrEnum):
+    """How the tokens of reused chunks that are recomputed are chosen."""
+
+    EVERYTHING = "everything"
+    NONE = "none"
+    RANDOM = "random"
+    FIRST = "first"
+    KEY_DEVIATION = "k-deviation"
+    VALUE_DEVIATION = "v-deviation"
+    KV_DEVIATION = "kv-deviation"
+    GRADUAL = "gradual"
+    QUESTION = "question"
+    TWO_ROUNDS = "two-rounds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +176,41 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class KVConfig:
+    """Where the KV of chunks is kept, and how.
+
+    `memory_mb`, `disk_mb` and `remote_mb` bound the tiers; with a `disk_mb` of 0 the store keeps no KV. `remote` is an
+    fsspec URL, or empty. KV of another codec or context is never mistaken for what is configured now: it is a miss.
+    """
+
+    codec: CodecName = CodecName.BF16
+    context: ChunkContextName = ChunkContextName.PREFIX
+    memory_mb: int = 2048
+    disk_mb: int = 8192
+    remote: str = ""
+    remote_mb: int = 65536
+    policy: PolicyName = PolicyName.COST
+
+    def __post_init__(self) -> None:
+        _at_least("kv.memory_mb", self.memory_mb, 0)
+        _at_least("kv.disk_mb", self.disk_mb, 0)
+        _at_least("kv.remote_mb", self.remote_mb, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class BlendConfig:
+    """How reused chunks are blended. `auto` blends where the prompt holds at least `min_tokens` tokens of chunks."""
+
+    ratio: float = 0.15
+    selector: SelectorName = SelectorName.QUESTION
+    min_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        _share("blend.ratio", self.ratio)
+        _at_least("blend.min_tokens", self.min_tokens, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerConfig:
     """How answers are cited and refused. The defaults were chosen on data (docs/benchmarks.md).
 
@@ -152,10 +232,11 @@ class AnswerConfig:
 
 @dataclass(frozen=True, slots=True)
 class IngestConfig:
-    """Which sources are read, and the limits that a parser runs under."""
+    """Which sources are read, and the limits that a parser runs under. `kv` computes the KV of all chunks as well."""
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    kv: bool = False
     parse_timeout_s: float = 120.0
     parse_memory_mb: int = 2048
     commit_mb: int = 64
@@ -180,6 +261,8 @@ class PipelineConfig:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+    blend: BlendConfig = field(default_factory=BlendConfig)
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)
 

@@ -17,6 +17,7 @@ from ragkit.store import Store
 from ragkit.types import TextTokenizer
 
 if TYPE_CHECKING:
+    from ragkit.generation.blending import Blending
     from ragkit.generation.engine import Engine
     from ragkit.retrieval.base import Embedder
     from ragkit.retrieval.retriever import Retriever
@@ -50,9 +51,11 @@ class Parts:
         self._load_seconds = 0.0
 
     def close(self) -> None:
-        """Close the store and let the models go."""
-        store, retriever = self._loaded.get("store"), self._loaded.get("retriever")
+        """Write what is unsaved, close the store and let the models go."""
+        store, retriever, blending = (self._loaded.get(name) for name in ("store", "retriever", "blending"))
         self._loaded.clear()
+        if blending is not None:
+            blending.close()  # type: ignore[attr-defined]
         if retriever is not None:
             retriever.close()  # type: ignore[attr-defined]
         if isinstance(store, Store):
@@ -115,6 +118,23 @@ class Parts:
             )
 
         return self._part("engine", load, is_model=True)
+
+    @property
+    def blending(self) -> Blending:
+        """Blended prefill with the engine over the store; over nothing but memory where there is no store."""
+
+        def load() -> Blending:
+            engine = self.engine
+            from ragkit.generation.blending import Blending
+
+            store = self.store if self.has_store() else None
+            return Blending(engine, self.config.kv, self.config.blend, store)
+
+        return self._part("blending", load, is_model=True)
+
+    def is_loaded(self, name: str) -> bool:
+        """Return whether a part is there already."""
+        return name in self._loaded
 
     @property
     def retriever(self) -> Retriever:

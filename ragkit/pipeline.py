@@ -173,6 +173,7 @@ class Pipeline:
         *,
         k: int | None = None,
         strategy: Strategy | str | None = None,
+        ratio: float | None = None,
         filter: Mapping[str, MetadataValue] | None = None,
         document: str | None = None,
         system_prompt: str | None = None,
@@ -186,6 +187,7 @@ class Pipeline:
             question,
             k=k,
             strategy=strategy,
+            ratio=ratio,
             filter=filter,
             document=document,
             system_prompt=system_prompt,
@@ -204,6 +206,7 @@ class Pipeline:
         *,
         k: int | None = None,
         strategy: Strategy | str | None = None,
+        ratio: float | None = None,
         filter: Mapping[str, MetadataValue] | None = None,
         document: str | None = None,
         system_prompt: str | None = None,
@@ -217,7 +220,8 @@ class Pipeline:
         Args:
             question: what is asked.
             k: how many chunks are put before the model.
-            strategy: how the prompt is prefilled.
+            strategy: how the prompt is prefilled: full, blend, or auto, which blends where that pays.
+            ratio: part of the chunks' tokens that blending computes anew.
             filter: metadata that a chunk's document must have; `uri` takes a glob.
             document: only this source or document, by URI.
             system_prompt: replaces the default instructions.
@@ -243,8 +247,10 @@ class Pipeline:
         filters = dict(filter or {})
         if document is not None:
             filters["uri"] = self._document_uri(document)
+        blend = self.config.blend if ratio is None else replace(self.config.blend, ratio=ratio)
         retrieval = self.config.retrieval if k is None else replace(self.config.retrieval, k=k)
-        return stream(self.parts, question, QueryOptions(generation, retrieval, self.config.answers, filters))
+        options = QueryOptions(generation, blend, retrieval, self.config.answers, filters)
+        return stream(self.parts, question, options)
 
     # ------------------------------------------------------------------------------------------------ the store
 

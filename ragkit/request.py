@@ -13,15 +13,18 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ragkit.answers.base import Confidence, RankedChunk
-from ragkit.config import AnswerConfig, GenerationConfig, RetrievalConfig, SearchMode
+from ragkit.config import AnswerConfig, BlendConfig, GenerationConfig, RetrievalConfig, SearchMode, Strategy
 from ragkit.errors import UsageError
 from ragkit.reports import Hit, SearchResult
-from ragkit.types import Answer, Citation, MetadataValue, TokenUsage, page_of
+from ragkit.types import Answer, Citation, KVUse, MetadataValue, Prompt, TokenUsage, page_of
 
 if TYPE_CHECKING:
     from ragkit.generation.steps import Finished
     from ragkit.parts import Parts
-    from ragkit.retrieval.retriever import RetrievedChunk
+    from ragkit.retrieval.retriever import Retrieval, RetrievedChunk
+
+# What prefill consists of, as blending reports it; `load_kv` stands in every answer.
+_BLEND_STEPS = ("compute_kv", "select", "blend")
 
 REFUSAL = "The collection does not seem to hold an answer to this question."
 
@@ -31,6 +34,7 @@ class QueryOptions:
     """The configuration of one question, after the caller's changes; `filters` restrict the documents."""
 
     generation: GenerationConfig
+    blend: BlendConfig
     retrieval: RetrievalConfig
     answers: AnswerConfig
     filters: Mapping[str, MetadataValue] = field(default_factory=dict)
@@ -115,6 +119,7 @@ def _run(parts: Parts, question: str, options: QueryOptions) -> Iterator[str | A
     found = parts.retriever.retrieve(question, options.retrieval.k, dict(options.filters) or None)
     hits = tuple(_ranked(one) for one in found.chunks)
     clock.laps["retrieve"] = clock.elapsed()
+    _prefetch(parts, found, options)
     confidence = judge(question, hits, parts.embedder, options.answers)
     if not confidence.found:
         clock.laps["first_token"] = clock.elapsed()
@@ -122,6 +127,31 @@ def _run(parts: Parts, question: str, options: QueryOptions) -> Iterator[str | A
         yield _refused(parts, options, clock)
         return
     yield from _answered(parts, question, hits, confidence, options, clock)
+
+
+def _prefetch(parts: Parts, found: Retrieval, options: QueryOptions) -> None:
+    """Start to load the KV of what was retrieved, which then goes on while the question is judged."""
+    if not parts.is_loaded("engine"):
+        return  # its loading takes longer than that of any KV
+    chunks = [one.stored.chunk for one in found.chunks]
+    if _chosen(options, sum(chunk.token_count for chunk in chunks)) is Strategy.BLEND:
+        parts.blending.follow(found.generation)
+        parts.blending.prefetch(chunks)
+
+
+def _chosen(options: QueryOptions, chunk_tokens: int) -> Strategy:
+    """Return the strategy for a prompt with so many tokens of chunks.
+
+    What is stored plays no part: a question gets the same answer from a cold cache as from a warm one.
+    """
+    asked = options.generation.strategy
+    if chunk_tokens == 0 or (asked is Strategy.AUTO and chunk_tokens < options.blend.min_tokens):
+        return Strategy.FULL
+    return Strategy.BLEND if asked is Strategy.AUTO else asked
+
+
+def _chunk_tokens(prompt: Prompt) -> int:
+    return sum(len(segment.token_ids) for segment in prompt.segments if segment.chunk_id is not None)
 
 
 def _answered(
@@ -145,11 +175,12 @@ def _answered(
         context_tokens=generation.context_tokens,
     )
     sampling = SamplingConfig(generation.max_new_tokens, generation.temperature, generation.top_p, generation.seed)
-    clock.laps["load_kv"] = 0.0
+    strategy = _chosen(options, _chunk_tokens(built.prompt))
+    prefill = parts.blending.prefill if strategy is Strategy.BLEND else strategy.value
     before_engine = clock.elapsed()
     pieces: list[str] = []
     finished: Finished | None = None
-    for step in engine.generate(built.prompt, sampling, strategy="full"):
+    for step in engine.generate(built.prompt, sampling, prefill, options.blend.ratio):
         if isinstance(step, GeneratedToken):
             clock.laps.setdefault("first_token", clock.elapsed())
         else:
@@ -158,7 +189,8 @@ def _answered(
             pieces.append(step.piece)
             yield step.piece
     assert finished is not None, "a generation ends with Finished"
-    clock.laps["prefill"] = finished.timings_ms["prefill"]
+    steps = ("load_kv", *_BLEND_STEPS, "prefill")
+    clock.laps |= {name: finished.timings_ms[name] for name in steps if name in finished.timings_ms}
     clock.laps.setdefault("first_token", before_engine + finished.timings_ms["first_token"])
     text = "".join(pieces).strip()
     citations = cite(question, text, hits, parts.embedder, options.answers, _page_lookup(parts))
@@ -171,7 +203,9 @@ def _answered(
         text=text,
         found=confidence.found,
         citations=citations,
+        strategy=strategy,
         tokens=finished.usage,
+        kv=finished.kv,
         dropped_chunks=built.dropped_chunks,
         warnings=warnings,
     )
@@ -184,8 +218,12 @@ def _page_lookup(parts: Parts) -> Callable[[str, int], int | None]:
 
 
 def _refused(parts: Parts, options: QueryOptions, clock: _Clock) -> Answer:
-    clock.laps |= {"load_kv": 0.0, "prefill": 0.0}
-    return _answer(parts, options, clock, text=REFUSAL, found=False, citations=(), tokens=TokenUsage())
+    # Nothing was prefilled; what is reported is what was asked for.
+    asked = options.generation.strategy
+    strategy = Strategy.FULL if asked is Strategy.AUTO else asked
+    return _answer(
+        parts, options, clock, text=REFUSAL, found=False, citations=(), strategy=strategy, tokens=TokenUsage()
+    )
 
 
 def _answer(
@@ -196,24 +234,26 @@ def _answer(
     text: str,
     found: bool,
     citations: tuple[Citation, ...],
+    strategy: Strategy,
     tokens: TokenUsage,
+    kv: KVUse | None = None,
     dropped_chunks: tuple[str, ...] = (),
     warnings: tuple[str, ...] = (),
 ) -> Answer:
-    laps = clock.laps
-    timings = {"load_models": clock.load_models} | {
-        name: laps[name] for name in ("retrieve", "load_kv", "prefill", "first_token")
-    }
+    laps = {"load_kv": 0.0, "prefill": 0.0} | clock.laps
+    names = ("retrieve", "load_kv", *_BLEND_STEPS, "prefill", "first_token")
+    timings = {"load_models": clock.load_models} | {name: laps[name] for name in names if name in laps}
     return Answer(
         text=text,
         found=found,
         citations=citations,
-        strategy="full",
+        strategy=strategy.value,
         model=options.generation.model,
         tokens=tokens,
         timings_ms=timings | {"total": clock.elapsed()},
         dropped_chunks=dropped_chunks,
         warnings=warnings,
+        kv=kv or KVUse(),
     )
 
 

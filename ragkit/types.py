@@ -167,9 +167,11 @@ class Answer:
         strategy: the prefill strategy that ran: full, blend or pages.
         model: name of the generator.
         tokens: token counts.
-        timings_ms: load_models, retrieve, load_kv, prefill, first_token, total.
+        timings_ms: load_models, retrieve, load_kv, prefill, first_token, total; where chunks were blended, also what
+            prefill consists of besides `load_kv`: compute_kv, select, blend.
         dropped_chunks: chunk ids that did not fit the context budget, best first.
         warnings: one line each; every fallback shows up here.
+        kv: where the KV of the chunks came from.
     """
 
     text: str
@@ -181,6 +183,7 @@ class Answer:
     timings_ms: Mapping[str, float]
     dropped_chunks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    kv: KVUse = field(default_factory=KVUse)
 
 
 @runtime_checkable

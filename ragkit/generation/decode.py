@@ -11,6 +11,8 @@ from ragkit.generation.decode_state import DecodeState, StepRunner
 from ragkit.generation.sampling import Sampler, SamplingConfig
 from ragkit.generation.steps import FinishReason, GeneratedToken
 from ragkit.generation.text_stream import TextStream
+from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.rope import RotaryTable
 from ragkit.types import TextTokenizer
 
 
@@ -25,7 +27,8 @@ class Decoded:
 
 def decode(
     runner: StepRunner,
-    state: DecodeState,
+    kv: RequestKV,
+    rotary: RotaryTable,
     logits: Tensor,
     sampling: SamplingConfig,
     stop_token_ids: frozenset[int],
@@ -35,7 +38,8 @@ def decode(
 
     Args:
         runner: runs the steps.
-        state: the request, its prompt in place and rows reserved for `sampling.max_new_tokens` more.
+        kv: the request, its prompt in place and rows reserved for `sampling.max_new_tokens` more.
+        rotary: the request's rotary table.
         logits: (vocab_size,) after the prompt.
         sampling: how tokens are chosen.
         stop_token_ids: tokens that end the answer.
@@ -43,6 +47,7 @@ def decode(
     """
     sampler, stream = Sampler(sampling), TextStream(tokenizer)
     token_ids: list[int] = []
+    state: DecodeState | None = None
     while True:
         token = sampler.next(logits)
         if token in stop_token_ids:
@@ -51,4 +56,6 @@ def decode(
         yield GeneratedToken(token, stream.push(token))
         if len(token_ids) == sampling.max_new_tokens:
             return Decoded(stream.close(), FinishReason.LENGTH, tuple(token_ids))
+        if state is None:  # not before: it may copy the whole KV, which the first token need not wait for
+            state = runner.begin(kv, rotary)
         logits = runner.step([state], [token])[0]

@@ -28,6 +28,7 @@ from ragkit.generation.strategy import PrefillRequest, PrefillStrategy
 from ragkit.kvcache.pool import BLOCK_SIZE, KVPool
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.models.chat_template import ChatTemplate
+from ragkit.models.fingerprint import weights_stamp
 from ragkit.models.resolve import resolve
 from ragkit.models.tokenizer import ModelTokenizer
 from ragkit.progress import Progress
@@ -45,6 +46,7 @@ class Engine:
         tokenizer: the model's tokenizer.
         decoder: the model.
         pool: its KV blocks.
+        weights_stamp: `ragkit.models.weights_stamp` of the folder when the weights were loaded.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Engine:
         *,
         kv_tokens: int = 0,
         strategies: Sequence[PrefillStrategy] = (FullPrefill(),),
+        stamp: str = "",
     ) -> None:
         self.model_name = model_name
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.folder = folder
+        self.weights_stamp = stamp or weights_stamp(folder)
         self.max_context = decoder.config.max_context
         kv_tokens = kv_tokens or kv_tokens_that_fit(decoder)
         # One block more than the tokens take: the graph runner keeps one for unused places of a batch.
@@ -98,8 +102,9 @@ class Engine:
         """
         folder = resolve(str(name_or_folder), offline=offline, progress=progress)
         place = resolve_device(Device(device))
+        stamp = weights_stamp(folder)  # before the weights: whoever replaces them meanwhile is noticed
         decoder = Decoder.load(folder, place, resolve_dtype(dtype, place))
-        return cls(str(name_or_folder), decoder, ModelTokenizer(folder), folder, kv_tokens=kv_tokens)
+        return cls(str(name_or_folder), decoder, ModelTokenizer(folder), folder, kv_tokens=kv_tokens, stamp=stamp)
 
     def prompt_builder(self, system_prompt: str = "") -> PromptBuilder:
         """Return the builder of this model's prompts.
@@ -123,33 +128,32 @@ class Engine:
         self,
         prompt: Prompt,
         sampling: SamplingConfig | None = None,
-        strategy: str = "full",
+        strategy: str | PrefillStrategy = "full",
         ratio: float | None = None,
     ) -> Iterator[GenerationStep]:
         """Yield a `GeneratedToken` a token, and `Finished` at the end.
 
-        `ratio` is the part of reused tokens that is recomputed, for strategies that reuse; None is the strategy's own.
-        `sampling.max_new_tokens` is cut to what the window leaves. The request's blocks are free again when the
-        iterator ends or is closed.
+        `strategy` is one of `strategies` by name, or any other. `ratio` is the part of reused tokens that is
+        recomputed, for strategies that reuse; None is the strategy's own. `sampling.max_new_tokens` is cut to what the
+        window leaves. The request's blocks are free again when the iterator ends or is closed.
 
         Raises:
             GenerationError: the prompt is empty or fills the window, or the strategy is unknown.
             CacheCapacityError: the pool has too few free blocks.
         """
         sampling = self._within_window(prompt, sampling or SamplingConfig())
-        if strategy not in self._strategies:
-            raise GenerationError(f"there is no prefill strategy {strategy!r}; there are {', '.join(self._strategies)}")
+        chosen = self._strategy(strategy) if isinstance(strategy, str) else strategy
         started = time.perf_counter()
         with RequestKV(self.pool) as kv:
             total = len(prompt) + sampling.max_new_tokens
             rotary = self.rotary.table(total, prompt_tokens=len(prompt))
-            prefilled = self._strategies[strategy].prefill(self.decoder, PrefillRequest(prompt, kv, rotary, ratio))
+            prefilled = chosen.prefill(self.decoder, PrefillRequest(prompt, kv, rotary, ratio))
             kv.reserve(total)
-            state = self._runner.begin(kv, rotary)
             stops = frozenset(self.decoder.config.stop_token_ids) | frozenset(sampling.stop_token_ids)
             tokens = decode(
                 self._runner,
-                state,
+                kv,
+                rotary,
                 prefilled.logits,
                 sampling,
                 frozenset() if sampling.ignore_stop_tokens else stops,
@@ -190,6 +194,11 @@ class Engine:
             if len(part)
         ]
         return torch.cat(losses) if losses else torch.empty(0, device=self.decoder.device)
+
+    def _strategy(self, name: str) -> PrefillStrategy:
+        if name not in self._strategies:
+            raise GenerationError(f"there is no prefill strategy {name!r}; there are {', '.join(self._strategies)}")
+        return self._strategies[name]
 
     def _standalone(
         self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]], *, keep: bool

@@ -1,7 +1,7 @@
 """Which model a name means, where its files are, and how its text becomes ids."""
 
 from ragkit.models.catalogue import CATALOGUE, CatalogueEntry, ModelRole
-from ragkit.models.fingerprint import weights_fingerprint
+from ragkit.models.fingerprint import weights_fingerprint, weights_stamp
 from ragkit.models.pulling import pull
 from ragkit.models.resolve import ModelInfo, list_models, resolve
 
@@ -14,4 +14,5 @@ __all__ = [
     "pull",
     "resolve",
     "weights_fingerprint",
+    "weights_stamp",
 ]

@@ -26,9 +26,7 @@ def weights_fingerprint(folder: Path, *, rehash: bool = False) -> str:
     Raises:
         ModelError: there are no weights, or they cannot be read.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} holds no safetensors weights")
+    files = _weight_files(folder)
     remembered = _remembered()
     digest = hashlib.sha256(b"ragkit-weights-1\0")
     fresh: dict[str, str] = {}
@@ -44,6 +42,15 @@ def weights_fingerprint(folder: Path, *, rehash: bool = False) -> str:
     return digest.hexdigest()
 
 
+def weights_stamp(folder: Path) -> str:
+    """Return what tells weight files that were changed or replaced since, without reading them.
+
+    Raises:
+        ModelError: there are no weights.
+    """
+    return "\n".join(_stamp(file) for file in _weight_files(folder))
+
+
 def file_sha256(path: Path) -> str:
     """Return the hex sha256 of a file's bytes."""
     try:
@@ -51,6 +58,13 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no safetensors weights")
+    return files
 
 
 def _stamp(path: Path) -> str:

@@ -145,6 +145,10 @@ class StoreReader(Protocol):
         """Return the chunks with these ids in the given order; errors as for `chunks`."""
         ...
 
+    def known_chunks(self, chunk_ids: Sequence[str]) -> set[str]:
+        """Return which of these chunks are there; nothing of them is read."""
+        ...
+
     def chunk_at(self, doc_id: str, index: int) -> StoredChunk | None:
         """Return chunk `index` of a document (a neighbour, say), or None beyond its ends."""
         ...

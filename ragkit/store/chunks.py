@@ -46,6 +46,17 @@ def read_chunks(
     return [found[key] for key in keys]
 
 
+def read_known_chunks(connection: sqlite3.Connection, chunk_ids: Sequence[str]) -> set[str]:
+    """Return which of these chunks are there."""
+    known: set[str] = set()
+    for start in range(0, len(chunk_ids), _BATCH):
+        batch = chunk_ids[start : start + _BATCH]
+        marks = ",".join("?" * len(batch))
+        rows = connection.execute(f"SELECT chunk_id FROM chunks WHERE chunk_id IN ({marks})", batch)  # noqa: S608
+        known.update(chunk_id for (chunk_id,) in rows)
+    return known
+
+
 def read_chunk_at(connection: sqlite3.Connection, doc_id: str, index: int) -> StoredChunk | None:
     """Return chunk `index` of a document, or None."""
     row = connection.execute(f"{_SELECT} WHERE d.doc_id = ? AND c.idx = ?", (doc_id, index)).fetchone()

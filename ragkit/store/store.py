@@ -226,6 +226,11 @@ class Store:
         with self._snapshots.reading() as connection:
             return chunks.read_chunks(connection, "chunk_id", list(chunk_ids), self.generation)
 
+    def known_chunks(self, chunk_ids: Sequence[str]) -> set[str]:
+        """Return which of these chunks are there."""
+        with self._snapshots.reading() as connection:
+            return chunks.read_known_chunks(connection, chunk_ids)
+
     def chunk_at(self, doc_id: str, index: int) -> StoredChunk | None:
         """Return chunk `index` of a document, or None beyond its ends."""
         with self._snapshots.reading() as connection:

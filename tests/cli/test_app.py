@@ -72,7 +72,7 @@ def test_every_command_takes_the_common_options(run, command):
 def test_no_help_mentions_options_that_do_nothing_yet(run):
     for command in COMMANDS:
         words = run(*command, "--help").out.split()
-        assert not {"--draft", "--ratio", "--kv", "--no-kv", "--exact"} & set(words)
+        assert not {"--draft", "--exact"} & set(words)
 
 
 def test_common_options_work_before_and_after_the_command(run, world):

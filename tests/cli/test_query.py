@@ -10,6 +10,7 @@ import pytest
 from pipeline_double import FakePipeline, FakeStream
 
 from ragkit.config import Strategy
+from ragkit.types import KVUse, TokenUsage
 
 
 def test_the_answer_comes_first_then_the_citations_then_the_timings(run):
@@ -95,14 +96,32 @@ def test_the_json_has_the_keys_that_other_tools_rely_on(run):
     }
 
 
+def test_the_json_says_what_was_reused(run, world):
+    world.answer = replace(
+        world.answer,
+        strategy="blend",
+        tokens=TokenUsage(prompt=200, reused=150, recomputed=50, generated=5),
+        kv=KVUse(hits=3, misses=1, holes=1, bytes_by_tier={"ram": 100, "disk": 2000}),
+    )
+    data = run("query", "q", "--json").json
+    assert data["kv"] == {"hits": 3, "misses": 1, "holes": 1, "bytes_by_tier": {"ram": 100, "disk": 2000}}
+    assert (data["strategy"], data["tokens"]["reused"], data["tokens"]["recomputed"]) == ("blend", 150, 50)
+
+
+@pytest.mark.parametrize("ratio", ["1.5", "-1", "half"])
+def test_an_impossible_ratio_is_wrong_usage(run, ratio):
+    assert run("query", "q", "--ratio", ratio).code == 2
+
+
 def test_every_option_reaches_the_configuration(run, world):
     decoding = ["--max-new-tokens", "7", "--temperature", "0.5", "--top-p", "0.9", "--seed", "11"]
-    options = ["-k", "3", "--strategy", "full", "--generator", "m", *decoding]
+    options = ["-k", "3", "--strategy", "blend", "--ratio", "0.3", "--generator", "m", *decoding]
     run("query", "q", *options, "--system-prompt", "Be brief.")
     config = world.configs[0]
     assert config.retrieval.k == 3
     generation = config.generation
-    assert (generation.strategy, generation.max_new_tokens, generation.seed) == (Strategy.FULL, 7, 11)
+    assert (generation.strategy, generation.max_new_tokens, generation.seed) == (Strategy.BLEND, 7, 11)
+    assert config.blend.ratio == 0.3
     assert (generation.temperature, generation.top_p) == (0.5, 0.9)
     assert (generation.model, generation.system_prompt) == ("m", "Be brief.")
 

@@ -61,6 +61,22 @@ def test_usage_and_timings_are_reported(engine):
     assert 0 < timings["prefill"] <= timings["first_token"] <= timings["total"]
 
 
+def test_the_first_token_does_not_wait_for_what_only_later_ones_need(engine, monkeypatch):
+    runner, begun = engine._runner, []
+    monkeypatch.setattr(runner, "begin", lambda *state: begun.append(1) or type(runner).begin(runner, *state))
+    steps = engine.generate(PROMPT, SamplingConfig(max_new_tokens=3, ignore_stop_tokens=True))
+    seen = [len(begun) for _ in steps]
+    assert seen == [0, 1, 1, 1]
+
+
+def test_a_strategy_can_be_given_itself(engine):
+    sampling = SamplingConfig(max_new_tokens=5, ignore_stop_tokens=True)
+    given = list(engine.generate(PROMPT, sampling, engine.strategies["full"]))[-1]
+    assert given.token_ids == _run(engine, sampling)[-1].token_ids
+    with pytest.raises(GenerationError, match="no prefill strategy 'fast'; there are full"):
+        next(engine.generate(PROMPT, sampling, "fast"))
+
+
 def test_all_blocks_are_free_after_an_answer_and_after_an_abandoned_one(engine):
     free = engine.pool.num_free
     _run(engine, SamplingConfig(max_new_tokens=3))

@@ -5,10 +5,11 @@ import pytest
 import torch
 from kv_samples import LAYOUT, chunk_of, layers_of, ref_of
 
+from ragkit.config import CodecName
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import ChunkKV
 from ragkit.kvcache.codec import decode_chunk, encode_chunk
-from ragkit.kvcache.codecs import CodecName, make_codec
+from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.layout import KVLayout, LayerSpec
 from ragkit.models.model_config import RopeConfig
 

@@ -2,8 +2,9 @@ import random
 
 import pytest
 
+from ragkit.config import PolicyName
 from ragkit.errors import KVCacheError
-from ragkit.kvcache.eviction import CostTimesFrequency, EvictionQueue, PolicyName, make_policy
+from ragkit.kvcache.eviction import CostTimesFrequency, EvictionQueue, make_policy
 
 
 def queue_of(name, **chunks):

@@ -83,6 +83,16 @@ def test_other_tokens_under_one_key_are_a_miss_and_replace():
     assert tier.bytes_used == 50
 
 
+def test_a_chunk_can_be_handed_to_another_chunk_of_the_same_text():
+    tier = tier_of(300)
+    tier.add(chunk("a")).release()
+    tier.reown(ref_of("a"), "new")
+    tier.reown(ref_of("b"), "new")  # not here
+    tier.reown(ref_of("a"), "older")  # not the owner any more
+    assert tier.refs() == [dataclasses.replace(ref_of("a"), chunk_id="new")]
+    assert tier.holds(ref_of("a"))
+
+
 def test_discarded_chunks_are_gone():
     tier = tier_of(300)
     pinned = tier.add(chunk("a"))

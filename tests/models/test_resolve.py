@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ragkit.errors import ModelError, OfflineError
-from ragkit.models import resolve, weights_fingerprint
+from ragkit.models import resolve, weights_fingerprint, weights_stamp
 from ragkit.models.cache import models_home
 
 
@@ -101,6 +101,18 @@ def test_rehashing_finds_bytes_that_changed_behind_the_memory(tmp_path):
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert weights_fingerprint(folder) == before
     assert weights_fingerprint(folder, rehash=True) != before
+
+
+def test_a_stamp_changes_with_the_file_and_reads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("ragkit.models.fingerprint.file_sha256", lambda path: pytest.fail("it was read"))
+    folder = _model(tmp_path / "a")
+    before = weights_stamp(folder)
+    assert weights_stamp(folder) == before
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert weights_stamp(folder) != before
+    with pytest.raises(ModelError, match="no safetensors weights"):
+        weights_stamp(tmp_path)
 
 
 def test_a_damaged_memory_is_computed_again(tmp_path, home, caplog):

@@ -109,6 +109,7 @@ def test_chunks_come_in_the_order_asked_for_with_place_and_metadata(store):
     assert first.metadata == {"year": 2020, "note": None, "draft": True, "x": 1.5}
     assert store.chunks(np.array([2])) == [last]
     assert store.chunks_by_id([last.chunk.chunk_id, first.chunk.chunk_id]) == [last, first]
+    assert store.known_chunks([last.chunk.chunk_id, "unknown"]) == {last.chunk.chunk_id}
     assert store.chunk_at(first.chunk.doc_id, 1) == last
     assert store.chunk_at(first.chunk.doc_id, 99) is None
 

@@ -1,0 +1,125 @@
+"""Blended prefill over one store: the chunk-KV store with its tiers, and the strategy that uses it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from ragkit.config import BlendConfig, KVConfig
+from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
+from ragkit.generation.chunk_prefill import ChunkPrefill
+from ragkit.generation.engine import Engine
+from ragkit.kvcache.backing_tier import BackingTier
+from ragkit.kvcache.chunk_kv import ChunkRef
+from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.eviction import make_policy
+from ragkit.kvcache.kv_key import ContextKind, KVRecipe
+from ragkit.kvcache.kv_store import KVStore
+from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.remote_tier import RemoteTier
+from ragkit.kvcache.segment_tier import KVCatalogue, SegmentTier
+from ragkit.kvcache.selectors import make_selector
+from ragkit.models.fingerprint import weights_fingerprint, weights_stamp
+from ragkit.types import Chunk
+
+MEMORY = "ram"  # how the memory tier is called in reports
+
+_log = logging.getLogger(__name__)
+
+
+class Blending:
+    """Blended prefill for one engine and one store. Thread-safe; `close` writes what is unsaved.
+
+    Chunk KV is computed behind the model's canonical prefix (chat template with a fixed date, default system prompt),
+    whatever the prompts say that it will stand in. Where the weights on disk are not those that the engine loaded, no
+    key could name them, so their KV stays in memory.
+
+    Args:
+        engine: the model.
+        kv: tiers, codec and context.
+        blend: how chunks are blended.
+        store: where the disk tier lies; None for none.
+
+    Attributes:
+        kv_store: finds and keeps chunk KV.
+        chunks: names chunk KV and computes what is missing.
+        prefill: the strategy, which `Engine.generate` takes.
+    """
+
+    def __init__(self, engine: Engine, kv: KVConfig, blend: BlendConfig, store: KVCatalogue | None) -> None:
+        decoder = engine.decoder
+        codec = make_codec(kv.codec, decoder.layout)
+        recipe = KVRecipe(
+            weights_fingerprint=weights_fingerprint(engine.folder),
+            config=decoder.config,
+            tokenizer_id=engine.tokenizer.tokenizer_id,
+            dtype=decoder.dtype,
+            codec_id=codec.codec_id,
+        )
+        # Compared after hashing: files that were replaced before or meanwhile are not those in memory.
+        weights_are_named = weights_stamp(engine.folder) == engine.weights_stamp
+        if not weights_are_named:
+            _log.warning("the weights in %s were replaced since they were loaded: KV stays in memory", engine.folder)
+        self._builder = engine.prompt_builder()
+        prefix = self._builder.prefix.token_ids
+        self.chunks = ChunkPrefill(decoder, engine.rotary, recipe, prefix, ContextKind(kv.context))
+        self.chunks.prefix_kv(prefix)  # part of loading, so that the first question does not wait for it
+        on_gpu = decoder.device.type == "cuda"
+        memory = MemoryTier(MEMORY, _megabytes(kv.memory_mb), make_policy(kv.policy), page_locked=on_gpu)
+        self.kv_store = KVStore(codec, memory, _backing_tiers(kv, store) if weights_are_named else ())
+        selector = make_selector(blend.selector, decoder.config.num_layers)
+        self.prefill = BlendPrefill(self.kv_store, self.chunks, BlendOptions(blend.ratio, selector))
+        self._store = store
+        self._generation = -1
+
+    def refs(self, chunks: Sequence[Chunk]) -> list[ChunkRef]:
+        """Return the references of the KV of `chunks`."""
+        return [self.chunks.ref(self._builder.chunk_segment(chunk)) for chunk in chunks]
+
+    def prefetch(self, chunks: Sequence[Chunk]) -> None:
+        """Start to bring the KV of `chunks` into memory and return at once."""
+        self.kv_store.prefetch(self.refs(chunks))
+
+    def follow(self, generation: int) -> None:
+        """Do what `forget_removed` does if the store has another generation than at the last call."""
+        if generation != self._generation:
+            self._generation = generation
+            self.forget_removed()
+
+    def forget_removed(self, heirs: Mapping[str, str] | None = None) -> None:
+        """Drop from memory the KV of chunks that have left the store.
+
+        KV stays where the same text is still stored: under a chunk that `heirs` names (old chunk id to new one), or
+        where the store has handed it to another chunk.
+        """
+        if self._store is None:
+            return
+        memory = self.kv_store.memory
+        refs = memory.refs()
+        owners = {ref: (heirs or {}).get(ref.chunk_id, ref.chunk_id) for ref in refs}
+        known = self._store.known_chunks(list(owners.values()))
+        entries = self._store.kv_entries([ref.key.digest for ref in refs if owners[ref] not in known])
+        handed_on = {key: entry.chunk_id for key, (_, entry) in entries.items()}
+        for ref in refs:
+            owner = owners[ref] if owners[ref] in known else handed_on.get(ref.key.digest)
+            if owner is None:
+                memory.discard([ref.key])
+            elif owner != ref.chunk_id:
+                memory.reown(ref, owner)
+
+    def close(self) -> None:
+        """Write what is unsaved to the tiers and stop."""
+        self.kv_store.close()
+
+
+def _backing_tiers(kv: KVConfig, store: KVCatalogue | None) -> list[BackingTier]:
+    tiers: list[BackingTier] = []
+    if store is not None and kv.disk_mb:
+        tiers.append(SegmentTier(store, _megabytes(kv.disk_mb), make_policy(kv.policy)))
+    if kv.remote:
+        tiers.append(RemoteTier(kv.remote, _megabytes(kv.remote_mb), make_policy(kv.policy)))
+    return tiers
+
+
+def _megabytes(count: int) -> int:
+    return count << 20
