@@ -89,7 +89,7 @@ def propagate_change(
             KV_HEADS=kv_heads, HALF=half, HALF_PADDED=max(16, next_power_of_2(half)), ROWS=TILE_ROWS, ENTRIES=32,
             BY_HEAD=by_head, COPY=copy is not None, ROTATE=rotate,
             # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
-            UPCAST=not cached.is_cuda, num_warps=4 if head_dim <= 128 else 8,
+            UPCAST=not cached.is_cuda, num_warps=8, num_stages=2,
         )  # fmt: skip
 
 
@@ -163,6 +163,11 @@ def _check_rows(
             raise KernelInputError(f"{name} must be {(rows, kv_heads, head_dim)}, got {tuple(heads.shape)}")
         if heads.numel() and heads.stride()[1:] != (head_dim, 1):
             raise KernelInputError(f"the heads of one row of {name} must be contiguous, got strides {heads.stride()}")
+    if cached_keys.dtype != fresh_keys.dtype or cached_values.dtype != fresh_values.dtype:
+        raise KernelInputError(
+            f"cached and fresh rows must share a type, got {cached_keys.dtype}, {fresh_keys.dtype} of keys and "
+            f"{cached_values.dtype}, {fresh_values.dtype} of values"
+        )
     if slots.shape != (plan.rows,) or not slots.is_contiguous():
         raise KernelInputError(f"slots must be ({plan.rows},), got {tuple(slots.shape)}")
     for pool in (key_pool, value_pool):
@@ -219,15 +224,17 @@ def _propagate_change_kernel(
     row = tl.load(tile_ptr + tile * 4) + tl.arange(0, ROWS)
     is_row = row < end_row
     column = tl.arange(0, HALF_PADDED)[None, :]
-    own = tl.load(entry_ptr + row, mask=is_row, other=-1)
     channel = head * (2 * HALF) + column
-    # Loaded before the loop, so that the way to memory is spent on the weights.
-    old_at = cached_ptr + row.to(tl.int64)[:, None] * stride_cr + channel
-    old_mask = (is_row & (own < 0))[:, None] & (column < HALF)
-    first, second = tl.load(old_at, mask=old_mask, other=0.0), tl.load(old_at + HALF, mask=old_mask, other=0.0)
-    new_at = fresh_ptr + own.to(tl.int64)[:, None] * stride_fr + channel
-    new_mask = (own >= 0)[:, None] & (column < HALF)
-    new_first, new_second = tl.load(new_at, mask=new_mask, other=0.0), tl.load(new_at + HALF, mask=new_mask, other=0.0)
+    mask = is_row[:, None] & (column < HALF)
+    # What is known by row is asked for before the loop, so that the way to memory is spent on the weights.
+    cached_at = cached_ptr + row.to(tl.int64)[:, None] * stride_cr + channel
+    first, second = tl.load(cached_at, mask=mask, other=0.0), tl.load(cached_at + HALF, mask=mask, other=0.0)
+    slot = tl.load(slot_ptr + row, mask=is_row, other=0)
+    own = tl.load(entry_ptr + row, mask=is_row, other=-1)
+    fresh_at = fresh_ptr + own.to(tl.int64)[:, None] * stride_fr + channel
+    is_fresh = (own >= 0)[:, None]
+    first = tl.where(is_fresh, tl.load(fresh_at, mask=mask & is_fresh, other=0.0), first)
+    second = tl.where(is_fresh, tl.load(fresh_at + HALF, mask=mask & is_fresh, other=0.0), second)
 
     nearness = tl.zeros((ROWS,), tl.float32)
     moved_first = tl.zeros((ROWS, HALF_PADDED), tl.float32)
@@ -241,12 +248,12 @@ def _propagate_change_kernel(
         step = distance.to(tl.float32)
         weight = tl.where(near, tl.exp2(step * step * exponent), 0.0)
         nearness += tl.sum(weight, axis=1)
-        mask = is_entry[:, None] & (column < HALF)
+        in_entry = is_entry[:, None] & (column < HALF)
         was_at = cached_ptr + chosen[:, None] * stride_cr + channel
         is_at = fresh_ptr + entry.to(tl.int64)[:, None] * stride_fr + channel
-        was, now = tl.load(was_at, mask=mask, other=0.0), tl.load(is_at, mask=mask, other=0.0)
+        was, now = tl.load(was_at, mask=in_entry, other=0.0), tl.load(is_at, mask=in_entry, other=0.0)
         change_first = (now.to(tl.float32) - was.to(tl.float32)).to(now.dtype)
-        was, now = tl.load(was_at + HALF, mask=mask, other=0.0), tl.load(is_at + HALF, mask=mask, other=0.0)
+        was, now = tl.load(was_at + HALF, mask=in_entry, other=0.0), tl.load(is_at + HALF, mask=in_entry, other=0.0)
         change_second = (now.to(tl.float32) - was.to(tl.float32)).to(now.dtype)
         weight = weight.to(now.dtype)
         if UPCAST:
@@ -257,13 +264,10 @@ def _propagate_change_kernel(
 
     if BY_HEAD:
         strength = tl.load(strength_ptr + head)
-    share = (strength / tl.maximum(nearness, 1.0))[:, None]
-    is_new = (own >= 0)[:, None]
+    share = tl.where(own >= 0, 0.0, strength / tl.maximum(nearness, 1.0))[:, None]
     out_type = pool_ptr.dtype.element_ty
-    first = tl.where(is_new, new_first.to(tl.float32), first.to(tl.float32) + share * moved_first).to(out_type)
-    second = tl.where(is_new, new_second.to(tl.float32), second.to(tl.float32) + share * moved_second).to(out_type)
-    mask = is_row[:, None] & (column < HALF)
-    slot = tl.load(slot_ptr + row, mask=is_row, other=0)
+    first = (first.to(tl.float32) + share * moved_first).to(out_type)
+    second = (second.to(tl.float32) + share * moved_second).to(out_type)
     pool_at = pool_ptr + slot[:, None] * (KV_HEADS * 2 * HALF) + channel
     tl.store(pool_at, first, mask=mask)
     tl.store(pool_at + HALF, second, mask=mask)

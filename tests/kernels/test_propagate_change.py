@@ -257,6 +257,7 @@ def test_shapes_that_do_not_fit_are_refused(device, rng):
         ("cached", case.cached[0][:19], r"cached_keys must be \(20, 2, 16\)"),
         ("fresh", case.fresh[0][:, :1], r"fresh_keys must be \(1, 2, 16\)"),
         ("cached", case.cached[0].transpose(1, 2).contiguous().transpose(1, 2), "contiguous"),
+        ("fresh", case.fresh[0].half(), "must share a type, got torch.float32, torch.float16 of keys"),
         ("pools", case.pools[0][..., :8], "pools must be"),
         ("tables", case.tables[0][:10], r"cos and sin must be \(27 or more, 8\)"),
         ("copies", case.copies[0][:26], r"rotated_keys must be \(27 or more, 2, 16\)"),
