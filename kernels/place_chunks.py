@@ -1,0 +1,394 @@
+# ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels, and pointers have none)
+# mypy: disable-error-code="no-untyped-def"
+"""Put the stored KV of all chunks of a prompt into packed rows, one layer at a launch: converted, or from codes.
+
+    row(c) + t  <-  x_ct                       stored as numbers
+    row(c) + t  <-  code_ct * scale + zero     stored as codes (see quantize_kv for the groups)
+
+The chunks' encoded bytes lie anywhere in one buffer; a table says where each layer of each chunk starts, so that a
+layer is one launch however many chunks there are, and the host does nothing for any of them.
+
+Source: groups of KIVI, arXiv 2402.02750, section 3; the numbers are those of dequantize_kv.
+Cost: reads what is stored and writes the rows once; bandwidth bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KernelInputError
+from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.dequantize_kv import dequantize_kv_torch
+from ragkit.kernels.quantize_kv import QuantizedHeads
+
+SECTION_ALIGNMENT = 16  # bytes; every section of a layer starts at a multiple of it, the widest load of a kernel
+_TABLE_ROWS = 64  # rows of one entry of the table, which a program treats a part of
+_NUMBER_BYTES, _CODE_BYTES = 16384, 8192  # stored bytes of keys or values that one program reads
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFormat:
+    """How the bytes of one layer of a chunk are to be read.
+
+    Numbers: keys, then values. Codes: codes, scales and zeros of the keys, then of the values. Each section starts at
+    a multiple of `SECTION_ALIGNMENT` from the first.
+
+    Attributes:
+        number: type of the stored numbers; None where codes are stored.
+        bits: 8 or 4 bits of a code.
+        token_group: tokens of a key that share a scale, a power of two.
+        channel_group: channels of a value that share a scale, a power of two.
+    """
+
+    number: torch.dtype | None
+    bits: int = 0
+    token_group: int = 1
+    channel_group: int = 1
+
+    @classmethod
+    def numbers(cls, number: torch.dtype) -> ChunkFormat:
+        """Return the format of plain numbers."""
+        return cls(number)
+
+    @classmethod
+    def codes(cls, bits: int, token_group: int, channel_group: int) -> ChunkFormat:
+        """Return the format of codes with a scale and a zero for each group."""
+        return cls(None, bits, token_group, channel_group)
+
+    def sections(self, tokens: int, heads: int, head_dim: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """Return type and shape of the sections of one layer."""
+        if self.number is not None:
+            return [(self.number, (tokens, heads, head_dim))] * 2
+        codes = (torch.uint8, (tokens, heads, head_dim * self.bits // 8))
+        keys = (torch.float16, (ceil_div(tokens, self.token_group), heads, head_dim))
+        values = (torch.float16, (tokens, heads, head_dim // self.channel_group))
+        return [codes, keys, keys, codes, values, values]
+
+
+@dataclass(frozen=True, eq=False)
+class PlacementTable:
+    """Where the chunks of one request lie in the buffer, and where their rows go; all layers share it.
+
+    Attributes:
+        first_rows, tokens: of each chunk, on the host.
+        end_row: the first row behind all chunks.
+        starts: (layers, chunks) int64, the first byte of each layer of each chunk, a multiple of 16.
+        chunks: (chunks, 2) int32: first row and number of tokens.
+        tiles: (tiles, 2) int32: a chunk, and the first of up to 64 of its tokens; every row is in one tile.
+    """
+
+    first_rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+    end_row: int
+    starts: Tensor
+    chunks: Tensor
+    tiles: Tensor
+
+    @classmethod
+    def build(
+        cls, first_rows: Sequence[int], tokens: Sequence[int], starts: Tensor, device: torch.device
+    ) -> PlacementTable:
+        """Return the table on `device`; all of it goes there in one copy, which does not stop the stream.
+
+        Args:
+            first_rows: row where each chunk starts.
+            tokens: number of tokens of each chunk.
+            starts: (layers, chunks) int64 on the host.
+            device: where the kernel runs.
+
+        Raises:
+            KernelInputError: the sizes contradict each other, or a start is not a multiple of 16.
+        """
+        count = len(tokens)
+        if starts.dim() != 2 or starts.shape[1] != count or len(first_rows) != count:
+            raise KernelInputError(f"{count} chunks need as many first rows and starts, got {tuple(starts.shape)}")
+        if count and (int(starts.min()) < 0 or bool((starts % SECTION_ALIGNMENT).any())):
+            raise KernelInputError(f"starts must be multiples of {SECTION_ALIGNMENT}")
+        tiles_of = torch.tensor([ceil_div(size, _TABLE_ROWS) for size in tokens], dtype=torch.int64)
+        chunk = torch.arange(count).repeat_interleave(tiles_of)
+        before = torch.tensor([0, *accumulate(tiles_of.tolist())][:count], dtype=torch.int64)
+        first = (torch.arange(len(chunk)) - before[chunk]) * _TABLE_ROWS
+        tiles = torch.stack((chunk, first), dim=1).int()
+        chunks = torch.tensor(list(zip(first_rows, tokens, strict=True)), dtype=torch.int32).view(-1, 2)
+        parts = [starts.contiguous().view(torch.uint8).flatten()]
+        parts += [part.view(torch.uint8).flatten() for part in (chunks, tiles)]
+        joined = torch.cat(parts)
+        if device.type == "cuda":
+            joined = joined.pin_memory().to(device, non_blocking=True)
+        pieces = joined.split([part.numel() for part in parts])
+        return cls(
+            tuple(first_rows),
+            tuple(tokens),
+            max((first + size for first, size in zip(first_rows, tokens, strict=True)), default=0),
+            pieces[0].view(torch.int64).view(starts.shape),
+            pieces[1].view(torch.int32).view(-1, 2),
+            pieces[2].view(torch.int32).view(-1, 2),
+        )
+
+
+def place_chunks(
+    stored: Tensor,
+    table: PlacementTable,
+    layer: int,
+    form: ChunkFormat,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> None:
+    """Write one layer of all chunks into `keys` and `values`.
+
+    Args:
+        stored: (bytes,) uint8, the encoded chunks; its start in memory and its size are multiples of 16.
+        table: where they lie in it and where their rows go.
+        layer: which row of `table.starts`.
+        form: how the layer's bytes are to be read.
+        keys, values: (rows, kv_heads, head_dim), contiguous, of any float type.
+        slots: (rows,) int64, distinct rows of `keys` and `values` where row r goes; without it r goes to r.
+        backend: an implementation to insist on.
+
+    Raises:
+        KernelInputError: shapes do not fit.
+    """
+    _check_inputs(stored, table, layer, form, keys, values, slots)
+    if resolve_backend(keys, backend) is Backend.TORCH:
+        place_chunks_torch(stored, table, layer, form, keys, values, slots)
+        return
+    if keys.numel() == 0 or len(table.tiles) == 0:
+        return
+    heads, head_dim = keys.shape[1:]
+    target = keys if slots is None else slots
+    if form.number is not None:
+        width = heads * head_dim
+        rows = _rows_of_a_part(_NUMBER_BYTES, width * form.number.itemsize, _TABLE_ROWS)
+        _place_numbers_kernel[(len(table.tiles) * (_TABLE_ROWS // rows), 2)](
+            stored.view(form.number), table.starts, table.chunks, table.tiles, keys, values, target,
+            layer, len(table.tokens),
+            ITEM=form.number.itemsize, WIDTH=width, WIDTH_PADDED=next_power_of_2(width),
+            ROWS=rows, PARTS=_TABLE_ROWS // rows, HAS_SLOTS=slots is not None, num_warps=8,
+        )  # fmt: skip
+        return
+    width = heads * head_dim * form.bits // 8
+    rows = _rows_of_a_part(_CODE_BYTES, width, min(form.token_group, _TABLE_ROWS))
+    _place_codes_kernel[(len(table.tiles) * (_TABLE_ROWS // rows), 2)](
+        stored, stored.view(torch.float16), table.starts, table.chunks, table.tiles, keys, values, target,
+        layer, len(table.tokens),
+        HEADS=heads, HEAD_DIM=head_dim, WIDTH=width, WIDTH_PADDED=next_power_of_2(width),
+        TOKEN_GROUP=form.token_group, CHANNEL_GROUP=form.channel_group,
+        VALUE_GROUPS_PADDED=next_power_of_2(rows * width // form.channel_group),
+        ROWS=rows, PARTS=_TABLE_ROWS // rows, FOUR_BITS=form.bits == 4, HAS_SLOTS=slots is not None, num_warps=8,
+    )  # fmt: skip
+
+
+def place_chunks_torch(
+    stored: Tensor,
+    table: PlacementTable,
+    layer: int,
+    form: ChunkFormat,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor | None = None,
+) -> None:
+    """Do what `place_chunks` does: the definition, chunk by chunk."""
+    heads, head_dim = keys.shape[1:]
+    starts = table.starts[layer].tolist()
+    for start, first, tokens in zip(starts, table.first_rows, table.tokens, strict=True):
+        sections = _split(stored, start, form.sections(tokens, heads, head_dim))
+        for index, out in enumerate((keys, values)):
+            if form.number is not None:
+                numbers = sections[index].to(out.dtype)
+            else:
+                numbers = torch.empty((tokens, heads, head_dim), dtype=out.dtype, device=out.device)
+                group = (form.token_group, 1)[index]
+                dequantize_kv_torch(QuantizedHeads(*sections[3 * index : 3 * index + 3]), numbers, token_group=group)
+            if slots is None:
+                out[first : first + tokens] = numbers
+            else:
+                out[slots[first : first + tokens]] = numbers
+
+
+def _split(stored: Tensor, start: int, sections: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+    parts = []
+    for dtype, shape in sections:
+        stop = start + torch.Size(shape).numel() * dtype.itemsize
+        parts.append(stored[start:stop].view(dtype).view(shape))
+        start = ceil_div(stop, SECTION_ALIGNMENT) * SECTION_ALIGNMENT
+    return parts
+
+
+def _rows_of_a_part(part_bytes: int, row_bytes: int, most: int) -> int:
+    """Return how many rows a program treats: a power of two, `most` or fewer, of about `part_bytes`."""
+    return min(most, max(1, part_bytes // next_power_of_2(row_bytes)))
+
+
+def _check_inputs(
+    stored: Tensor,
+    table: PlacementTable,
+    layer: int,
+    form: ChunkFormat,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor | None,
+) -> None:
+    if keys.dim() != 3 or keys.shape != values.shape or keys.dtype != values.dtype:
+        raise KernelInputError(
+            f"keys and values must be (rows, kv_heads, head_dim) alike, got {tuple(keys.shape)}, {tuple(values.shape)}"
+        )
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise KernelInputError("keys and values must be contiguous")
+    aligned = stored.data_ptr() % SECTION_ALIGNMENT == 0 and stored.numel() % SECTION_ALIGNMENT == 0
+    if stored.dtype != torch.uint8 or stored.dim() != 1 or not stored.is_contiguous() or not aligned:
+        raise KernelInputError("what is stored must be (bytes,) uint8 that starts and ends at a multiple of 16 bytes")
+    if not 0 <= layer < len(table.starts):
+        raise KernelInputError(f"the table has {len(table.starts)} layers, number {layer} was asked for")
+    head_dim = keys.shape[2]
+    if form.number is None and (
+        form.bits not in (4, 8)
+        or head_dim % 2
+        or form.token_group & (form.token_group - 1)
+        or (head_dim // 2) % form.channel_group
+    ):
+        raise KernelInputError(f"{form} does not fit heads of {head_dim}")
+    if slots is None and table.end_row > len(keys):
+        raise KernelInputError(f"the chunks take rows up to {table.end_row}, got {len(keys)}")
+    if slots is not None and (slots.dim() != 1 or len(slots) < table.end_row or not slots.is_contiguous()):
+        raise KernelInputError(f"slots must be ({table.end_row} or more,), got {tuple(slots.shape)}")
+
+
+@jit
+def _aligned(count):
+    return (count + 15) // 16 * 16
+
+
+# The layer and the number of chunks differ from call to call: no request waits for another compilation.
+@jit(do_not_specialize=("layer", "num_chunks"))
+def _place_numbers_kernel(
+    number_ptr, start_ptr, chunk_ptr, tile_ptr, key_ptr, value_ptr, slot_ptr, layer, num_chunks,
+    ITEM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    # This program copies ROWS rows of the keys or of the values.
+    tile, is_value = tl.program_id(0) // PARTS, tl.program_id(1)
+    chunk = tl.load(tile_ptr + 2 * tile)
+    first_row, tokens = tl.load(chunk_ptr + 2 * chunk), tl.load(chunk_ptr + 2 * chunk + 1)
+    token = tl.load(tile_ptr + 2 * tile + 1) + tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH_PADDED)[None, :]
+    is_token = token < tokens
+    mask = is_token[:, None] & (column < WIDTH)
+    start = tl.load(start_ptr + layer * num_chunks + chunk)
+    start += is_value * _aligned(tokens.to(tl.int64) * (WIDTH * ITEM))
+    source = number_ptr + tl.multiple_of(start // ITEM, 16 // ITEM)
+    numbers = tl.load(source + token[:, None] * WIDTH + column, mask=mask, other=0.0)
+    row = (first_row + token).to(tl.int64)
+    if HAS_SLOTS:
+        row = tl.load(slot_ptr + row, mask=is_token, other=0)
+    out_ptr = value_ptr if is_value else key_ptr
+    if ITEM == 4:
+        numbers = numbers.to(tl.float32)
+    tl.store(out_ptr + row[:, None] * WIDTH + column, numbers.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=("layer", "num_chunks"))
+def _place_codes_kernel(
+    code_ptr, half_ptr, start_ptr, chunk_ptr, tile_ptr, key_ptr, value_ptr, slot_ptr, layer, num_chunks,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
+    TOKEN_GROUP: tl.constexpr, CHANNEL_GROUP: tl.constexpr, VALUE_GROUPS_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, FOUR_BITS: tl.constexpr, HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    # This program turns the codes of ROWS rows of the keys, which share their scales, or of the values.
+    tile, is_value = tl.program_id(0) // PARTS, tl.program_id(1)
+    chunk = tl.load(tile_ptr + 2 * tile)
+    first_row, tokens = tl.load(chunk_ptr + 2 * chunk), tl.load(chunk_ptr + 2 * chunk + 1)
+    first = tl.load(tile_ptr + 2 * tile + 1) + tl.program_id(0) % PARTS * ROWS
+    start = tl.load(start_ptr + layer * num_chunks + chunk)
+    count = tokens.to(tl.int64)
+    code_bytes = _aligned(count * WIDTH)
+    scale_bytes = _aligned((count + TOKEN_GROUP - 1) // TOKEN_GROUP * (HEADS * HEAD_DIM * 2))
+    if is_value:
+        start += code_bytes + 2 * scale_bytes
+        scale_bytes = _aligned(count * (HEADS * HEAD_DIM // CHANNEL_GROUP * 2))
+        _place_values(
+            code_ptr + tl.multiple_of(start, 16), half_ptr + tl.multiple_of((start + code_bytes) // 2, 8),
+            half_ptr + tl.multiple_of((start + code_bytes + scale_bytes) // 2, 8), value_ptr, slot_ptr,
+            first, first_row, tokens, HEADS, HEAD_DIM, WIDTH // HEADS, CHANNEL_GROUP, VALUE_GROUPS_PADDED, ROWS,
+            FOUR_BITS, HAS_SLOTS,
+        )  # fmt: skip
+    else:
+        at = first // TOKEN_GROUP * (HEADS * HEAD_DIM)
+        _place_keys(
+            code_ptr + tl.multiple_of(start, 16), half_ptr + tl.multiple_of((start + code_bytes) // 2, 8) + at,
+            half_ptr + tl.multiple_of((start + code_bytes + scale_bytes) // 2, 8) + at, key_ptr, slot_ptr,
+            first, first_row, tokens, HEAD_DIM, WIDTH, WIDTH_PADDED, ROWS, FOUR_BITS, HAS_SLOTS, HEADS,
+        )  # fmt: skip
+
+
+@jit
+def _place_keys(
+    code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, first, first_row, tokens,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    FOUR_BITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    token = first + tl.arange(0, ROWS)
+    is_token = token < tokens
+    column = tl.arange(0, WIDTH_PADDED)
+    is_column = column < tl.where(first < tokens, WIDTH, 0)  # a part behind the chunk's end has no scales
+    mask = is_token[:, None] & (column < WIDTH)[None, :]
+    codes = tl.load(code_ptr + token[:, None] * WIDTH + column[None, :], mask=mask, other=0)
+    row = (first_row + token).to(tl.int64)
+    if HAS_SLOTS:
+        row = tl.load(slot_ptr + row, mask=is_token, other=0)
+    channel = column
+    if FOUR_BITS:  # a byte holds two channels half a head apart
+        HALF: tl.constexpr = HEAD_DIM // 2
+        channel = column // HALF * HEAD_DIM + column % HALF
+        scale = tl.load(scale_ptr + channel + HALF, mask=is_column, other=0.0).to(tl.float32)
+        zero = tl.load(zero_ptr + channel + HALF, mask=is_column, other=0.0).to(tl.float32)
+        numbers = (codes >> 4).to(tl.float32) * scale[None, :] + zero[None, :]
+        target = out_ptr + row[:, None] * (HEADS * HEAD_DIM) + (channel + HALF)[None, :]
+        tl.store(target, numbers.to(out_ptr.dtype.element_ty), mask=mask)
+        codes = codes & 15
+    scale = tl.load(scale_ptr + channel, mask=is_column, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + channel, mask=is_column, other=0.0).to(tl.float32)
+    numbers = codes.to(tl.float32) * scale[None, :] + zero[None, :]
+    target = out_ptr + row[:, None] * (HEADS * HEAD_DIM) + channel[None, :]
+    tl.store(target, numbers.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _place_values(
+    code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, first, first_row, tokens,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BYTES: tl.constexpr, CHANNEL_GROUP: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr, ROWS: tl.constexpr, FOUR_BITS: tl.constexpr, HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    # Bytes that share their scales stand behind each other, GROUPS such groups in a head.
+    GROUPS: tl.constexpr = HEAD_BYTES // CHANNEL_GROUP
+    group = tl.arange(0, GROUPS_PADDED)
+    head, within = group // GROUPS, group % GROUPS  # heads are counted over all tokens of the tile
+    token = first + head // HEADS
+    is_group = (head < ROWS * HEADS) & (token < tokens)
+    byte = tl.arange(0, CHANNEL_GROUP)
+    mask = is_group[:, None] & (byte < CHANNEL_GROUP)[None, :]
+    at = (first * (HEADS * GROUPS) + group)[:, None] * CHANNEL_GROUP + byte[None, :]
+    codes = tl.load(code_ptr + at, mask=mask, other=0)
+    row = (first_row + token).to(tl.int64)
+    if HAS_SLOTS:
+        row = tl.load(slot_ptr + row, mask=is_group, other=0)
+    place = row * (HEADS * HEAD_DIM) + head % HEADS * HEAD_DIM + within * CHANNEL_GROUP
+    scale_at = (first * HEADS + head) * (HEAD_DIM // CHANNEL_GROUP) + within
+    if FOUR_BITS:
+        scale = tl.load(scale_ptr + scale_at + GROUPS, mask=is_group, other=0.0).to(tl.float32)
+        zero = tl.load(zero_ptr + scale_at + GROUPS, mask=is_group, other=0.0).to(tl.float32)
+        numbers = (codes >> 4).to(tl.float32) * scale[:, None] + zero[:, None]
+        target = out_ptr + (place + HEAD_DIM // 2)[:, None] + byte[None, :]
+        tl.store(target, numbers.to(out_ptr.dtype.element_ty), mask=mask)
+        codes = codes & 15
+    scale = tl.load(scale_ptr + scale_at, mask=is_group, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + scale_at, mask=is_group, other=0.0).to(tl.float32)
+    numbers = codes.to(tl.float32) * scale[:, None] + zero[:, None]
+    tl.store(out_ptr + place[:, None] + byte[None, :], numbers.to(out_ptr.dtype.element_ty), mask=mask)
