@@ -139,7 +139,7 @@ def _attend(
         DIM_PADDED=max(16, next_power_of_2(head_dim)), HALF_PADDED=max(16, next_power_of_2(head_dim // 2)),
         QUERIES=in_tile, ROWS=rows,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
-        UPCAST=not queries.is_cuda, num_warps=8 if in_tile >= 128 else 4, num_stages=2,
+        UPCAST=not queries.is_cuda, num_warps=8 if in_tile >= 128 else 4, num_stages=_stages(queries.device),
     )  # fmt: skip
     merge_splits(partial, weights, out, log_sums, backend=Backend.TRITON)
     return out, log_sums
@@ -159,8 +159,8 @@ def _row_mass(
         queries, keys, cos, sin, log_sums, mass,
         scale_log2, packed, first_position, first_position + tokens, queries.stride(0),
         GROUP=q_heads // kv_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
-        HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), QUERIES=min(in_tile, max(16, tile_rows)), ROWS=tile_rows,
-        UPCAST=not queries.is_cuda, num_warps=4, num_stages=2,
+        HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), QUERIES=min(in_tile, tile_rows), ROWS=tile_rows,
+        UPCAST=not queries.is_cuda, num_warps=8, num_stages=2,
     )  # fmt: skip
     return mass
 
@@ -170,6 +170,12 @@ def _tile_sizes(packed: int, keys: Tensor) -> tuple[int, int]:
     row_bytes = max(16, next_power_of_2(keys.shape[2])) * keys.element_size()
     queries = max(16, min(128, 32768 // row_bytes, next_power_of_2(packed)))
     return queries, max(16, min(64, 16384 // row_bytes))
+
+
+def _stages(device: torch.device) -> int:
+    """Return how many tiles of keys and values are under way at a time: 64 KB each, as many as there is room for."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return {(8, 0): 2, (9, 0): 3, (10, 0): 3}.get(capability, 1)  # A100, H100 and B200 have 163 and 227 KB
 
 
 def _check_inputs(queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, first_position: int) -> None:
@@ -285,24 +291,25 @@ def _row_mass_kernel(
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
     mass = tl.zeros((ROWS,), tl.float32)
-    for kv_head in range(KV_HEADS):
+    query_tiles = (packed + QUERIES - 1) // QUERIES
+    # One loop and not one within another: so the loads of the next head run ahead of the products of this one.
+    for step in range(KV_HEADS * query_tiles):
+        kv_head = step // query_tiles
+        query = (step % query_tiles) * QUERIES + tl.arange(0, QUERIES)
+        is_query = query < packed
+        token, head = query // GROUP, kv_head * GROUP + query % GROUP
+        query_at = query_ptr + token.to(tl.int64)[:, None] * stride_qt + head[:, None] * HEAD_DIM + half[None, :]
+        query_mask = is_query[:, None] & (half < HALF)[None, :]
+        query_first = tl.load(query_at, mask=query_mask, other=0.0)
+        query_second = tl.load(query_at + HALF, mask=query_mask, other=0.0)
         key_first, key_second = _turned_keys(key_ptr, cos, sin, row, mask, half, kv_head, KV_HEADS, HEAD_DIM)
         if UPCAST:
+            query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
             key_first, key_second = key_first.to(tl.float32), key_second.to(tl.float32)
-        for start in range(0, packed, QUERIES):
-            query = start + tl.arange(0, QUERIES)
-            is_query = query < packed
-            token, head = query // GROUP, kv_head * GROUP + query % GROUP
-            query_at = query_ptr + token.to(tl.int64)[:, None] * stride_qt + head[:, None] * HEAD_DIM + half[None, :]
-            query_mask = is_query[:, None] & (half < HALF)[None, :]
-            query_first = tl.load(query_at, mask=query_mask, other=0.0)
-            query_second = tl.load(query_at + HALF, mask=query_mask, other=0.0)
-            if UPCAST:
-                query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
-            scores = tl.dot(key_first, tl.trans(query_first), input_precision="ieee")
-            scores = tl.dot(key_second, tl.trans(query_second), acc=scores, input_precision="ieee")
-            log_sum = tl.load(log_sum_ptr + token * (KV_HEADS * GROUP) + head, mask=is_query, other=float("inf"))
-            seen = row[:, None] <= (first_position + token)[None, :]
-            exponent = tl.exp2(scores * scale_log2 - log_sum[None, :])
-            mass += tl.sum(tl.where(seen, exponent, 0.0), axis=1)
+        scores = tl.dot(key_first, tl.trans(query_first), input_precision="ieee")
+        scores = tl.dot(key_second, tl.trans(query_second), acc=scores, input_precision="ieee")
+        log_sum = tl.load(log_sum_ptr + token * (KV_HEADS * GROUP) + head, mask=is_query, other=float("inf"))
+        seen = row[:, None] <= (first_position + token)[None, :]
+        exponent = tl.exp2(scores * scale_log2 - log_sum[None, :])
+        mass += tl.sum(tl.where(seen, exponent, 0.0), axis=1)
     tl.store(mass_ptr + row, mass, mask=is_row)
