@@ -186,16 +186,19 @@ def _paged_decode_attention_kernel(
     highest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_PADDED,), tl.float32)
     summed = tl.zeros((GROUP_PADDED, DIM_PADDED), tl.float32)
+    first_of_request = tl.program_id(0) * max_entries  # 32 bits: 64 cost a fifth of the registers
     first_entry = split * part
     last_entry = tl.minimum(first_entry + part, entries)
     for step in range(first_entry * (BLOCK_SIZE // ROWS), last_entry * (BLOCK_SIZE // ROWS)):
-        entry = request * max_entries + step // (BLOCK_SIZE // ROWS)
+        entry = first_of_request + step // (BLOCK_SIZE // ROWS)
         row = (step % (BLOCK_SIZE // ROWS)) * ROWS + tl.arange(0, ROWS)
         block = tl.load(table_ptr + entry).to(tl.int64)
         position = tl.load(row_position_ptr + entry * BLOCK_SIZE + row)
         seen = position <= query_position
         row_at = ((block * BLOCK_SIZE + row) * KV_HEADS + kv_head) * HEAD_DIM
-        field_at = ((entry * (BLOCK_SIZE // FIELD_ROWS) + row // FIELD_ROWS) * KV_HEADS + kv_head) * HEAD_DIM
+        field_at = (
+            (entry.to(tl.int64) * (BLOCK_SIZE // FIELD_ROWS) + row // FIELD_ROWS) * KV_HEADS + kv_head
+        ) * HEAD_DIM
         turned_first, turned_second = load_rotated_keys(
             key_ptr, key_field_ptr, cos_ptr, sin_ptr, row_at, field_at, position, seen, half, HALF, HAS_FIELD
         )

@@ -156,8 +156,8 @@ def paged_tile(head_dim: int, dtype: torch.dtype, device: torch.device, *, has_f
     if dtype == torch.float32:
         return AttentionTile(32, 16, 4, 1)
     if head_dim > 128:
-        return AttentionTile(64, 32, 4, 1)
-    return AttentionTile(128, 32 if has_field else 64, 8, 2)
+        return AttentionTile(128, 32, 8, 1 if has_field else 2)
+    return AttentionTile(128, 64, 8, 2)
 
 
 def _ordered_entries(row_positions: Tensor, num_entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +230,7 @@ def _paged_selected_attention_kernel(
     query_position = tl.load(position_ptr + token, mask=is_pair, other=-1)
     last = tl.max(query_position, axis=0)
 
-    base_entry = request.to(tl.int64) * max_entries
+    base_entry = request * max_entries
     entries = 0  # blocks with a row that one of the queries sees
     for start in range(0, max_entries, 64):
         at = start + tl.arange(0, 64)
@@ -249,7 +249,7 @@ def _paged_selected_attention_kernel(
         position = tl.load(row_position_ptr + entry * BLOCK_SIZE + row)
         block = tl.load(table_ptr + entry).to(tl.int64)
         row_at = ((block * BLOCK_SIZE + row) * KV_HEADS + kv_head) * HEAD_DIM
-        field_at = ((entry * FIELDS + row // FIELD_ROWS) * KV_HEADS + kv_head) * HEAD_DIM
+        field_at = ((entry.to(tl.int64) * FIELDS + row // FIELD_ROWS) * KV_HEADS + kv_head) * HEAD_DIM
         seen = position <= last
         key_first, key_second = load_rotated_keys(
             key_ptr, key_field_ptr, cos_ptr, sin_ptr, row_at, field_at, position, seen, half, HALF, HAS_FIELD
