@@ -17,7 +17,7 @@ from ragkit.types import Chunk, Prompt, Segment
 DEFAULT_SYSTEM_PROMPT = "You answer questions from the given passages, briefly and in your own words."
 PASSAGES_HEADING = "Passages:\n\n"
 CHUNK_END = "\n\n"
-QUESTION_HEADING = "Answer the question from the passages above. If they do not hold the answer, say so.\n\nQuestion: "
+QUESTION_HEADING = "Answer the question from the passages above, briefly.\n\nQuestion: "
 
 # Private-use characters that no template writes; the rendered template is cut where they stand.
 _SYSTEM_MARK, _CONTENT_MARK = "\ue000", "\ue001"
@@ -73,7 +73,8 @@ class PromptBuilder:
 
         Args:
             question: plain text.
-            chunks: best first; they stand in this order.
+            chunks: best first. The best stands last, next to the question: models use what stands at the ends
+                of a context best (Liu et al., arXiv 2307.03172), small ones what stands right before the question.
             max_new_tokens: room that is kept for the answer.
             context_tokens: most tokens of prompt and answer together; 0 is the model's window.
 
@@ -99,7 +100,7 @@ class PromptBuilder:
                 room -= len(segment.token_ids)
             else:
                 dropped.append(chunk.chunk_id)
-        return BuiltPrompt(Prompt((self.prefix, *kept, ending)), tuple(dropped))
+        return BuiltPrompt(Prompt((self.prefix, *reversed(kept), ending)), tuple(dropped))
 
     def _frame(self, template: ChatTemplate, system_prompt: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         # The template is rendered around marks, and what the user writes is encoded as plain text in their place.

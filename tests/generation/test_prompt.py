@@ -25,11 +25,11 @@ def _text(tokenizer, prompt):
     return tokenizer._template.decode(list(prompt.token_ids), skip_special_tokens=False)
 
 
-def test_the_prompt_is_the_rendered_template_with_passages_and_question(builder, tokenizer):
+def test_the_prompt_is_the_rendered_template_with_passages_best_last_and_question(builder, tokenizer):
     built = builder.build("why?", [_chunk("a", "First."), _chunk("b", "Second.")], max_new_tokens=10)
     text = _text(tokenizer, built.prompt)
     assert text.startswith("<|im_start|>system\nYou answer")
-    assert "Passages:\n\nFirst.\n\nSecond.\n\nAnswer" in text
+    assert "Passages:\n\nSecond.\n\nFirst.\n\nAnswer" in text
     assert text.endswith("Question: why?<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -37,9 +37,9 @@ def test_a_chunk_has_the_same_ids_wherever_it_stands(builder):
     one, two = _chunk("a", "First."), _chunk("b", "Second.")
     before = builder.build("x", [one, two], max_new_tokens=1).prompt.segments
     after = builder.build("y", [two, one], max_new_tokens=1).prompt.segments
-    assert before[1] == after[2] == builder.chunk_segment(one)
+    assert before[2] == after[1] == builder.chunk_segment(one)
     assert before[0] == after[0] == builder.prefix
-    assert [segment.chunk_id for segment in before] == [None, "a", "b", None]
+    assert [segment.chunk_id for segment in before] == [None, "b", "a", None]
 
 
 @pytest.mark.parametrize("place", ["question", "chunk", "system"])
@@ -62,7 +62,7 @@ def test_chunks_that_do_not_fit_are_named_and_the_best_kept(builder):
     chunks = [_chunk("big", "x" * 300), _chunk("huge", "y" * 500), _chunk("small", "z" * 20)]
     built = builder.build("why?", chunks, max_new_tokens=10, context_tokens=700)
     assert built.dropped_chunks == ("huge",)
-    assert [segment.chunk_id for segment in built.prompt.segments] == [None, "big", "small", None]
+    assert [segment.chunk_id for segment in built.prompt.segments] == [None, "small", "big", None]
     assert len(built.prompt) <= 690
 
 
