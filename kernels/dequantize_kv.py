@@ -99,6 +99,16 @@ def _check_inputs(quantized: QuantizedHeads, out: Tensor, slots: Tensor | None, 
 
 
 @jit
+def _spread(of_group, CHANNEL_GROUP: tl.constexpr):
+    # The number of each group, fp32, for each of its channels.
+    of_group = of_group.to(tl.float32)
+    if CHANNEL_GROUP == 1:
+        return of_group
+    wide = of_group[:, :, None].broadcast_to(of_group.shape[0], of_group.shape[1], CHANNEL_GROUP)
+    return wide.reshape(of_group.shape[0], of_group.shape[1] * CHANNEL_GROUP)
+
+
+@jit
 def _dequantize_kv_kernel(
     code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, tokens, num_heads,
     TOKEN_GROUP: tl.constexpr, CHANNEL_GROUP: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
@@ -122,11 +132,13 @@ def _dequantize_kv_kernel(
     else:
         first = tl.load(code_ptr + 2 * base + channel[None, :], mask=mask, other=0).to(tl.float32)
         second = tl.load(code_ptr + 2 * base + HALF + channel[None, :], mask=mask, other=0).to(tl.float32)
-    at = ((token // TOKEN_GROUP)[:, None] * num_heads + head) * (2 * GROUPS) + (channel // CHANNEL_GROUP)[None, :]
+    group = tl.arange(0, HALF_PADDED // CHANNEL_GROUP)
+    at = ((token // TOKEN_GROUP)[:, None] * num_heads + head) * (2 * GROUPS) + group[None, :]
+    known = in_tokens[:, None] & (group < GROUPS)[None, :]
     target = out_ptr + (row[:, None] * num_heads + head) * (2 * HALF) + channel[None, :]
-    scale = tl.load(scale_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    scale = _spread(tl.load(scale_ptr + at, mask=known, other=0.0), CHANNEL_GROUP)
+    zero = _spread(tl.load(zero_ptr + at, mask=known, other=0.0), CHANNEL_GROUP)
     tl.store(target, (first * scale + zero).to(out_ptr.dtype.element_ty), mask=mask)
-    scale = tl.load(scale_ptr + at + GROUPS, mask=mask, other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + at + GROUPS, mask=mask, other=0.0).to(tl.float32)
+    scale = _spread(tl.load(scale_ptr + at + GROUPS, mask=known, other=0.0), CHANNEL_GROUP)
+    zero = _spread(tl.load(zero_ptr + at + GROUPS, mask=known, other=0.0), CHANNEL_GROUP)
     tl.store(target + HALF, (second * scale + zero).to(out_ptr.dtype.element_ty), mask=mask)
