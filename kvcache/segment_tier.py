@@ -112,7 +112,8 @@ class SegmentTier:
                 raise KVCacheError(f"chunk KV could not be written to the store: {error}") from error
         return kept
 
-    def _save_group(self, writer: _KVWriter, group: Sequence[EncodedKV]) -> int:
+    def _save_group(self, writer: _KVWriter, chunks: Sequence[EncodedKV]) -> int:
+        group = list({chunk.ref.key: chunk for chunk in chunks}.values())
         parts, entries = segment_parts(group)
         nbytes = sum(entry.bytes for entry in entries)
         if not group or nbytes > self.budget_bytes * _FILLED:
@@ -128,9 +129,10 @@ class SegmentTier:
         with self._lock:
             for entry in entries:
                 self._note(places[entry.key][0], entry)
-        return len(group)
+        return len(chunks)
 
     def _make_room(self, writer: _KVWriter, nbytes: int) -> None:
+        self._catch_up()
         with self._lock:
             missing = sum(self._live_bytes().values()) + nbytes - int(self.budget_bytes * _FILLED)
             victims = self._queue.make_room(missing, lambda _: True) if missing > 0 else []
@@ -175,6 +177,19 @@ class SegmentTier:
             self._records.clear()
             for path, entry in listing:
                 self._note(path, entry)
+
+    def _catch_up(self) -> None:
+        """Follow what ingests and other processes did: chunks that left, and KV that was handed to other chunks."""
+        listing = {KVKey(entry.key): (path, entry) for path, entry in self._catalogue.kv_listing()}
+        with self._lock:
+            for key in self._records.keys() - listing.keys():
+                self._queue.remove(key)
+                del self._records[key]
+            for key, (path, entry) in listing.items():
+                if key in self._records:
+                    self._records[key] = (path, entry)
+                else:
+                    self._note(path, entry)
 
     def _note(self, path: Path, entry: KVEntry) -> None:
         key = KVKey(entry.key)

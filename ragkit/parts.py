@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -131,6 +131,11 @@ class Parts:
             return Blending(engine, self.config.kv, self.config.blend, store)
 
         return self._part("blending", load, is_model=True)
+
+    def forget_removed(self, heirs: Mapping[str, str] | None = None) -> None:
+        """Drop what is kept in memory of chunks that have left the store, as `Blending.forget_removed` says."""
+        if self.is_loaded("blending"):
+            self.blending.forget_removed(heirs)
 
     def is_loaded(self, name: str) -> bool:
         """Return whether a part is there already."""

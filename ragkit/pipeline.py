@@ -266,8 +266,11 @@ class Pipeline:
         """
         known = {record.uri for record in self.store.sources()}
         names = [uri if uri in known else str(Path(uri).absolute()) for uri in uris]
-        with self.store.writer(lock_timeout_s=self.config.ingest.lock_timeout_s) as writer:
-            return writer.remove(names, erase=erase)
+        try:
+            with self.store.writer(lock_timeout_s=self.config.ingest.lock_timeout_s) as writer:
+                return writer.remove(names, erase=erase)
+        finally:  # an erasure that waits for a reader has removed them already
+            self.parts.forget_removed()
 
     def status(self) -> tuple[StoreMeta, StoreCounts]:
         """Return what the store was built with, and how much it holds."""

@@ -69,6 +69,7 @@ class _Tally:
     tokens: int = 0
     failed: list[FailedSource] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    heirs: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(
         default_factory=lambda: {"chunk": 0.0, "embed": 0.0, "embed_cpu": 0.0, "commit": 0.0}
     )
@@ -137,6 +138,11 @@ class Ingest:
             warnings=tuple(tally.warnings),
             timings_s=dict(tally.seconds),
         )
+
+    @property
+    def heirs(self) -> dict[str, str]:
+        """Chunks that have the text of replaced ones now, by the id of the replaced one."""
+        return self._tally.heirs
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -223,6 +229,7 @@ class Ingest:
         self._tally.added += len(report.added)
         self._tally.updated += len(report.updated)
         self._tally.chunks += report.rows
+        self._tally.heirs.update(report.heirs)
         self._progress.advance(documents=len(pending), bytes=sum(one.item.source.size for one in pending))
 
     def _embed(self, pending: list[_Pending]) -> list[SourceUpdate]:

@@ -70,10 +70,12 @@ def run_ingest(
             limits=ReadLimits(timeout_s=config.ingest.parse_timeout_s, memory_mb=config.ingest.parse_memory_mb),
             commit_bytes=config.ingest.commit_mb * _MEGABYTE,
         )
+        ingest = Ingest(store, writer, tools, progress, stop)
         try:
-            report = Ingest(store, writer, tools, progress, stop).run(plan)
+            report = ingest.run(plan)
         finally:
             progress.close()
+            parts.forget_removed(ingest.heirs)
     warnings = tuple(f"{one.uri}: {one.reason}" for one in outside)
     return replace(report, seconds=time.perf_counter() - started, warnings=warnings + report.warnings)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ragkit.store.kv_heirs import KVHeirs
 from ragkit.store.records import IndexedDocument, SourceStatus, SourceUpdate
 from ragkit.store.rows import (
     SEGMENT_COLUMNS,
@@ -37,7 +38,11 @@ class DocumentRows:
 
 
 class Changes:
-    """Applies changes within the open transaction of `connection`; `finish` must be called before the commit."""
+    """Applies changes within the open transaction of `connection`; `finish` must be called before the commit.
+
+    Attributes:
+        heirs: after `finish`, chunks that have the text of deleted ones, by the id of the deleted one.
+    """
 
     def __init__(self, connection: sqlite3.Connection, generation: int) -> None:
         self.connection = connection
@@ -45,6 +50,8 @@ class Changes:
         self._dead_rows: list[int] = []
         self._loose_documents: set[int] = set()
         self._full_text_lost = False
+        self._kv = KVHeirs(connection)
+        self.heirs: dict[str, str] = {}
 
     def put_source(self, update: SourceUpdate) -> int:
         """Record the outcome of looking at a source and return its key; its links are left as they are."""
@@ -145,7 +152,7 @@ class Changes:
         self._write("documents", DOCUMENT_COLUMNS, tuple(values[:-1]))
 
     def delete_document(self, doc_key: int) -> None:
-        """Delete a document with its chunks, full-text rows and KV references; its vectors count as dead."""
+        """Delete a document with its chunks and full-text rows; vectors count as dead, and KV waits for `finish`."""
         self.connection.execute("DELETE FROM links WHERE doc_key = ?", (doc_key,))
         self._delete_chunks(doc_key)
         self.connection.execute("DELETE FROM documents WHERE doc_key = ?", (doc_key,))
@@ -168,11 +175,12 @@ class Changes:
         self._full_text_lost = True
 
     def finish(self) -> None:
-        """Delete documents that nothing links to, mark dead vectors, and mend the full-text index if it must be."""
+        """Delete documents that nothing links to, hand on their KV, mark dead vectors, and mend the full-text index."""
         for doc_key in sorted(self._loose_documents):
             linked = self.connection.execute("SELECT 1 FROM links WHERE doc_key = ? LIMIT 1", (doc_key,)).fetchone()
             if linked is None:
                 self.delete_document(doc_key)
+        self.heirs = self._kv.settle()
         self._bury(self._dead_rows)
         if self._full_text_lost:
             self.connection.execute("INSERT INTO chunk_fts (chunk_fts) VALUES ('rebuild')")
@@ -182,7 +190,9 @@ class Changes:
         for row_id, chunk in enumerate(chunks, first_row):
             place = (chunk.char_start, chunk.char_stop, chunk.token_count, chunk.page)
             spans = (chunk.chunk_id, doc_key, chunk.index, *place)
-            crc = chunk_crc(row_id, spans, chunk.text.encode("utf-8", "surrogatepass"))
+            encoded = chunk.text.encode("utf-8", "surrogatepass")
+            crc = chunk_crc(row_id, spans, encoded)
+            self._kv.came(chunk.chunk_id, encoded, chunk.char_stop - chunk.char_start)
             text = to_sql(chunk.text)
             rows.append((row_id, *spans, text, crc))
             texts.append((row_id, text))
@@ -193,16 +203,16 @@ class Changes:
     def _delete_chunks(self, doc_key: int) -> None:
         sql = f"SELECT {CHUNK_COLUMNS}, CAST(text AS BLOB), crc FROM chunks WHERE doc_key = ?"  # noqa: S608
         texts: list[tuple[int, bytes]] = []
-        chunk_ids: list[tuple[str]] = []
         for row in self.connection.execute(sql, (doc_key,)):
             texts.append((row[0], row[8]))
-            chunk_ids.append((row[1],))
-            if chunk_crc(row[0], tuple(row[1:8]), row[8]) != row[9]:
+            if chunk_crc(row[0], tuple(row[1:8]), row[8]) == row[9]:
+                self._kv.went(row[1], row[8], row[5] - row[4])
+            else:
+                self._kv.went(row[1], b"", 0)  # nobody inherits from what rotted
                 self._full_text_lost = True  # deleting other words than were indexed would leave the index wrong
         delete = "INSERT INTO chunk_fts (chunk_fts, rowid, text) VALUES ('delete', ?, ?)"
         if not self._full_text_lost:
             self.connection.executemany(delete, texts)
-        self.connection.executemany("DELETE FROM kv WHERE chunk_id = ?", chunk_ids)
         self.connection.execute("DELETE FROM chunks WHERE doc_key = ?", (doc_key,))
         self._dead_rows += [row_id for row_id, _ in texts]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ragkit.errors import UsageError
 from ragkit.store.changes import Changes
 from ragkit.store.files import digest_file, write_file_atomically
+from ragkit.store.kv_heirs import KV_COLUMNS
 from ragkit.store.records import IndexRecord, KVEntry
 from ragkit.store.rows import SegmentRow, checked, row_crc
 from ragkit.store.segments import KV_SEGMENT, segment_path, write_kv_segment
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 INDEX_FOLDER = "index"
 _COLUMNS = "generation, name, kind, sha256, ids_sha256, rows, params"
-_KV_COLUMNS = "kv_id, key, chunk_id, segment_id, offset, bytes, crc32"
 
 _log = logging.getLogger(__name__)
 _checked_files: set[tuple[str, int, int, int]] = set()
@@ -113,7 +113,7 @@ def put_kv(changes: Changes, segment: SegmentRow, entries: Sequence[KVEntry]) ->
     (next_id,) = changes.connection.execute("SELECT ifnull(max(kv_id), 0) + 1 FROM kv").fetchone()
     for kv_id, entry in enumerate(entries, next_id):
         row = (kv_id, entry.key, entry.chunk_id, segment_id, entry.offset, entry.bytes, entry.crc32)
-        sql = f"INSERT OR REPLACE INTO kv ({_KV_COLUMNS}, crc) VALUES (?,?,?,?,?,?,?,?)"  # noqa: S608
+        sql = f"INSERT OR REPLACE INTO kv ({KV_COLUMNS}, crc) VALUES (?,?,?,?,?,?,?,?)"  # noqa: S608
         changes.connection.execute(sql, (*row, row_crc(*row)))
 
 
@@ -127,7 +127,7 @@ def drop_kv(changes: Changes, keys: Sequence[str]) -> None:
 
 def list_kv(connection: sqlite3.Connection, folder: Path) -> list[tuple[Path, KVEntry]]:
     """Return where every KV entry lies, oldest first; rows that rotted are left out."""
-    columns = ", ".join(f"kv.{name}" for name in _KV_COLUMNS.split(", "))
+    columns = ", ".join(f"kv.{name}" for name in KV_COLUMNS.split(", "))
     sql = f"SELECT {columns}, kv.crc, s.sha256, s.kind FROM kv JOIN segments s USING (segment_id) ORDER BY kv.kv_id"  # noqa: S608
     return [
         (segment_path(folder, row[8], row[9]), KVEntry(row[1], row[2], row[4], row[5], row[6]))
@@ -138,7 +138,7 @@ def list_kv(connection: sqlite3.Connection, folder: Path) -> list[tuple[Path, KV
 
 def read_kv(connection: sqlite3.Connection, folder: Path, keys: Sequence[str]) -> dict[str, tuple[Path, KVEntry]]:
     """Return where the known ones of these KV keys lie."""
-    columns = ", ".join(f"kv.{name}" for name in _KV_COLUMNS.split(", "))
+    columns = ", ".join(f"kv.{name}" for name in KV_COLUMNS.split(", "))
     sql = f"SELECT {columns}, kv.crc, s.sha256, s.kind FROM kv JOIN segments s USING (segment_id) WHERE kv.key = ?"  # noqa: S608
     found = {}
     for key in keys:

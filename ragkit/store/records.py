@@ -121,13 +121,17 @@ class SourceUpdate:
 
 @dataclass(frozen=True, slots=True)
 class CommitReport:
-    """What one commit did; URIs in the order of the group, `rows` is the number of chunks that were added."""
+    """What one commit did; URIs in the order of the group, `rows` is the number of chunks that were added.
+
+    `heirs` names, by the id of a chunk that was replaced, the chunk that has its text now.
+    """
 
     generation: int
     added: tuple[str, ...]
     updated: tuple[str, ...]
     failed: tuple[str, ...]
     rows: int
+    heirs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,10 +114,11 @@ class Writer:
             for update in group:
                 self._apply(changes, update, keys)
             generation = changes.generation
+        heirs = changes.heirs
         failed = tuple(update.uri for update in group if update.failure is not None)
         stored = [update.uri for update in group if update.failure is None]
         added = tuple(uri for uri in stored if not before[uri])
-        return CommitReport(generation, added, tuple(uri for uri in stored if before[uri]), failed, rows)
+        return CommitReport(generation, added, tuple(uri for uri in stored if before[uri]), failed, rows, heirs)
 
     def relink(self, old_uri: str, new_uri: str, *, size: int, mtime_ns: int) -> None:
         """Rename a source and its documents' URIs without touching chunks and vectors."""

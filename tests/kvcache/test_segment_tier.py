@@ -1,6 +1,8 @@
 import contextlib
+import dataclasses
 import os
 
+import numpy as np
 import pytest
 import torch
 from kv_samples import LAYOUT, encoded_of, ref_of, store_of
@@ -10,6 +12,8 @@ from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_segment import KVMissError, MissReason
 from ragkit.kvcache.segment_tier import SegmentTier
+from ragkit.store import IndexedDocument, SourceUpdate
+from ragkit.types import Chunk, Document, chunk_id_of
 
 CODEC = make_codec("bf16", LAYOUT)
 
@@ -134,6 +138,50 @@ def test_kv_of_a_removed_chunk_is_absent(place):
     with store.writer() as writer:
         writer.remove(["a.txt"])
     assert reason(tier, refs[0]) is MissReason.ABSENT
+
+
+def test_writing_a_segment_anew_brings_nothing_back_that_was_removed_meanwhile(place):
+    store, ids = place
+    refs = refs_of(ids, 9)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs[:8]])
+    with store.writer() as writer:  # another process
+        writer.remove_kv([refs[7].key.digest])
+    tier.budget_bytes = int(tier.bytes_used * 1.1)
+    tier.save([encoded_of(CODEC, refs[8])])
+    assert reason(tier, refs[7]) is MissReason.ABSENT
+    assert {6, 8} <= set(found(tier, refs))
+
+
+def test_writing_a_segment_anew_leaves_kv_with_the_chunk_it_was_handed_to(place):
+    store, ids = place
+    refs = refs_of(ids, 9)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs[:8]])
+    text = "".join(f"chunk {number:03d}\n" for number in range(41))  # one chunk more at the end
+    document = Document.from_text(text, "a.txt")
+    spans = [(10 * number, 10 * number + 10) for number in range(41)]
+    chunks = [
+        Chunk(chunk_id_of(document.doc_id, *span), document.doc_id, index, text[slice(*span)], *span, 3)
+        for index, span in enumerate(spans)
+    ]
+    with store.writer() as writer:
+        item = IndexedDocument(document, chunks, np.zeros((41, 2), np.float32))
+        writer.commit([SourceUpdate("a.txt", "1" * 64, len(text), 2, documents=(item,))])
+    tier.budget_bytes = int(tier.bytes_used * 1.1)
+    tier.save([encoded_of(CODEC, dataclasses.replace(refs[8], chunk_id=chunks[8].chunk_id))])
+    owners = {entry.key: entry.chunk_id for _, entry in store.kv_listing()}
+    assert {6, 8} <= set(found(tier, refs))
+    assert all(owners[refs[index].key.digest] == chunks[index].chunk_id for index in found(tier, refs))
+    assert store.verify().problems == ()
+
+
+def test_equal_chunks_are_written_once(place):
+    store, ids = place
+    ref = refs_of(ids, 1)[0]
+    same = dataclasses.replace(ref, chunk_id=ids[1])
+    assert tier_of(store).save([encoded_of(CODEC, ref), encoded_of(CODEC, same)]) == 2
+    assert len(store.kv_listing()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Small documents with known vectors, and the whole content of a store as plain data to compare."""
 
 import hashlib
+import zlib
 
 import numpy as np
 
-from ragkit.store import IndexedDocument, KnownDocument, SourceFailure, SourceUpdate
+from ragkit.store import IndexedDocument, KnownDocument, KVEntry, SourceFailure, SourceUpdate
 from ragkit.types import Chunk, Document, chunk_id_of
 
 DIM = 8
@@ -97,3 +98,30 @@ def found_texts(store, word):
     """Texts of the chunks that full-text search finds for a word."""
     row_ids, _ = store.match(f'"{word}"', 1000)
     return sorted(stored.chunk.text for stored in store.chunks(row_ids))
+
+
+def kv_key(text):
+    """A key that only depends on the text, as that of chunk KV does."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def add_kv(store, writer):
+    """Store KV for every text that has none; two chunks of one text share it."""
+    stored = {kv_key(one.chunk.text): one.chunk.chunk_id for one in store.chunks(store.row_ids())}
+    known = store.kv_entries(list(stored))
+    entries, parts = [], []
+    for key, chunk_id in stored.items():
+        if key not in known:
+            content = key.encode()
+            entries.append(KVEntry(key, chunk_id, 64 * len(entries), 64, zlib.crc32(content)))
+            parts.append(content)
+    if entries:
+        writer.add_kv(parts, entries)
+
+
+def kv_texts(store):
+    """The texts that have KV; each entry must belong to a chunk that is there and has its text."""
+    entries = [entry for _, entry in store.kv_listing()]
+    chunks = store.chunks_by_id([entry.chunk_id for entry in entries])
+    assert [kv_key(one.chunk.text) for one in chunks] == [entry.key for entry in entries]
+    return sorted(one.chunk.text for one in chunks)

@@ -1,4 +1,4 @@
-"""One store's life in a dozen steps, run until done: what is done already is recognised and skipped.
+"""One store's life in thirteen steps, run until done: what is done already is recognised and skipped.
 
 `python store_scenario.py FOLDER` runs it in a process of its own, for tests that kill it.
 """
@@ -6,7 +6,7 @@
 import sys
 from pathlib import Path
 
-from store_samples import configure, embed, failed, update
+from store_samples import add_kv, configure, embed, failed, update
 
 from ragkit.store import Store
 
@@ -23,7 +23,8 @@ def steps(store, writer):
         (1, lambda: configure(writer)),
         (2, lambda: writer.commit(many)),
         (3, lambda: writer.commit([table, failed("bad.pdf")])),
-        (4, lambda: writer.commit([update("0.txt", "document 0 edited to say something longer than before")])),
+        (0, lambda: add_kv(store, writer)),
+        (4, lambda: writer.commit([update("0.txt", "document 0 about foxes and something longer than before")])),
         (5, lambda: writer.commit([failed("1.txt", content="broken")])),
         (6, lambda: writer.relink("2.txt", "moved.txt", size=1, mtime_ns=1)),
         (0, lambda: set_index(store, writer)),
@@ -49,7 +50,7 @@ def run(folder, after_step=lambda generation, store: None):
     """Bring the store to the end of its life; `after_step` is told the generation reached by each step."""
     with Store.open_or_create(folder) as store:
         after_step(store.generation, store)
-        for number in range(12):
+        for number in range(13):
             with store.writer() as writer:
                 generation, step = steps(store, writer)[number]
                 if generation == 0 or generation > store.generation:

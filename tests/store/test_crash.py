@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import store_scenario
 from store_children import in_child, start_child
-from store_samples import configure, contents, texts_of, update
+from store_samples import configure, contents, kv_texts, texts_of, update
 
 from ragkit.errors import StoreLockedError, StoreSpaceError
 from ragkit.store import Store, connections, faults
@@ -58,11 +58,13 @@ def test_a_crash_at_any_durable_step_leaves_a_committed_generation_and_a_second_
         if Store.exists(folder):
             with Store.open_or_create(folder) as store:
                 assert contents(store) == states[store.generation], step
+                kv_texts(store)  # every entry belongs to a chunk that has its text
                 if step % 4 == 0:  # the most expensive check; the contents above cover every step
                     assert store.verify().problems == (), step
         store_scenario.run(folder)
         with Store.open(folder) as store:
             assert contents(store) == states[10], step
+            kv_texts(store)
             assert step % 4 or store.verify().problems == (), step
             assert orphans(store) == [], step
         assert secret_files(folder) == [], step
@@ -180,6 +182,7 @@ def test_a_full_disk_at_any_durable_step_rolls_back_and_the_next_run_continues(m
         store_scenario.run(folder)
         with Store.open(folder) as store:
             assert contents(store) == states[10], step
+            kv_texts(store)
             assert orphans(store) == [], step
     assert len(messages) > 20
     assert all("no space left on device" in message and "are free" in message for message in messages)

@@ -1,8 +1,10 @@
 import zlib
 
-from store_samples import configure, update
+import pytest
+from store_samples import add_kv, configure, digest, embed, indexed, kv_key, kv_texts, update
 
-from ragkit.store import KVEntry
+from ragkit.store import IndexedDocument, KVEntry, SourceUpdate
+from ragkit.types import Chunk, Document, chunk_id_of
 
 
 def fill(store):
@@ -34,3 +36,84 @@ def test_removed_kv_is_a_miss_and_its_file_goes_with_the_last_entry(store):
         writer.remove_kv(["b"])
         assert not files[0].exists()
     assert store.verify().problems == ()
+
+
+PARTS = ["the first part of a text", "a second part: otherwise", "third and last it stands"]  # 24 characters each
+
+
+def cut(uri, texts):
+    """One source of one document with these chunks."""
+    document = Document.from_text("".join(texts), uri)
+    chunks, start = [], 0
+    for index, text in enumerate(texts):
+        stop = start + len(text)
+        chunk_id = chunk_id_of(document.doc_id, start, stop)
+        chunks.append(Chunk(chunk_id, document.doc_id, index, text, start, stop, 7))
+        start = stop
+    item = IndexedDocument(document, chunks, embed()(texts))
+    return SourceUpdate(uri, digest(*texts), start, 1_000, documents=(item,))
+
+
+def commit(store, *updates):
+    with store.writer() as writer:
+        if store.generation == 0:
+            configure(writer)
+        report = writer.commit(updates)
+    return report
+
+
+@pytest.fixture
+def with_kv(store):
+    commit(store, update("a.txt", "".join(PARTS)))
+    with store.writer() as writer:
+        add_kv(store, writer)
+    return store
+
+
+def test_an_edited_document_keeps_the_kv_of_its_unchanged_chunks(with_kv):
+    edited = cut("a.txt", [PARTS[0], "now it says another thing", PARTS[2]])  # the last chunk moves by one character
+    before, after = indexed("".join(PARTS), "a.txt").chunks, edited.documents[0].chunks
+    report = commit(with_kv, edited)
+    assert kv_texts(with_kv) == sorted([PARTS[0], PARTS[2]])
+    assert report.heirs == {before[index].chunk_id: after[index].chunk_id for index in (0, 2)}
+
+
+def test_a_text_that_stands_elsewhere_keeps_its_kv(with_kv):
+    commit(with_kv, update("b.txt", PARTS[1] + "something else behind it"))
+    with with_kv.writer() as writer:
+        writer.remove(["a.txt"])
+    assert kv_texts(with_kv) == [PARTS[1]]
+    with with_kv.writer() as writer:
+        writer.remove(["b.txt"])
+    assert with_kv.kv_listing() == []
+
+
+def test_kv_whose_text_is_nowhere_any_more_goes_with_its_file(with_kv):
+    [path] = {path for path, _ in with_kv.kv_listing()}
+    commit(with_kv, update("a.txt", "altogether different text"))
+    assert with_kv.kv_listing() == []
+    with_kv.gc()
+    assert not path.exists()
+
+
+def test_a_document_that_is_cut_again_keeps_the_kv_of_equal_chunks(with_kv):
+    commit(with_kv, update("a.txt", "".join(PARTS), step=48, recipe="other"))
+    assert kv_texts(with_kv) == [PARTS[2]]
+
+
+def test_an_heir_that_has_the_kv_itself_keeps_its_own(with_kv):
+    commit(with_kv, update("b.txt", PARTS[0]))
+    [heir] = [one.chunk.chunk_id for one in with_kv.chunks(with_kv.row_ids()) if one.uri == "b.txt"]
+    with with_kv.writer() as writer:
+        key = kv_key(PARTS[0])
+        writer.add_kv([b"own"], [KVEntry(key, heir, 0, 3, zlib.crc32(b"own"))])
+        writer.remove(["a.txt"])
+    [(_, entry)] = with_kv.kv_listing()
+    assert (entry.chunk_id, entry.bytes) == (heir, 3)
+
+
+def test_erasing_one_of_two_places_leaves_no_entry_without_its_file(with_kv):
+    commit(with_kv, update("b.txt", PARTS[1]))
+    with with_kv.writer() as writer:
+        writer.remove(["a.txt"], erase=True)
+    assert kv_texts(with_kv) == []  # erasure takes whole files; what else they held is computed again

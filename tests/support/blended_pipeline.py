@@ -26,7 +26,7 @@ from ragkit.generation.engine import Engine
 
 QUESTIONS = ("Where do the otters live?", "What does the miller grind?", "When is the market held?")
 CONFIG = PipelineConfig(
-    chunking=ChunkingConfig(chunker="token", max_tokens=60),
+    chunking=ChunkingConfig(max_tokens=60),  # a sentence of `text_of` a chunk
     retrieval=RetrievalConfig(k=5),
     generation=GenerationConfig(dtype="float32", max_new_tokens=12, strategy=Strategy.BLEND),
     kv=KVConfig(codec=CodecName.FP32),
@@ -37,10 +37,10 @@ _WORDS = ("otter", "miller", "market", "river", "bridge", "stone", "lamp", "copp
 
 
 def text_of(seed: int, sentences: int = 12) -> str:
-    """Return different sentences for different seeds."""
+    """Return a text of a sentence a paragraph, different for different seeds."""
     chance = random.Random(seed)
     lines = (" ".join(chance.choices(_WORDS, k=7)).capitalize() + "." for _ in range(sentences))
-    return " ".join(lines) + "\n"
+    return "\n\n".join(lines) + "\n"
 
 
 def write_documents(folder: Path, seeds: Sequence[int] = range(3)) -> Path:
