@@ -27,6 +27,8 @@ from ragkit.kernels.dequantize_kv import dequantize_kv_torch
 from ragkit.kernels.quantize_kv import QuantizedHeads
 
 SECTION_ALIGNMENT = 16  # bytes; every section of a layer starts at a multiple of it, the widest load of a kernel
+Section = tuple[torch.dtype, tuple[int, ...]]  # type and shape
+
 _TABLE_ROWS = 64  # rows of one entry of the table, which a program treats a part of
 _NUMBER_BYTES, _CODE_BYTES = 16384, 8192  # stored bytes of keys or values that one program reads
 
@@ -60,13 +62,13 @@ class ChunkFormat:
         """Return the format of codes with a scale and a zero for each group."""
         return cls(None, bits, token_group, channel_group)
 
-    def sections(self, tokens: int, heads: int, head_dim: int) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    def sections(self, tokens: int, heads: int, head_dim: int) -> list[Section]:
         """Return type and shape of the sections of one layer."""
         if self.number is not None:
             return [(self.number, (tokens, heads, head_dim))] * 2
-        codes = (torch.uint8, (tokens, heads, head_dim * self.bits // 8))
-        keys = (torch.float16, (ceil_div(tokens, self.token_group), heads, head_dim))
-        values = (torch.float16, (tokens, heads, head_dim // self.channel_group))
+        codes: Section = (torch.uint8, (tokens, heads, head_dim * self.bits // 8))
+        keys: Section = (torch.float16, (ceil_div(tokens, self.token_group), heads, head_dim))
+        values: Section = (torch.float16, (tokens, heads, head_dim // self.channel_group))
         return [codes, keys, keys, codes, values, values]
 
 
@@ -213,7 +215,7 @@ def place_chunks_torch(
                 out[slots[first : first + tokens]] = numbers
 
 
-def _split(stored: Tensor, start: int, sections: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
+def _split(stored: Tensor, start: int, sections: Sequence[Section]) -> list[Tensor]:
     parts = []
     for dtype, shape in sections:
         stop = start + torch.Size(shape).numel() * dtype.itemsize

@@ -65,9 +65,11 @@ class EncodedKV:
     Attributes:
         ref: which KV it is.
         codec_id: the codec that made it.
-        data: (bytes,) uint8, the encoded layers behind each other, each at a multiple of `LAYER_ALIGNMENT`.
+        data: (bytes,) uint8, the encoded layers behind each other, each at a multiple of `LAYER_ALIGNMENT`; before them
+            the layers of the draft, where the codec has one.
         extents: start and stop in `data` of each layer.
         recompute_ms: what computing it took; eviction weighs it.
+        draft_extents: start and stop in `data` of each layer of the draft; empty without one.
     """
 
     ref: ChunkRef
@@ -75,19 +77,29 @@ class EncodedKV:
     data: Tensor
     extents: tuple[tuple[int, int], ...]
     recompute_ms: float = 0.0
+    draft_extents: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def pack(cls, ref: ChunkRef, codec_id: str, layers: Sequence[Tensor], recompute_ms: float = 0.0) -> EncodedKV:
-        """Return the encoded `layers` (bytes,) uint8 in one buffer."""
+    def pack(
+        cls,
+        ref: ChunkRef,
+        codec_id: str,
+        layers: Sequence[Tensor],
+        recompute_ms: float = 0.0,
+        draft: Sequence[Tensor] = (),
+    ) -> EncodedKV:
+        """Return the encoded layers of `draft` and then `layers`, (bytes,) uint8 each, in one buffer."""
+        parts = [*draft, *layers]
         extents, end = [], 0
-        for layer in layers:
+        for layer in parts:
             start = -(-end // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
             end = start + layer.numel()
             extents.append((start, end))
-        data = torch.zeros(end, dtype=torch.uint8, device=layers[0].device if layers else None)
-        for layer, (start, stop) in zip(layers, extents, strict=True):
+        data = torch.zeros(end, dtype=torch.uint8, device=parts[0].device if parts else None)
+        for layer, (start, stop) in zip(parts, extents, strict=True):
             data[start:stop] = layer
-        return cls(ref, codec_id, data, tuple(extents), recompute_ms)
+        split = len(draft)
+        return cls(ref, codec_id, data, tuple(extents[split:]), recompute_ms, tuple(extents[:split]))
 
     @property
     def nbytes(self) -> int:

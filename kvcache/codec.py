@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KVCacheError
+from ragkit.kernels.place_chunks import SECTION_ALIGNMENT, ChunkFormat, Section
 from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef, EncodedKV
 from ragkit.kvcache.layout import KVLayout
 
 LayerKV = tuple[Tensor, Tensor]  # keys before RoPE and values, (tokens, kv_heads, head_dim) each
 
-_SECTION_ALIGNMENT = 16  # bytes; the widest load of a kernel
 _LARGEST = 6e4  # scales and zeros are fp16
 
 
@@ -36,8 +36,20 @@ class KVCodec(Protocol):
         """The layers that it is made for; decoding gives the layout's dtype."""
         ...
 
+    @property
+    def draft(self) -> KVCodec | None:
+        """The codec of a low-bit copy that stands before the layers of every chunk; None for no such copy.
+
+        Tokens are chosen by the draft, which is there sooner, and recomputed over the layers themselves.
+        """
+        ...
+
+    def format(self, layer: int) -> ChunkFormat | None:
+        """Return how kernels read the bytes of a layer where they lie, or None where only `decode` can."""
+        ...
+
     def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:
-        """Return the bytes (uint8) of each layer of a whole chunk.
+        """Return the bytes (uint8) of each layer of a whole chunk, without the draft.
 
         Raises:
             KVCacheError: a number is not finite, or too large for the codec.
@@ -67,7 +79,8 @@ def encode_chunk(codec: KVCodec, chunk: ChunkKV, chunk_id: str, recompute_ms: fl
     if [tuple(keys.shape[1:]) for keys, _ in chunk.layers] != expected:
         raise KVCacheError(f"the KV of {chunk.key} does not have the layers of the model that its codec is for")
     ref = ChunkRef(chunk.key, chunk.token_ids, chunk_id)
-    return EncodedKV.pack(ref, codec.codec_id, codec.encode(chunk.layers), recompute_ms)
+    draft = codec.draft.encode(chunk.layers) if codec.draft else []
+    return EncodedKV.pack(ref, codec.codec_id, codec.encode(chunk.layers), recompute_ms, draft)
 
 
 def decode_chunk(codec: KVCodec, encoded: EncodedKV) -> ChunkKV:
@@ -92,9 +105,6 @@ def require_encodable(layers: Sequence[LayerKV]) -> None:
                     f"the {name} of layer {index} hold a number that is not finite or above {_LARGEST:g}: "
                     "this KV cannot be stored by a low-bit codec, take bf16 or fp32"
                 )
-
-
-Section = tuple[torch.dtype, tuple[int, ...]]
 
 
 def section_bytes(sections: Sequence[Section]) -> int:
@@ -136,4 +146,4 @@ def rounding(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _aligned(count: int) -> int:
-    return -(-count // _SECTION_ALIGNMENT) * _SECTION_ALIGNMENT
+    return -(-count // SECTION_ALIGNMENT) * SECTION_ALIGNMENT

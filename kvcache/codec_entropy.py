@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.kernels.entropy_decode_kv import EntropyStreams, entropy_decode_kv
+from ragkit.kernels.place_chunks import Section
 from ragkit.kernels.rans_tables import CHANNELS_PER_STREAM, rans_tables, tables_digest
 from ragkit.kvcache.codec import (
     LayerKV,
-    Section,
     join_sections,
     require_encodable,
     rounding,
@@ -62,7 +62,11 @@ class EntropyCodec:
             raise KVCacheError(f"the entropy codec takes {CHANNELS_PER_STREAM} channels at a time: head_dim must fit")
         self.codec_id = f"{name}-{tables_digest()}"
         self.layout = layout
+        self.draft = None
         self._level = LEVELS[level]
+
+    def format(self, layer: int) -> None:
+        """Return None: streams have to be decoded."""
 
     def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:
         """Return the bytes of each layer; the coder runs on the CPU, over all layers at once."""

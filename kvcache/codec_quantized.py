@@ -11,12 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ragkit.kernels.backend import ceil_div
 from ragkit.kernels.dequantize_kv import dequantize_kv
+from ragkit.kernels.place_chunks import ChunkFormat, Section
 from ragkit.kernels.quantize_kv import QuantizedHeads, quantize_kv
 from ragkit.kvcache.codec import (
     LayerKV,
-    Section,
     join_sections,
     require_encodable,
     rounding,
@@ -38,6 +37,11 @@ class QuantizedCodec:
         self.layout = layout
         self.bits = bits
         self.group = group
+        self.draft = None
+
+    def format(self, layer: int) -> ChunkFormat:
+        """Return codes and their groups."""
+        return ChunkFormat.codes(self.bits, self.group, self._channels(self.layout.layers[layer].head_dim))
 
     def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:
         """Return the bytes of each layer: codes, scales and zeros of the keys, then of the values."""
@@ -94,8 +98,4 @@ class QuantizedCodec:
 
     def _sections(self, layer: int, tokens: int) -> list[Section]:
         spec = self.layout.layers[layer]
-        heads, head_dim = spec.num_kv_heads, spec.head_dim
-        codes: Section = (torch.uint8, (tokens, heads, head_dim * self.bits // 8))
-        keys: Section = (torch.float16, (ceil_div(tokens, self.group), heads, head_dim))
-        values: Section = (torch.float16, (tokens, heads, head_dim // self._channels(head_dim)))
-        return [codes, keys, keys, codes, values, values]
+        return self.format(layer).sections(tokens, spec.num_kv_heads, spec.head_dim)

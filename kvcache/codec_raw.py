@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ragkit.kvcache.codec import LayerKV, Section, join_sections, rounding, section_bytes, split_sections
+from ragkit.kernels.place_chunks import ChunkFormat, Section
+from ragkit.kvcache.codec import LayerKV, join_sections, rounding, section_bytes, split_sections
 from ragkit.kvcache.layout import KVLayout
 
 
@@ -18,6 +19,11 @@ class RawCodec:
         self.codec_id = codec_id
         self.layout = layout
         self.dtype = dtype
+        self.draft = None
+
+    def format(self, layer: int) -> ChunkFormat:
+        """Return plain numbers."""
+        return ChunkFormat.numbers(self.dtype)
 
     def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:
         """Return the bytes of each layer: keys, then values."""
@@ -42,7 +48,7 @@ class RawCodec:
 
     def _sections(self, layer: int, tokens: int) -> list[Section]:
         spec = self.layout.layers[layer]
-        return [(self.dtype, (tokens, spec.num_kv_heads, spec.head_dim))] * 2
+        return self.format(layer).sections(tokens, spec.num_kv_heads, spec.head_dim)
 
     def _bound(self, heads: Tensor) -> Tensor:
         lossless = torch.promote_types(heads.dtype, self.dtype) == self.dtype

@@ -32,6 +32,7 @@ from ragkit.store.records import KVEntry
 
 RECORD_ALIGNMENT = 4096  # a page of memory and of a disk
 PAGE_BYTES = 16384  # one CRC each: small enough to read one layer alone, large enough to check at memory speed
+RECORD_OVERHEAD = 4 * RECORD_ALIGNMENT  # bytes that a record of the usual size takes beside its data, at most
 
 _MAGIC = b"RAGKITKV"
 _PRELUDE = Struct("<8sIIII")
@@ -137,6 +138,7 @@ def write_record(encoded: EncodedKV) -> bytes:
         "codec": encoded.codec_id,
         "tokens": len(encoded.ref.token_ids),
         "extents": encoded.extents,
+        "draft_extents": encoded.draft_extents,
         "bytes": len(view),
         "recompute_ms": encoded.recompute_ms,
     }
@@ -165,12 +167,14 @@ class RecordHeader:
 
     Attributes:
         extents: start and stop of each layer within the data.
+        draft_extents: the same of the draft's layers, which stand before; empty without a draft.
         data_offset, data_bytes: where the data lies within the record.
         page_crcs: CRC-32 of each page of the data.
         recompute_ms: what computing it took.
     """
 
     extents: tuple[tuple[int, int], ...]
+    draft_extents: tuple[tuple[int, int], ...]
     data_offset: int
     data_bytes: int
     page_crcs: tuple[int, ...]
@@ -195,7 +199,7 @@ class RecordReader:
         header = self.header
         data = allocate(header.data_bytes) if allocate else torch.empty(header.data_bytes, dtype=torch.uint8)
         self._fill(0, data.numpy().data)
-        return EncodedKV(self._ref, self._codec_id, data, header.extents, header.recompute_ms)
+        return EncodedKV(self._ref, self._codec_id, data, header.extents, header.recompute_ms, header.draft_extents)
 
     def layer(self, index: int) -> Tensor:
         """Return the encoded bytes of one layer, reading only the pages that hold it."""
@@ -232,15 +236,18 @@ class RecordReader:
         settings: dict[str, Any] = json.loads(content[4:split])
         end_of_tokens = split + 4 * settings["tokens"]
         self._compare(settings, content[split:end_of_tokens], num_layers)
-        extents = tuple((int(start), int(stop)) for start, stop in settings["extents"])
+        extents, draft_extents = (
+            tuple((int(start), int(stop)) for start, stop in settings.get(name, ()))  # old records know no drafts
+            for name in ("extents", "draft_extents")
+        )
         crcs = tuple(np.frombuffer(content[end_of_tokens:], dtype="<u4").tolist())
         data_bytes = int(settings["bytes"])
         if data_offset + data_bytes > self._source.size:
             raise self._miss(MissReason.SHORT, f"it has {self._source.size} bytes")
-        places = (0, *(place for extent in extents for place in extent), data_bytes)
+        places = (0, *(place for extent in (*draft_extents, *extents) for place in extent), data_bytes)
         if list(places) != sorted(places) or len(crcs) != -(-data_bytes // PAGE_BYTES):
             raise ValueError("its layers do not lie behind each other")
-        return RecordHeader(extents, data_offset, data_bytes, crcs, float(settings["recompute_ms"]))
+        return RecordHeader(extents, draft_extents, data_offset, data_bytes, crcs, float(settings["recompute_ms"]))
 
     def _compare(self, settings: dict[str, Any], token_ids: bytes, num_layers: int) -> None:
         if settings["key"] != self._ref.key.digest:

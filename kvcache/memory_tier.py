@@ -179,7 +179,7 @@ class MemoryTier:
             data = data.pin_memory()
         if data is encoded.data:
             return encoded
-        return EncodedKV(encoded.ref, encoded.codec_id, data, encoded.extents, encoded.recompute_ms)
+        return dataclasses.replace(encoded, data=data)
 
     def _make_room(self, nbytes: int) -> bool:
         if nbytes > self.budget_bytes:

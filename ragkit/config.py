@@ -52,13 +52,19 @@ class EncoderBackend(StrEnum):
 
 
 class CodecName(StrEnum):
-    """How chunk KV is stored; the number behind `entropy` is its level, 1 the finest."""
+    """How chunk KV is stored; the number behind `entropy` is its level, 1 the finest.
+
+    `int4+bf16` and `int4+int8` keep a 4-bit copy beside: a GPU loads it first and chooses tokens by it while the rest
+    is still on its way.
+    """
 
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
     INT8 = "int8"
     INT4 = "int4"
+    INT4_BF16 = "int4+bf16"
+    INT4_INT8 = "int4+int8"
     ENTROPY1 = "entropy1"
     ENTROPY2 = "entropy2"
     ENTROPY3 = "entropy3"

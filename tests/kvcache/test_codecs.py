@@ -9,6 +9,7 @@ from ragkit.config import CodecName
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import ChunkKV
 from ragkit.kvcache.codec import decode_chunk, encode_chunk
+from ragkit.kvcache.codec_drafted import DraftedCodec
 from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.layout import KVLayout, LayerSpec
 from ragkit.models.model_config import RopeConfig
@@ -101,7 +102,7 @@ def test_entropy_codecs_state_about_their_bytes_for_numbers_without_structure(na
 
 def test_bytes_fall_from_codec_to_codec():
     layout = layout_of(torch.float32, 4, 64)
-    sizes = [round_trip(name, layout, 256)[2].nbytes for name in CODECS if name != "fp16"]
+    sizes = [round_trip(name, layout, 256)[2].nbytes for name in CODECS if name != "fp16" and "+" not in name]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == 2 * sizes[1]
 
@@ -115,6 +116,25 @@ def test_the_finest_entropy_level_is_a_third_smaller_than_int4_at_equal_error():
     numbers = 3 * 2 * 4 * 64 * 256
     assert int4.nbytes * 8 / numbers == 5
     assert 5 / (entropy.nbytes * 8 / numbers + missing) >= 1.3
+
+
+@pytest.mark.parametrize(("name", "draft", "full"), [("int4+bf16", "int4", "bf16"), ("int4+int8", "int4", "int8")])
+def test_a_drafted_chunk_holds_its_draft_and_then_what_the_other_codec_makes(name, draft, full):
+    codec, _, encoded, back = round_trip(name, layout_of())
+    low, high = (round_trip(part, layout_of())[2] for part in (draft, full))
+    assert torch.equal(encoded.data[: low.nbytes], low.data)
+    assert encoded.draft_extents == low.extents
+    for index in range(3):
+        assert torch.equal(encoded.layer(index), high.layer(index))
+    exact = decode_chunk(make_codec(full, layout_of()), high)
+    assert all(torch.equal(a, b) for x, y in zip(back.layers, exact.layers, strict=True) for a, b in zip(x, y))  # noqa: B905
+    assert round(codec.bytes_per_token(70) * 70) == sum(b - a for a, b in (*encoded.draft_extents, *encoded.extents))
+
+
+def test_a_draft_of_a_draft_is_refused():
+    drafted = make_codec("int4+bf16", LAYOUT)
+    with pytest.raises(KVCacheError, match="plain codecs of the same layout"):
+        DraftedCodec(drafted, make_codec("fp32", LAYOUT))
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -47,6 +47,15 @@ def test_a_record_gives_back_the_chunk():
     assert loaded.recompute_ms == 12.5
 
 
+def test_a_record_gives_back_the_draft_of_a_chunk():
+    layers = [torch.full((size,), size % 256, dtype=torch.uint8) for size in (100, 70, 9000, 64)]
+    encoded = EncodedKV.pack(ref_of("drafted"), "codec", layers[2:], 1.0, layers[:2])
+    loaded = read(write_record(encoded), encoded)
+    assert loaded.draft_extents == ((0, 100), (128, 198))
+    assert loaded.extents == ((256, 9256), (9280, 9344))
+    assert torch.equal(loaded.data, encoded.data)
+
+
 @pytest.mark.parametrize("layer_bytes", [(), (0,), (1,), (PAGE_BYTES,), (PAGE_BYTES - 1, 1)])
 def test_edge_sizes_come_back(layer_bytes):
     encoded = sample("edge", layer_bytes)
