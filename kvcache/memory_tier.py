@@ -14,6 +14,7 @@ from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
+from ragkit.kvcache.page_locked import PageLockedMemory
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class MemoryTier:
         budget_bytes: most bytes that it keeps.
         policy: which chunk leaves first.
         device: where the bytes lie.
-        page_locked: whether host memory is pinned for copies by a GPU.
+        page_locked: whether host memory is locked for copies by a GPU; or the memory that chunks take pieces of.
     """
 
     def __init__(
@@ -75,14 +76,14 @@ class MemoryTier:
         policy: EvictionPolicy,
         device: torch.device | None = None,
         *,
-        page_locked: bool = False,
+        page_locked: bool | PageLockedMemory = False,
     ) -> None:
         if budget_bytes < 0:
             raise KVCacheError(f"the tier {name} needs a budget of 0 bytes or more, got {budget_bytes}")
         self.name = name
         self.budget_bytes = budget_bytes
         self._device = device or torch.device("cpu")
-        self._page_locked = page_locked
+        self._page_locked = PageLockedMemory(budget_bytes) if page_locked is True else page_locked or None
         self._lock = threading.Lock()
         self._held: dict[KVKey, _Held] = {}
         self._queue: EvictionQueue[KVKey] = EvictionQueue(policy)
@@ -100,7 +101,8 @@ class MemoryTier:
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return unwritten (nbytes,) uint8 host memory of the tier's kind, to read a chunk into without a copy."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._page_locked)
+        piece = self._page_locked.allocate(nbytes) if self._page_locked is not None else None
+        return torch.empty(nbytes, dtype=torch.uint8) if piece is None else piece
 
     def pin(self, ref: ChunkRef) -> PinnedKV | None:
         """Return the chunk, pinned, or None where it is not here; a chunk of other tokens is not the one meant."""
@@ -174,9 +176,12 @@ class MemoryTier:
                 self._used -= held.encoded.nbytes  # it was replaced or discarded meanwhile
 
     def _placed(self, encoded: EncodedKV) -> EncodedKV:
-        data = encoded.data.to(self._device)
-        if self._page_locked and not data.is_pinned():
-            data = data.pin_memory()
+        if self._page_locked is None:
+            data = encoded.data.to(self._device)
+        elif self._page_locked.owns(encoded.data):
+            data = encoded.data
+        else:
+            data = self.allocate(encoded.nbytes).copy_(encoded.data)
         if data is encoded.data:
             return encoded
         return dataclasses.replace(encoded, data=data)

@@ -8,6 +8,7 @@ from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import EncodedKV
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.page_locked import PageLockedMemory
 
 
 def chunk(name, nbytes=100, cost=1.0):
@@ -106,3 +107,37 @@ def test_discarded_chunks_are_gone():
 def test_a_negative_budget_is_refused():
     with pytest.raises(KVCacheError, match="budget of 0 bytes or more, got -1"):
         tier_of(-1)
+
+
+def locked_tier(budget, slab=4096):
+    memory = PageLockedMemory(budget, slab, lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    return MemoryTier("ram", budget, make_policy("lru"), page_locked=memory), memory
+
+
+def test_chunks_lie_in_page_locked_memory_whoever_made_them():
+    tier, memory = locked_tier(8192)
+    loaded = tier.allocate(1000)
+    with tier.add(dataclasses.replace(chunk("a", 1000), data=loaded)) as pinned:
+        assert pinned.encoded.data is loaded
+    with tier.add(chunk("b", 1000)) as pinned:
+        assert memory.owns(pinned.encoded.data)
+        assert torch.equal(pinned.encoded.data, chunk("b", 1000).data)
+
+
+def test_what_left_the_tier_keeps_its_bytes_while_it_is_used():
+    tier, memory = locked_tier(8192)
+    with tier.add(chunk("a", 4096)) as pinned:
+        kept = pinned.encoded
+    for name in ("bb", "ccc", "dddd", "eeeee", "ffffff"):
+        tier.add(chunk(name, 4096)).release()
+    assert not tier.holds(ref_of("a"))
+    assert torch.equal(kept.data, chunk("a", 4096).data)
+    assert memory.bytes_locked <= 8192 + 4096
+
+
+def test_a_chunk_without_room_in_page_locked_memory_is_handed_out_all_the_same():
+    tier, memory = locked_tier(4096)
+    with tier.add(chunk("a", 20000)) as pinned:
+        assert not memory.owns(pinned.encoded.data)
+        assert pinned.encoded.nbytes == 20000
+    assert len(tier) == 0
