@@ -152,7 +152,7 @@ def paged_selected_attention_torch(
 def paged_tile(head_dim: int, dtype: torch.dtype, device: torch.device, *, has_field: bool) -> AttentionTile:
     """Return how the work is cut: tiles of keys, values, angles and a field must fit shared memory together."""
     if device.type != "cuda":
-        return AttentionTile(32, 64, 4, 1)  # interpreted: small inputs have several tiles
+        return AttentionTile(32, 32, 4, 1)  # interpreted: small inputs have several tiles, and blocks several parts
     if dtype == torch.float32:
         return AttentionTile(32, 16, 4, 1)
     if head_dim > 128:

@@ -94,6 +94,20 @@ def test_few_queries_are_split_along_their_blocks_and_merged(device, rng):
     _compare(_inputs([(1000, 2)], 2, 1, 32, torch.float32, device, rng))
 
 
+def test_a_part_of_the_blocks_that_a_query_does_not_see_counts_for_nothing(device, rng):
+    inputs = _inputs([(1000, 2)], 2, 1, 32, torch.float32, device, rng)
+    inputs["positions"] = torch.tensor([3, 999], device=device).int()
+    _compare(inputs)
+
+
+def test_entries_behind_a_request_s_own_are_ignored(device, rng):
+    inputs = _inputs([(130, 20), (70, 10)], 4, 2, 32, torch.float32, device, rng)
+    before = _attend(inputs)
+    for request, count in enumerate(inputs["num_entries"].tolist()):
+        inputs["row_positions"][request, count:] = 0  # their rows are NaN
+    assert torch.equal(_attend(inputs), before)
+
+
 @pytest.mark.parametrize("backend", list(Backend))
 def test_all_rows_selected_is_dense_causal_attention(backend, device, rng):
     inputs = _inputs([(130, 130)], 6, 2, 32, torch.float32, device, rng)
@@ -174,6 +188,16 @@ def test_a_query_that_sees_nothing_gives_zeros(backend, device, rng):
     got = _attend(inputs, backend)
     assert torch.equal(got[:10], torch.zeros_like(got[:10]))
     assert bool((got[10:] != 0).any())
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_a_query_that_sees_nothing_beside_one_that_does_gives_zeros(backend, device, rng):
+    inputs = _inputs([(100, 3)], 4, 2, 32, torch.float32, device, rng)
+    inputs["row_positions"][0, 0, :50] = HIDDEN
+    inputs["positions"] = torch.tensor([20, 49, 99], device=device).int()
+    got = _attend(inputs, backend)
+    assert torch.equal(got[:2], torch.zeros_like(got[:2]))
+    assert bool((got[2] != 0).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

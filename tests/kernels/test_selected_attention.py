@@ -92,10 +92,10 @@ def _rows_of_several_splits(device):
     return 20 * tile.rows - 3
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("tokens", [1, 2, 15])
 def test_few_queries_are_split_along_their_keys_and_merged(tokens, device, rng):
     rows = _rows_of_several_splits(device)
-    _compare(_inputs(_chosen(tokens, rows, rng), rows, 2, 1, 64, torch.float32, device, rng))
+    _compare(_inputs(_chosen(tokens, rows, rng), rows, 3, 1, 64, torch.float32, device, rng))
 
 
 def test_a_part_of_the_keys_that_a_query_does_not_see_counts_for_nothing(device, rng):
