@@ -46,6 +46,7 @@ from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf,
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, NoTokens, RandomTokens
 from ragkit.kvcache.token_selection import TokenSelector
+from ragkit.models.chat_template import ChatTemplate
 from ragkit.types import Prompt, Segment, chunk_id_of
 
 SYSTEM = "Answer the question based on the given passages."
@@ -53,6 +54,7 @@ INSTRUCTION = (
     "Answer the question based on the given passages. Answer within 5 words. "
     "Do NOT repeat the question or output any other words. Question: "
 )
+MARK = "\ue000"  # where the user's text stands in the rendered template
 ANSWER_TOKENS = 16
 NO_PROPAGATION = Propagation(key_strength=0.0, value_strength=0.0)
 REUSE = "reuse"
@@ -164,7 +166,11 @@ class Bench:
         self.engine = engine
         self.codec = codec
         self.context = context
-        self.builder = engine.prompt_builder(SYSTEM)
+        template = ChatTemplate(engine.folder)
+        rendered = template.render([{"role": "system", "content": SYSTEM}, {"role": "user", "content": MARK}])
+        before, _, after = rendered.partition(MARK)
+        self.prefix = Segment(tuple(engine.tokenizer.encode_template(before)))
+        self.suffix = tuple(engine.tokenizer.encode_template(after))
 
     def score(self, item: Item, variants: Sequence[Variant]) -> dict[str, dict[str, float]] | None:
         """Return the scores of each variant, or None where the item does not fit the model's window."""
@@ -190,15 +196,13 @@ class Bench:
         return out
 
     def prompt(self, item: Item) -> Prompt:
-        """Return prefix | passages | question."""
-        empty = self.builder.build("", [], max_new_tokens=1).prompt
+        """Return prefix | passages | question, as CacheBlend's benchmark words it."""
         encode = self.engine.tokenizer.encode
         chunks = [
             Segment(tuple(encode(text + "\n\n")), chunk_id_of("musique", item.index, number))
             for number, text in enumerate(item.passages)
         ]
-        suffix = self.builder.build(INSTRUCTION + item.question, [], max_new_tokens=1).prompt.segments[-1]
-        return Prompt((empty.segments[0], *chunks, suffix))
+        return Prompt((self.prefix, *chunks, Segment((*encode(INSTRUCTION + item.question), *self.suffix))))
 
     def run(
         self, strategy: PrefillStrategy, prompt: Prompt, gold: Sequence[int], answer: Sequence[int] | None
@@ -245,7 +249,7 @@ class Bench:
     def chunk_prefill(self, codec: str, context: ContextKind) -> ChunkPrefill:
         """Return what computes the chunks behind the canonical prefix."""
         recipe = KVRecipe("0" * 64, self.engine.decoder.config, "benchmark", self.engine.decoder.dtype, codec)
-        return ChunkPrefill(self.engine.decoder, self.engine.rotary, recipe, self.builder.prefix.token_ids, context)
+        return ChunkPrefill(self.engine.decoder, self.engine.rotary, recipe, self.prefix.token_ids, context)
 
 
 def compare(got: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float]:

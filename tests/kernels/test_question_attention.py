@@ -111,7 +111,7 @@ def test_a_row_that_all_queries_point_to_receives_all_mass(backend, device, rng)
     inputs[1][37] = inputs[0][0, 0]
     inputs[0].copy_(inputs[0][0, 0].expand_as(inputs[0]).clone())
     out, mass = question_attention(*inputs, first_position=80, scale=50.0, backend=backend)
-    assert float(mass[37]) == pytest.approx(12, rel=1e-5)
+    assert float(mass[37]) == pytest.approx(12, rel=1e-4)
     assert_matches(out[:, 0], inputs[2][37, 0].expand(3, 16))
 
 
