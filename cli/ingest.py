@@ -10,7 +10,7 @@ import typer
 
 from ragkit.cli.common import Session, command, flag
 from ragkit.cli.errors import ExitCode
-from ragkit.cli.output import Output, one_line, without_uri
+from ragkit.cli.output import Output, human_bytes, one_line, without_uri
 from ragkit.cli.progress import progress_for
 from ragkit.cli.signals import finishing_first
 from ragkit.errors import UsageError
@@ -51,13 +51,17 @@ def ingest(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try unchanged files again that failed.")
     ] = False,
+    kv: Annotated[
+        bool | None,
+        typer.Option("--kv/--no-kv", help="Compute the KV of all chunks now, not when they are first used."),
+    ] = None,
     lock_timeout: Annotated[
         float | None, typer.Option("--lock-timeout", metavar="S", help="Seconds to wait for another writer.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> None:
     """Read, cut, embed and index documents. Unchanged files are skipped; edited ones are replaced."""
-    if not sources and not reembed:
+    if not sources and not reembed and not kv:
         raise UsageError("ingest needs at least one SOURCE: a file, a folder, or - for stdin")
     settings = session.settings(
         {
@@ -66,6 +70,7 @@ def ingest(
             "embedding.model": flag(embedder, "--embedder"),
             "ingest.include": flag(include, "--include"),
             "ingest.exclude": flag(exclude, "--exclude"),
+            "ingest.kv": flag(kv, "--kv" if kv else "--no-kv"),
             "ingest.lock_timeout_s": flag(lock_timeout, "--lock-timeout"),
         }
     )
@@ -110,6 +115,9 @@ def report_lines(report: IngestReport, output: Output) -> Iterator[str]:
         yield f"would be: {shown}"
     else:
         yield f"{shown}; {report.chunks:,} chunks, {report.tokens:,} tokens in {report.seconds:.1f} s"
+    if report.kv is not None:
+        done = report.kv
+        yield f"KV of {done.computed:,} chunks computed ({human_bytes(done.bytes)}), of {done.present:,} there already"
     for failure in report.failed:
         yield f"failed ({failure.code}): {one_line(failure.uri)}: {without_uri(failure.message, failure.uri)}"
     for warning in report.warnings:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ragkit.cli.output import Output, is_terminal, one_line
+from ragkit.cli.output import Output, human_bytes, is_terminal, one_line
 from ragkit.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ class Meter:
         self._clock = clock
         self.start(0, 0)
 
-    def start(self, total_documents: int, total_bytes: int) -> None:
+    def start(self, total_documents: int, total_bytes: int, unit: str = "documents") -> None:
         """Begin counting from nothing."""
         self.started = self._clock()
-        self.total_documents, self.total_bytes = total_documents, total_bytes
+        self.total_documents, self.total_bytes, self.unit = total_documents, total_bytes, unit
         self.documents = self.bytes = self.tokens = 0
 
     def add(self, documents: int, bytes: int, tokens: int) -> None:
@@ -53,7 +53,9 @@ class Meter:
         seconds = max(self._clock() - self.started, 1e-9)
         parts = []
         if self.total_documents:
-            parts.append(f"{self.documents:,}/{self.total_documents:,} documents")
+            parts.append(f"{self.documents:,}/{self.total_documents:,} {self.unit}")
+        if self.bytes and self.unit != "documents":  # bytes that are written, not those of sources
+            parts.append(f"{human_bytes(self.bytes)} of {human_bytes(self.total_bytes)}")
         if self.bytes:
             parts.append(f"{self.bytes / 1e6 / seconds:.2f} MB/s")
         if self.tokens:
@@ -72,9 +74,9 @@ class PlainProgress:
         self._meter = Meter(clock)
         self._last = clock()
 
-    def start(self, total_documents: int, total_bytes: int) -> None:
+    def start(self, total_documents: int, total_bytes: int, unit: str = "documents") -> None:
         """Say how much work there is."""
-        self._meter.start(total_documents, total_bytes)
+        self._meter.start(total_documents, total_bytes, unit)
         self._last = self._clock()
 
     def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0) -> None:
@@ -101,14 +103,14 @@ class BarProgress:
         self._bars: RichProgress | None = None
         self._task: TaskID | None = None
 
-    def start(self, total_documents: int, total_bytes: int) -> None:
+    def start(self, total_documents: int, total_bytes: int, unit: str = "documents") -> None:
         """Draw the bar, empty."""
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
         self.close()
-        self._meter.start(total_documents, total_bytes)
+        self._meter.start(total_documents, total_bytes, unit)
         columns = (
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),

@@ -13,6 +13,7 @@ from ragkit.cli.errors import ExitCode
 from ragkit.cli.output import human_bytes, one_line, table, without_uri
 
 if TYPE_CHECKING:
+    from ragkit.reports import KVStatus
     from ragkit.store.base import SourceRecord, StoreCounts, StoreMeta, VerifyReport
 
 
@@ -51,6 +52,7 @@ def status(session: Session) -> None:
     settings = session.settings()
     with session.open(settings) as pipeline:
         meta, counts = pipeline.status()
+        kv = pipeline.kv_status()
         bad = [record for record in pipeline.documents() if record.status != "ok"]
     data = {
         "store": str(settings.store),
@@ -59,9 +61,10 @@ def status(session: Session) -> None:
         "dim": meta.dim,
         "chunker": meta.chunker,
         "format_version": meta.format_version,
+        "kv": asdict(kv),
         "failed_sources": [_source_json(record) for record in bad],
     }
-    session.output.result(data, _status_lines(str(settings.store), meta, counts, bad))
+    session.output.result(data, _status_lines(str(settings.store), meta, counts, kv, bad))
 
 
 def gc(session: Session) -> None:
@@ -105,12 +108,15 @@ def _source_json(record: SourceRecord) -> dict[str, Any]:
     }
 
 
-def _status_lines(folder: str, meta: StoreMeta, counts: StoreCounts, bad: Sequence[SourceRecord]) -> Iterator[str]:
+def _status_lines(
+    folder: str, meta: StoreMeta, counts: StoreCounts, kv: KVStatus, bad: Sequence[SourceRecord]
+) -> Iterator[str]:
     yield f"store       {one_line(folder)}  (generation {counts.generation:,}, format {meta.format_version})"
     yield f"sources     {counts.sources:,}  ({counts.failed:,} failed, {counts.damaged:,} damaged)"
     yield f"documents   {counts.documents:,}"
     yield f"chunks      {counts.chunks:,}  ({counts.tokens:,} tokens)"
     yield f"on disk     {human_bytes(counts.bytes_on_disk)}  ({counts.segments:,} segments)"
+    yield f"chunk KV    {_kv_line(kv, counts)}"
     yield f"embedder    {meta.embedder_id or '-'}  ({meta.dim:,} dimensions)"
     yield f"chunker     {meta.chunker or '-'}"
     for record in bad:
@@ -119,6 +125,14 @@ def _status_lines(folder: str, meta: StoreMeta, counts: StoreCounts, bad: Sequen
         yield f"{record.status} {one_line(record.uri)} {reason}".rstrip()
     if any(record.failure for record in bad):
         yield "`ragkit ingest SOURCE --retry-failed` tries failed sources again"
+
+
+def _kv_line(kv: KVStatus, counts: StoreCounts) -> str:
+    tiers = ", ".join(f"{human_bytes(count)} on {name}" for name, count in kv.bytes_by_tier.items())
+    line = f"{kv.chunks:,} of {counts.chunks:,} chunks, {tiers}"
+    if kv.estimated_bytes is None:
+        return line
+    return f"{line}  (all would take about {human_bytes(kv.estimated_bytes)} as {kv.codec})"
 
 
 def _verify_json(report: VerifyReport) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.kv_segment import RecordReader
 
 
@@ -21,6 +22,19 @@ class BackingTier(Protocol):
     @property
     def bytes_used(self) -> int:
         """Bytes that its records take."""
+        ...
+
+    @property
+    def budget_bytes(self) -> int:
+        """Most bytes that it keeps."""
+        ...
+
+    def holds(self, keys: Sequence[KVKey]) -> set[KVKey]:
+        """Return which of these keys it has a record of, whether it is whole or not.
+
+        Raises:
+            KVCacheError: the tier cannot be asked.
+        """
         ...
 
     def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> AbstractContextManager[RecordReader]:

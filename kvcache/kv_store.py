@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef, EncodedKV
 from ragkit.kvcache.codec import KVCodec, decode_chunk, encode_chunk
+from ragkit.kvcache.kv_key import KVKey
+from ragkit.kvcache.kv_saver import KVSaver
 from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.kv_stats import KVStoreStats
 from ragkit.kvcache.memory_tier import MemoryTier, PinnedKV
 
 COMPUTED = "computed"  # the origin of what no tier had
-_SAVE_BATCH = 64  # chunks that one write takes together
-_UNSAVED_BYTES = 1 << 30  # of chunks that wait to be written; more are not written
 
 _log = logging.getLogger(__name__)
 
 Compute = Callable[[Sequence[ChunkRef]], Sequence[ChunkKV]]
+_Brought = tuple[EncodedKV, str]  # a chunk, and the tier that it comes from
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +62,6 @@ class FetchedKV:
     report: FetchReport
 
 
-@dataclass(slots=True)
-class KVStoreStats:
-    """What happened since the store was made.
-
-    Attributes:
-        hits: hits by tier.
-        misses: why chunks were missing from the tiers below memory, by tier and reason.
-        computed: chunks that were computed.
-        saved: chunks written to each tier; `not_saved` those that it refused or failed to write.
-        prefetched: chunks brought into memory before they were asked for.
-    """
-
-    hits: Counter[str] = field(default_factory=Counter)
-    misses: Counter[tuple[str, MissReason]] = field(default_factory=Counter)
-    computed: int = 0
-    saved: Counter[str] = field(default_factory=Counter)
-    not_saved: Counter[str] = field(default_factory=Counter)
-    prefetched: int = 0
-
-
 class KVStore:
     """Chunk KV in tiers. Thread-safe; a context manager.
 
@@ -102,12 +83,9 @@ class KVStore:
         self.backing = tuple(backing)
         self.stats = KVStoreStats()
         self._lock = threading.Lock()
-        self._in_flight: dict[ChunkRef, Future[EncodedKV]] = {}
+        self._in_flight: dict[ChunkRef, Future[_Brought]] = {}
         self._loaders = ThreadPoolExecutor(load_threads, thread_name_prefix="ragkit-kv-load")
-        self._unsaved: queue.Queue[EncodedKV | None] = queue.Queue()
-        self._saver = threading.Thread(target=self._save_forever, name="ragkit-kv-save", daemon=True)
-        self._saver.start()
-        self._unsaved_bytes = 0
+        self._saver = KVSaver(self.backing, self.stats)
         self._closed = False
 
     @contextlib.contextmanager
@@ -148,9 +126,42 @@ class KVStore:
         """Return those of `refs` that are not in memory."""
         return [ref for ref in refs if not self.memory.holds(ref)]
 
+    def absent(self, refs: Sequence[ChunkRef]) -> list[ChunkRef]:
+        """Return those of `refs` that no backing tier has.
+
+        Raises:
+            KVCacheError: a tier cannot be asked.
+        """
+        kept: set[KVKey] = set()
+        for tier in self.backing:
+            kept |= tier.holds([ref.key for ref in refs if ref.key not in kept])
+        return [ref for ref in refs if ref.key not in kept]
+
+    def encode(self, chunk: ChunkKV, ref: ChunkRef, recompute_ms: float) -> EncodedKV:
+        """Return a computed chunk as the codec stores it.
+
+        Raises:
+            KVCacheError: it is another chunk, or the codec cannot store it.
+        """
+        if chunk.key != ref.key or chunk.token_ids != ref.token_ids:
+            raise KVCacheError(f"the KV of {ref.key} was asked for, and that of {chunk.key} was computed")
+        with self._lock:
+            self.stats.computed += 1
+        return encode_chunk(self.codec, chunk, ref.chunk_id, recompute_ms)
+
+    def write(self, chunks: Sequence[EncodedKV]) -> bool:
+        """Write chunks now to every backing tier that has room for all of them; return whether one kept them.
+
+        Nothing is evicted for them.
+
+        Raises:
+            KVCacheError: a tier could not be written.
+        """
+        return self._saver.write(chunks)
+
     def flush(self) -> None:
         """Return once everything computed so far is written to the backing tiers, or was refused by them."""
-        self._unsaved.join()
+        self._saver.flush()
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Return the bytes that each tier holds."""
@@ -162,8 +173,7 @@ class KVStore:
             return
         self._closed = True
         self._loaders.shutdown(wait=True, cancel_futures=True)
-        self._unsaved.put(None)
-        self._saver.join()
+        self._saver.close()
 
     def __enter__(self) -> KVStore:
         return self
@@ -186,7 +196,7 @@ class KVStore:
                     _log.warning("%s: it is computed again", error)
         return None
 
-    def lead(self, ref: ChunkRef) -> tuple[Future[EncodedKV], bool]:
+    def lead(self, ref: ChunkRef) -> tuple[Future[_Brought], bool]:
         """Return the future of a chunk that is being brought, and whether the caller is the one to bring it."""
         with self._lock:
             future = self._in_flight.get(ref)
@@ -195,14 +205,17 @@ class KVStore:
             future = self._in_flight[ref] = Future()
             return future, True
 
-    def settle(self, ref: ChunkRef, encoded: EncodedKV | None) -> None:
-        """End what `lead` began; None where the chunk could not be brought, so that those who wait try themselves."""
+    def settle(self, ref: ChunkRef, encoded: EncodedKV | None, origin: str) -> None:
+        """End what `lead` began, and say to those who wait where the chunk comes from.
+
+        None where it could not be brought, so that those who wait try themselves.
+        """
         with self._lock:
             future = self._in_flight.pop(ref)
         if encoded is None:
             future.cancel()
         else:
-            future.set_result(encoded)
+            future.set_result((encoded, origin))
 
     def load_all(self, refs: Sequence[ChunkRef]) -> list[tuple[EncodedKV, str] | None]:
         """Return what `load` finds for each, several at once."""
@@ -212,13 +225,8 @@ class KVStore:
 
     def keep(self, chunk: ChunkKV, ref: ChunkRef, recompute_ms: float) -> EncodedKV:
         """Return a computed chunk as the codec stores it, and have it written to the backing tiers."""
-        if chunk.key != ref.key or chunk.token_ids != ref.token_ids:
-            raise KVCacheError(f"the KV of {ref.key} was asked for, and that of {chunk.key} was computed")
-        encoded = encode_chunk(self.codec, chunk, ref.chunk_id, recompute_ms)
-        with self._lock:
-            self.stats.computed += 1
-        if self.backing:
-            self._enqueue(encoded)
+        encoded = self.encode(chunk, ref, recompute_ms)
+        self._saver.enqueue(encoded)
         return encoded
 
     def count_hit(self, tier: str) -> None:
@@ -226,64 +234,21 @@ class KVStore:
         with self._lock:
             self.stats.hits[tier] += 1
 
-    def _enqueue(self, encoded: EncodedKV) -> None:
-        with self._lock:
-            accepted = self._unsaved_bytes + encoded.nbytes <= _UNSAVED_BYTES
-            if accepted:
-                self._unsaved_bytes += encoded.nbytes
-            else:
-                self.stats.not_saved.update(tier.name for tier in self.backing)
-        if accepted:
-            self._unsaved.put(encoded)
-        else:
-            _log.warning("the KV of %s is not written: too much waits to be written", encoded.ref.key)
-
     def _prefetch_one(self, ref: ChunkRef) -> None:
         if self.memory.holds(ref):
             return
         _, mine = self.lead(ref)
         if not mine:
             return
-        encoded = None
+        found = None
         try:
             found = self.load(ref)
             if found is not None:
                 self.memory.add(found[0]).release()
-                encoded = found[0]
                 with self._lock:
                     self.stats.prefetched += 1
         finally:
-            self.settle(ref, encoded)
-
-    def _save_forever(self) -> None:
-        while True:
-            batch = [self._unsaved.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(batch) < _SAVE_BATCH and batch[-1] is not None:
-                    batch.append(self._unsaved.get_nowait())
-            try:
-                self._save([chunk for chunk in batch if chunk is not None])
-            finally:
-                with self._lock:
-                    self._unsaved_bytes -= sum(chunk.nbytes for chunk in batch if chunk is not None)
-                for _ in batch:
-                    self._unsaved.task_done()
-            if batch[-1] is None:
-                return
-
-    def _save(self, chunks: Sequence[EncodedKV]) -> None:
-        for tier in self.backing if chunks else ():
-            try:
-                kept = tier.save(chunks)
-            except KVCacheError as error:
-                kept = 0
-                _log.warning("%d chunks stay in memory only: %s", len(chunks), error)
-            except Exception:  # the thread must live on; the chunks are computed again when they are next needed
-                kept = 0
-                _log.exception("%d chunks could not be written to the tier %s", len(chunks), tier.name)
-            with self._lock:
-                self.stats.saved[tier.name] += kept
-                self.stats.not_saved[tier.name] += len(chunks) - kept
+            self.settle(ref, *(found or (None, "")))
 
 
 class _Request:
@@ -307,7 +272,8 @@ class _Request:
                 self._bring(led, started)
             finally:
                 for ref in led:  # whatever happened, nobody waits for us any longer
-                    self._store.settle(ref, self._pins[ref].encoded if ref in self._pins else None)
+                    encoded = self._pins[ref].encoded if ref in self._pins else None
+                    self._store.settle(ref, encoded, self._store.memory.name)
             self._wait(awaited)
         return tuple(self._pins[ref].encoded for ref in refs)
 
@@ -329,10 +295,10 @@ class _Request:
         holes = was_hit[:last_hit].count(False)
         return FetchReport(hits, misses, holes, dict(bytes_by_tier), self._load_s * 1e3, self._compute_s * 1e3)
 
-    def _take_or_lead(self, refs: Sequence[ChunkRef]) -> tuple[list[ChunkRef], dict[ChunkRef, Future[EncodedKV]]]:
+    def _take_or_lead(self, refs: Sequence[ChunkRef]) -> tuple[list[ChunkRef], dict[ChunkRef, Future[_Brought]]]:
         """Pin what is in memory; return what this request has to bring, and what others are bringing."""
         led: list[ChunkRef] = []
-        awaited: dict[ChunkRef, Future[EncodedKV]] = {}
+        awaited: dict[ChunkRef, Future[_Brought]] = {}
         for ref in refs:
             if self._pin(ref):
                 continue
@@ -380,13 +346,13 @@ class _Request:
             self._hold(ref, self._store.memory.add(encoded), COMPUTED)
         self._compute_s += time.perf_counter() - loaded
 
-    def _wait(self, awaited: Mapping[ChunkRef, Future[EncodedKV]]) -> None:
+    def _wait(self, awaited: Mapping[ChunkRef, Future[_Brought]]) -> None:
         """Wait for chunks that other requests bring; what they could not bring is tried again by the caller."""
         started = time.perf_counter()
         for ref, future in awaited.items():
             try:
-                encoded = future.result()
+                encoded, origin = future.result()
             except CancelledError:
                 continue
-            self._hold(ref, self._store.memory.add(encoded), self._store.memory.name)
+            self._hold(ref, self._store.memory.add(encoded), origin)
         self._load_s += time.perf_counter() - started

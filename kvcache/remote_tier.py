@@ -51,6 +51,13 @@ class RemoteTier:
             with contextlib.suppress(KVCacheError):  # other files may lie there
                 self._note(KVKey(name.removesuffix(".kv")), int(about["size"] or 0))
 
+    def holds(self, keys: Sequence[KVKey]) -> set[KVKey]:
+        """Return which of these keys have an object."""
+        try:
+            return {key for key in keys if self._files.exists(self._path(key))}
+        except Exception as error:  # every file system has errors of its own
+            raise KVCacheError(f"{self.name} cannot be asked for chunk KV: {error}") from error
+
     @contextlib.contextmanager
     def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:
         """Give a reader of the chunk's record, which is fetched in one request."""

@@ -16,7 +16,7 @@ from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.kv_segment import FileSource, KVMissError, MissReason, RecordReader, segment_parts
-from ragkit.store.records import KVEntry
+from ragkit.store.records import KVEntry, KVTotals
 
 _SEGMENT_BYTES = 64 << 20  # as a commit group
 _LOCK_TIMEOUT_S = 5.0
@@ -39,6 +39,10 @@ class KVCatalogue(Protocol):
 
     def kv_listing(self) -> list[tuple[Path, KVEntry]]:
         """Return where every stored KV lies, oldest first."""
+        ...
+
+    def kv_totals(self) -> KVTotals:
+        """Return how much KV is stored."""
         ...
 
     def known_chunks(self, chunk_ids: Sequence[str]) -> set[str]:
@@ -79,6 +83,13 @@ class SegmentTier:
         with self._lock:
             return sum(_file_bytes(path) for path in self._live_bytes())
 
+    def holds(self, keys: Sequence[KVKey]) -> set[KVKey]:
+        """Return which of these keys it has a record of."""
+        try:
+            return {KVKey(key) for key in self._catalogue.kv_entries([key.digest for key in keys])}
+        except StoreError as error:
+            raise KVCacheError(f"the catalogue cannot name chunk KV: {error}") from error
+
     @contextlib.contextmanager
     def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:
         """Give a reader of the chunk's record."""
@@ -103,6 +114,8 @@ class SegmentTier:
         for group in _groups(chunks, min(_SEGMENT_BYTES, int(self.budget_bytes * _FILLED / 4))):
             try:
                 with self._catalogue.writer(_LOCK_TIMEOUT_S) as writer:
+                    if self._catalogue.kv_totals().entries != len(self._records):
+                        self._catch_up()  # another process wrote or removed: its bytes count as well
                     # What was erased meanwhile must not come back through its KV.
                     alive = self._catalogue.known_chunks([chunk.ref.chunk_id for chunk in group])
                     kept += self._save_group(writer, [chunk for chunk in group if chunk.ref.chunk_id in alive])

@@ -18,7 +18,7 @@ from ragkit.config import PipelineConfig, SearchMode, Strategy
 from ragkit.errors import StoreError, StoreMissingError, UsageError
 from ragkit.parts import Parts
 from ragkit.progress import Progress, Silent
-from ragkit.reports import IngestReport, SearchResult
+from ragkit.reports import IngestReport, KVStatus, SearchResult
 from ragkit.store import Store
 from ragkit.store.base import GcReport, SourceRecord, StoreCounts, StoreMeta, VerifyReport
 from ragkit.types import Answer, MetadataValue, TextTokenizer
@@ -105,6 +105,7 @@ class Pipeline:
         reembed: bool = False,
         retry_failed: bool = False,
         dry_run: bool = False,
+        kv: bool | None = None,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
     ) -> IngestReport:
@@ -119,6 +120,8 @@ class Pipeline:
             reembed: replace every vector when the configured embedder is not the store's.
             retry_failed: read again what failed before, unchanged.
             dry_run: only say what would be done.
+            kv: also compute the KV of every chunk that has none stored, so that no question has to; the configuration's
+                `ingest.kv` where left out.
             progress: hears about the advance.
             stop: when set, what is not committed yet is left to the next run and the report says `interrupted`.
 
@@ -137,6 +140,7 @@ class Pipeline:
             reembed=reembed,
             retry_failed=retry_failed,
             dry_run=dry_run,
+            kv=self.config.ingest.kv if kv is None else kv,
             progress=progress or Silent(),
             stop=stop,
         )
@@ -276,6 +280,12 @@ class Pipeline:
         """Return what the store was built with, and how much it holds."""
         with self.store.snapshot():
             return self.store.meta, self.store.counts()
+
+    def kv_status(self) -> KVStatus:
+        """Return how much chunk KV is stored, and how much it would be for all chunks. No model is loaded."""
+        from ragkit.jobs.kv_status import read_kv_status
+
+        return read_kv_status(self.store, self.config)
 
     def gc(self) -> GcReport:
         """Remove what nothing references, and rewrite segments that are mostly dead."""

@@ -8,12 +8,12 @@ from typing import Protocol
 class Progress(Protocol):
     """Receives the advance of one long job. Calls come from one thread."""
 
-    def start(self, total_documents: int, total_bytes: int) -> None:
-        """Say how much work there is."""
+    def start(self, total_documents: int, total_bytes: int, unit: str = "documents") -> None:
+        """Say how much work there is, and what it is counted in; a second call begins the next stage."""
         ...
 
     def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0) -> None:
-        """Say how much more is done: whole sources, bytes of sources read, tokens embedded."""
+        """Say how much more is done: whole sources (or other units), bytes read or written, tokens."""
         ...
 
     def message(self, text: str) -> None:
@@ -28,7 +28,7 @@ class Progress(Protocol):
 class Silent:
     """A `Progress` that shows nothing."""
 
-    def start(self, total_documents: int, total_bytes: int) -> None:
+    def start(self, total_documents: int, total_bytes: int, unit: str = "documents") -> None:
         """Ignore the totals."""
 
     def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0) -> None:

@@ -17,12 +17,42 @@ class FailedSource:
 
 
 @dataclass(frozen=True, slots=True)
+class KVIngestReport:
+    """What computing the KV of all chunks did: chunks computed and written, chunks that had it, bytes written.
+
+    Chunks of equal text share their KV: all but one of them had it.
+    """
+
+    computed: int = 0
+    present: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KVStatus:
+    """How much chunk KV is stored.
+
+    Attributes:
+        chunks: chunks whose KV lies in the store; chunks of equal text share one.
+        bytes_by_tier: bytes of each tier that outlives a process.
+        codec: how KV is stored now.
+        estimated_bytes: what the KV of all chunks takes in that codec; None where the generator is not here.
+    """
+
+    chunks: int
+    bytes_by_tier: Mapping[str, int]
+    codec: str
+    estimated_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class IngestReport:
     """What one ingest did. Counts are sources (files), except `chunks` and `tokens`, which are newly written.
 
     `relinked` sources were renamed: linked again without reading. `skipped` files stood in a given folder and are of no
     readable kind (pictures, say), which is no failure; a file that was named itself is one. `interrupted` is True when
-    a stop was asked for; everything counted is committed, and the same command goes on with the rest.
+    a stop was asked for; everything counted is committed, and the same command goes on with the rest. `kv` is None
+    where no KV was asked for.
     """
 
     added: int = 0
@@ -39,6 +69,7 @@ class IngestReport:
     interrupted: bool = False
     warnings: tuple[str, ...] = ()
     timings_s: Mapping[str, float] = field(default_factory=dict)
+    kv: KVIngestReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

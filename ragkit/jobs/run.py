@@ -30,6 +30,7 @@ def run_ingest(
     reembed: bool,
     retry_failed: bool,
     dry_run: bool,
+    kv: bool,
     progress: Progress,
     stop: Event | None,
 ) -> IngestReport:
@@ -77,7 +78,29 @@ def run_ingest(
             progress.close()
             parts.forget_removed(ingest.heirs)
     warnings = tuple(f"{one.uri}: {one.reason}" for one in outside)
-    return replace(report, seconds=time.perf_counter() - started, warnings=warnings + report.warnings)
+    report = replace(report, warnings=warnings + report.warnings)
+    if kv and not report.interrupted:
+        report = _with_kv(parts, report, progress, stop)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def _with_kv(parts: Parts, report: IngestReport, progress: Progress, stop: Event | None) -> IngestReport:
+    """Compute the KV of all chunks, now that the documents are committed and the store may be written by others."""
+    blending = parts.blending  # first: it imports torch
+    from ragkit.jobs.kv_ingest import KVIngest
+
+    started = time.perf_counter()
+    try:
+        done, warnings = KVIngest(parts.store, blending, progress, stop).run()
+    finally:
+        progress.close()
+    return replace(
+        report,
+        kv=done,
+        interrupted=stop is not None and stop.is_set(),
+        warnings=report.warnings + warnings,
+        timings_s={**report.timings_s, "kv": time.perf_counter() - started},
+    )
 
 
 def _planned(plan: IngestPlan, seconds: float) -> IngestReport:

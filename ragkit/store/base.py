@@ -19,6 +19,7 @@ from ragkit.store.records import (
     IndexRecord,
     KnownDocument,
     KVEntry,
+    KVTotals,
     Problem,
     SourceFailure,
     SourceRecord,
@@ -43,6 +44,7 @@ __all__ = [
     "IndexRecord",
     "IndexedDocument",
     "KVEntry",
+    "KVTotals",
     "KnownDocument",
     "Problem",
     "SourceFailure",
@@ -208,6 +210,10 @@ class StoreReader(Protocol):
 
     def kv_listing(self) -> list[tuple[Path, KVEntry]]:
         """Return where every stored KV lies, oldest first."""
+        ...
+
+    def kv_totals(self) -> KVTotals:
+        """Return how much chunk KV is stored."""
         ...
 
 

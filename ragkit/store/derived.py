@@ -15,7 +15,7 @@ from ragkit.errors import UsageError
 from ragkit.store.changes import Changes
 from ragkit.store.files import digest_file, write_file_atomically
 from ragkit.store.kv_heirs import KV_COLUMNS
-from ragkit.store.records import IndexRecord, KVEntry
+from ragkit.store.records import IndexRecord, KVEntry, KVTotals
 from ragkit.store.rows import SegmentRow, checked, row_crc
 from ragkit.store.segments import KV_SEGMENT, segment_path, write_kv_segment
 from ragkit.store.vectors import ids_digest
@@ -134,6 +134,14 @@ def list_kv(connection: sqlite3.Connection, folder: Path) -> list[tuple[Path, KV
         for row in connection.execute(sql)
         if row_crc(*row[:7]) == row[7]
     ]
+
+
+def total_kv(connection: sqlite3.Connection) -> KVTotals:
+    """Return how much KV the catalogue names."""
+    (entries,) = connection.execute("SELECT count(*) FROM kv").fetchone()
+    sql = "SELECT ifnull(sum(bytes), 0) FROM segments WHERE kind = ?"
+    (nbytes,) = connection.execute(sql, (KV_SEGMENT,)).fetchone()
+    return KVTotals(entries, nbytes)
 
 
 def read_kv(connection: sqlite3.Connection, folder: Path, keys: Sequence[str]) -> dict[str, tuple[Path, KVEntry]]:

@@ -200,6 +200,14 @@ class KVEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class KVTotals:
+    """How much chunk KV the store holds: entries (chunks of equal text share one), and bytes of the segment files."""
+
+    entries: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreCounts:
     """How much a generation holds; `bytes_on_disk` counts every file of the store folder."""
 

@@ -23,6 +23,7 @@ from ragkit.store.records import (
     GcReport,
     IndexRecord,
     KVEntry,
+    KVTotals,
     SourceRecord,
     SourceStatus,
     StoreCounts,
@@ -293,6 +294,11 @@ class Store:
         """Return where every stored KV lies, oldest first."""
         with self._snapshots.reading() as connection:
             return derived.list_kv(connection, self._folder)
+
+    def kv_totals(self) -> KVTotals:
+        """Return how much chunk KV is stored."""
+        with self._snapshots.reading() as connection:
+            return derived.total_kv(connection)
 
     @contextlib.contextmanager
     def writer(self, lock_timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[Writer]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ragkit.reports import FailedSource, IngestReport
+from ragkit.reports import FailedSource, IngestReport, KVIngestReport
 
 FAILED = FailedSource("/docs/locked.pdf", "parse", "encrypted", "/docs/locked.pdf: the file asks for a password")
 
@@ -80,6 +80,20 @@ def test_every_option_reaches_the_pipeline(run, world):
             {"sources": ["a", "b"], "prune": True, "reembed": True, "retry_failed": True, "dry_run": False},
         )
     ]
+
+
+def test_the_kv_of_chunks_is_computed_on_request_and_counted(run, world):
+    world.report = IngestReport(unchanged=1, chunks=0, seconds=2.0, kv=KVIngestReport(30, 10, 123_000_000))
+    result = run("ingest", "--kv")
+    assert world.configs[-1].ingest.kv is True
+    assert result.out.splitlines()[1] == "KV of 30 chunks computed (123.0 MB), of 10 there already"
+    assert run("ingest", "--kv", "--json").json["kv"] == {"computed": 30, "present": 10, "bytes": 123_000_000}
+    run("ingest", "docs", "--no-kv")
+    assert world.configs[-1].ingest.kv is False
+
+
+def test_without_kv_none_is_reported(run):
+    assert run("ingest", "docs", "--json").json["kv"] is None
 
 
 def test_a_store_can_be_embedded_again_without_naming_its_sources(run, world):

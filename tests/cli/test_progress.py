@@ -27,6 +27,15 @@ def test_documents_rates_and_time_to_go_are_shown():
     assert meter.fraction == 0.25
 
 
+def test_other_units_are_named_and_their_bytes_counted():
+    clock = Clock()
+    meter = Meter(clock)
+    meter.start(40, 80_000_000, "chunks")
+    clock.now += 10
+    meter.add(10, 20_000_000, 2_000)
+    assert str(meter) == "10/40 chunks, 20.0 MB of 80.0 MB, 2.00 MB/s, 200 tokens/s, ETA 0:30"
+
+
 def test_hours_are_written_out():
     clock = Clock()
     meter = Meter(clock)

@@ -56,6 +56,7 @@ def test_status_counts_and_names_failed_sources_with_their_reason(run):
         "documents   1",
         "chunks      1,234  (300,000 tokens)",
         "on disk     4.5 MB  (3 segments)",
+        "chunk KV    1,000 of 1,234 chunks, 2.5 GB on disk  (all would take about 3.1 GB as bf16)",
         "embedder    minilm@12  (384 dimensions)",
         "chunker     recursive",
         "failed /docs/broken.pdf (needs_ocr): no text on any of 3 pages",
@@ -74,6 +75,12 @@ def test_status_json_holds_counts_and_failed_sources(run):
         "generation": 7,
     }
     assert (data["store"], data["embedder"], data["dim"]) == (".ragkit", "minilm@12", 384)
+    assert data["kv"] == {
+        "chunks": 1000,
+        "bytes_by_tier": {"disk": 2_500_000_000},
+        "codec": "bf16",
+        "estimated_bytes": 3_100_000_000,
+    }
     assert [source["uri"] for source in data["failed_sources"]] == ["/docs/broken.pdf"]
 
 

@@ -400,3 +400,29 @@ def test_keys_are_held_apart_by_their_tokens_in_flight(compute):
     mine, other = ref_of("a"), dataclasses.replace(ref_of("b"), key=key_of("a"))
     with kv_store() as kv, kv.fetch([mine, other], compute) as got:
         assert [is_right(chunk, ref) for chunk, ref in zip(got.chunks, (mine, other), strict=True)] == [True, True]
+
+
+def test_what_no_backing_tier_has_is_absent(place, compute, tmp_path):
+    store, ids = place
+    refs = refs_of(ids, 4)
+    remote = RemoteTier((tmp_path / "remote").as_uri(), 10**9, make_policy("cost"))
+    disk = SegmentTier(store, 10**9, make_policy("cost"))
+    disk.save([encoded_of(CODEC, refs[0])])
+    remote.save([encoded_of(CODEC, refs[2])])
+    with KVStore(CODEC, MemoryTier("ram", 10**8, make_policy("cost")), [disk, remote]) as kv:
+        assert kv.absent(refs) == [refs[1], refs[3]]
+        assert kv.absent([]) == []
+
+
+def test_chunks_are_written_where_there_is_room_and_nothing_leaves_for_them(place):
+    store, ids = place
+    refs = refs_of(ids, 8)
+    encoded = [encoded_of(CODEC, ref) for ref in refs]
+    with kv_store(store, disk=200_000) as kv:
+        assert kv.write(encoded[:4])
+        assert kv.absent(refs) == refs[4:]
+        kv.backing[0].budget_bytes = kv.backing[0].bytes_used + 10_000
+        assert not kv.write(encoded[4:])
+        assert kv.absent(refs) == refs[4:]
+        assert kv.stats.saved["disk"] == 4
+        assert len(kv.memory) == 0

@@ -1,0 +1,55 @@
+"""How much chunk KV a store holds, and what all of it would take. Loads neither torch nor a model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ragkit.config import KVConfig, PipelineConfig
+from ragkit.errors import RagkitError
+from ragkit.reports import KVStatus
+from ragkit.store import Store
+from ragkit.store.base import StoreCounts
+
+_DISK = "disk"
+
+logger = logging.getLogger(__name__)
+
+
+def read_kv_status(store: Store, config: PipelineConfig) -> KVStatus:
+    """Return how much chunk KV is stored; a tier that cannot be asked is left out, with a warning."""
+    with store.snapshot():
+        totals, counts = store.kv_totals(), store.counts()
+    bytes_by_tier = {_DISK: totals.bytes} | _remote_bytes(config.kv)
+    return KVStatus(totals.entries, bytes_by_tier, config.kv.codec.value, _estimate(counts, config))
+
+
+def _remote_bytes(kv: KVConfig) -> dict[str, int]:
+    if not kv.remote:
+        return {}
+    from ragkit.kvcache.eviction import make_policy
+    from ragkit.kvcache.remote_tier import RemoteTier
+
+    try:
+        tier = RemoteTier(kv.remote, kv.remote_mb << 20, make_policy(kv.policy))
+    except RagkitError as error:
+        logger.warning("%s", error)
+        return {}
+    return {tier.name: tier.bytes_used}
+
+
+def _estimate(counts: StoreCounts, config: PipelineConfig) -> int | None:
+    """Return about how many bytes the KV of all chunks takes, or None where the generator is not here."""
+    from ragkit.kvcache.kv_size import estimated_kv_bytes
+    from ragkit.models import resolve
+    from ragkit.models.model_config import load_model_config
+
+    name = config.generation.model
+    if Path(name).suffix.lower() == ".gguf":
+        return None  # its sizes are known once it was converted, which takes longer than a status may
+    try:
+        model = load_model_config(resolve(name, offline=True))
+    except RagkitError as error:
+        logger.info("the generator is not here, so the size of its KV is unknown: %s", error)
+        return None
+    return estimated_kv_bytes(config.kv.codec, model, counts.chunks, counts.tokens)
