@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class ChunkRef:
     """
 
     key: KVKey
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = field(hash=False)  # the key says it already, and in less time
     chunk_id: str
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -101,6 +101,10 @@ class KVRecipe:
 
     def key(self, token_ids: Sequence[int], context: ChunkContext) -> KVKey:
         """Return the key of the KV of `token_ids` computed behind `context`."""
+        return self.keys_behind(context)(token_ids)
+
+    def keys_behind(self, context: ChunkContext) -> Callable[[Sequence[int]], KVKey]:
+        """Return what gives the keys of chunks computed behind `context`, by their token ids."""
         settings = {
             "weights": self.weights_fingerprint,
             "config": dataclasses.asdict(self.config),
@@ -112,9 +116,14 @@ class KVRecipe:
             "context": context.context_id,
         }
         # JSON keeps the fields apart whatever they hold, and escapes the zero byte that ends it here.
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + b"\0")
-        digest.update(_token_digest(token_ids).digest())
-        return KVKey(digest.hexdigest())
+        common = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + b"\0")
+
+        def key(token_ids: Sequence[int]) -> KVKey:
+            digest = common.copy()
+            digest.update(_token_digest(token_ids).digest())
+            return KVKey(digest.hexdigest())
+
+        return key
 
 
 def _token_digest(token_ids: Sequence[int]) -> hashlib._Hash:

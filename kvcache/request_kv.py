@@ -78,7 +78,7 @@ class RequestKV:
         self.pool.retain(block_ids)
         for index, block in enumerate(block_ids):
             rows = min(self.pool.block_size, num_rows - index * self.pool.block_size)
-            self._append(block, self._ascending(self.num_tokens + index * self.pool.block_size, rows), shared=True)
+            self._append([block], self._ascending(self.num_tokens + index * self.pool.block_size, rows), shared=True)
         self.num_tokens += num_rows
         self._tail_start = self.num_tokens
 
@@ -91,11 +91,11 @@ class RequestKV:
         missing = num_tokens - self.num_reserved
         if missing <= 0:
             return
-        for block in self.pool.allocate(self.pool.blocks_for(missing)):
-            # Rows ahead of the last token get their position now: causality hides them until they are written.
-            positions = self._ascending(self.num_reserved, self.pool.block_size)
-            self._tail.append(len(self.block_ids))
-            self._append(block, positions, shared=False)
+        blocks = self.pool.allocate(self.pool.blocks_for(missing))
+        # Rows ahead of the last token get their position now: causality hides them until they are written.
+        positions = self._ascending(self.num_reserved, len(blocks) * self.pool.block_size)
+        self._tail += range(len(self.block_ids), len(self.block_ids) + len(blocks))
+        self._append(blocks, positions, shared=False)
 
     def slots(self, start: int, stop: int) -> Tensor:
         """Return (stop - start,) int64, the private tail's rows for the positions from `start` up to `stop`."""
@@ -162,16 +162,18 @@ class RequestKV:
     ) -> None:
         self.release()
 
-    def _append(self, block: int, positions: Tensor, *, shared: bool) -> None:
-        self.block_ids.append(block)
-        self._positions = torch.cat((self._positions, positions.unsqueeze(0)))
-        self._is_shared.append(shared)
+    def _append(self, blocks: Sequence[int], positions: Tensor, *, shared: bool) -> None:
+        self.block_ids += blocks
+        self._positions = torch.cat((self._positions, positions))
+        self._is_shared += [shared] * len(blocks)
         self.version += 1
 
     def _ascending(self, start: int, rows: int) -> Tensor:
-        positions = torch.full((self.pool.block_size,), HIDDEN, dtype=torch.int32)
+        """Return (blocks, block_size) int32: the positions of `rows` rows from `start` up, then hidden ones."""
+        size = self.pool.block_size
+        positions = torch.full((self.pool.blocks_for(rows) * size,), HIDDEN, dtype=torch.int32)
         positions[:rows] = torch.arange(start, start + rows, dtype=torch.int32)
-        return positions
+        return positions.view(-1, size)
 
     def _places(self) -> Tensor:
         # (num_reserved + 1,): the row over entries that stands at each position, -1 where none does.
@@ -185,10 +187,10 @@ class RequestKV:
         size = self.pool.block_size
         missing = count - len(self._spare)
         if missing > 0:
-            for block in self.pool.allocate(self.pool.blocks_for(missing)):
-                first = len(self.block_ids) * size
-                self._append(block, torch.full((size,), HIDDEN, dtype=torch.int32), shared=False)
-                self._spare = torch.cat((self._spare, torch.arange(first, first + size)))
+            blocks = self.pool.allocate(self.pool.blocks_for(missing))
+            first = len(self.block_ids) * size
+            self._append(blocks, torch.full((len(blocks), size), HIDDEN, dtype=torch.int32), shared=False)
+            self._spare = torch.cat((self._spare, torch.arange(first, first + len(blocks) * size)))
         taken, self._spare = self._spare[:count], self._spare[count:]
         return taken
 

@@ -104,8 +104,12 @@ def all_positions(scene: SelectionScene) -> Tensor:
 
 def worth_choosing(scene: SelectionScene) -> Tensor:
     """Return the ascending positions of chunks whose reused KV is not exact already."""
-    spans = [span for span in scene.spans if not span.is_exact]
-    parts = [torch.arange(span.start, span.stop, device=scene.device) for span in spans]
+    runs: list[tuple[int, int]] = []  # neighbours as one: on a GPU every range is a launch
+    for span in scene.spans:
+        if not span.is_exact:
+            start = runs.pop()[0] if runs and runs[-1][1] == span.start else span.start
+            runs.append((start, span.stop))
+    parts = [torch.arange(start, stop, device=scene.device) for start, stop in runs]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=scene.device)
 
 

@@ -48,13 +48,15 @@ class ChunkPrefill:
         self._decoder = decoder
         self._rotary = rotary
         self._neighbours = neighbours or (lambda chunk_id: ())
+        self._key = None if context is ContextKind.NEIGHBOURS else recipe.keys_behind(self._context_of(""))
         self._prefixes: dict[tuple[int, ...], list[LayerKV]] = {}
         self._lock = threading.Lock()
 
     def ref(self, segment: Segment) -> ChunkRef:
         """Return the reference of a chunk's segment."""
         assert segment.chunk_id is not None, "only chunks have KV of their own"
-        key = self.recipe.key(segment.token_ids, self._context_of(segment.chunk_id))
+        key_of = self._key or self.recipe.keys_behind(self._context_of(segment.chunk_id))
+        key = key_of(segment.token_ids)
         return ChunkRef(key, segment.token_ids, segment.chunk_id)
 
     def is_exact_behind(self, prefix: Sequence[int]) -> bool:
