@@ -24,6 +24,7 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.dequantize_kv import dequantize_kv_torch
+from ragkit.kernels.host_copy import to_device
 from ragkit.kernels.quantize_kv import QuantizedHeads
 
 SECTION_ALIGNMENT = 16  # bytes; every section of a layer starts at a multiple of it, the widest load of a kernel
@@ -119,10 +120,7 @@ class PlacementTable:
         chunks = torch.tensor(list(zip(first_rows, tokens, strict=True)), dtype=torch.int32).view(-1, 2)
         parts = [starts.contiguous().view(torch.uint8).flatten()]
         parts += [part.view(torch.uint8).flatten() for part in (chunks, tiles)]
-        joined = torch.cat(parts)
-        if device.type == "cuda":
-            joined = joined.pin_memory().to(device, non_blocking=True)
-        pieces = joined.split([part.numel() for part in parts])
+        pieces = to_device(torch.cat(parts), device).split([part.numel() for part in parts])
         return cls(
             tuple(first_rows),
             tuple(tokens),

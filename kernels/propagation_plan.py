@@ -9,14 +9,17 @@ the distance, shrunk towards no change where S_t < 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
+from ragkit.kernels.host_copy import to_device
 
 TILE_ROWS = 64  # rows that one program of the kernel blends
 _TORCH_ROWS = 256  # rows that one matrix product of the torch definition moves, at most
@@ -39,7 +42,7 @@ class SmoothingBlock(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PropagationPlan:
-    """What all layers of a request share; made by `plan_propagation`.
+    """What all layers of a request share; made by `plan_propagation` or `ChunkTiles.plan`.
 
     Attributes:
         sigma: standard deviation of the smoothing, in tokens.
@@ -49,7 +52,7 @@ class PropagationPlan:
         entry_of_row: (rows,) int32, where a row stands in `selected`, or -1.
         tiles: (tiles, 4) int32: first row, end row, first and end of the entries of `selected` within reach; a tile is
             at most `TILE_ROWS` rows of one chunk, and all tiles cover all rows.
-        block_bounds: the same of larger tiles for the torch definition, on the host.
+        cu_rows: where the chunks start, and the last one ends.
     """
 
     sigma: float
@@ -58,12 +61,14 @@ class PropagationPlan:
     selected: Tensor
     entry_of_row: Tensor
     tiles: Tensor
-    block_bounds: tuple[tuple[int, int, int, int], ...]
+    cu_rows: tuple[int, ...]
 
     @cached_property
     def blocks(self) -> tuple[SmoothingBlock, ...]:
-        """The weights as the torch definition multiplies them."""
-        return tuple(self._block(*bounds) for bounds in self.block_bounds)
+        """The weights as the torch definition multiplies them, in larger tiles; a GPU is waited for."""
+        rows, bounds = _cut(self.cu_rows, self.reach, _TORCH_ROWS)
+        tiles = torch.cat((rows, torch.searchsorted(self.selected.cpu(), bounds)), dim=1)
+        return tuple(self._block(*tile) for tile in tiles.tolist())
 
     def _block(self, first: int, end: int, first_entry: int, end_entry: int) -> SmoothingBlock:
         row = torch.arange(first, end, device=self.selected.device)
@@ -74,8 +79,43 @@ class PropagationPlan:
         return SmoothingBlock(slice(first, end), slice(first_entry, end_entry), weights)
 
 
+class ChunkTiles:
+    """The rows of one request's chunks cut into tiles: what plans share that differ in the recomputed rows alone.
+
+    Args:
+        cu_rows: chunk c owns the rows from `cu_rows[c]` up to `cu_rows[c + 1]`; the first is 0.
+        sigma: standard deviation of the smoothing, in tokens, at least 0.25.
+        device: where the plans lie.
+
+    Raises:
+        KernelInputError: the chunks contradict each other, or sigma is too small.
+    """
+
+    def __init__(self, cu_rows: Sequence[int], sigma: float, device: torch.device) -> None:
+        if not sigma >= 0.25:
+            raise KernelInputError(f"sigma must be at least 0.25 tokens, got {sigma}")
+        if not cu_rows or cu_rows[0] != 0 or any(stop < start for start, stop in pairwise(cu_rows)):
+            raise KernelInputError(f"cu_rows must rise from 0, got {list(cu_rows)}")
+        self._cu_rows = tuple(cu_rows)
+        self._sigma = sigma
+        self._reach = int(_REACH * sigma)
+        rows, bounds = _cut(self._cu_rows, self._reach, TILE_ROWS)
+        self._rows, self._bounds = to_device(torch.stack((rows, bounds)), device)
+
+    def plan(self, selected: Tensor) -> PropagationPlan:
+        """Return the plan for the recomputed rows `selected` (n,) int64, distinct and ascending, on the device.
+
+        The caller answers for the rows: to look at them would stop a GPU's stream.
+        """
+        rows = self._cu_rows[-1]
+        entry_of_row = torch.full((rows,), -1, dtype=torch.int32, device=selected.device)
+        entry_of_row[selected] = torch.arange(len(selected), dtype=torch.int32, device=selected.device)
+        tiles = torch.cat((self._rows, torch.searchsorted(selected, self._bounds)), dim=1).int()
+        return PropagationPlan(self._sigma, self._reach, rows, selected, entry_of_row, tiles, self._cu_rows)
+
+
 def plan_propagation(selected: Tensor, cu_rows: Tensor, cu_selected: Tensor, sigma: float) -> PropagationPlan:
-    """Return the plan of one request, for all of its layers.
+    """Return the plan of one request, for all of its layers, after having looked at every index.
 
     Chunk c owns the rows cu_rows[c] to cu_rows[c + 1], of which selected[cu_selected[c] : cu_selected[c + 1]] were
     recomputed. The host waits for the three tensors once if they are on a GPU.
@@ -93,27 +133,12 @@ def plan_propagation(selected: Tensor, cu_rows: Tensor, cu_selected: Tensor, sig
             "selected must be (n,), cu_rows and cu_selected (chunks + 1,), got "
             f"{tuple(selected.shape)}, {tuple(cu_rows.shape)}, {tuple(cu_selected.shape)}"
         )
-    if not sigma >= 0.25:
-        raise KernelInputError(f"sigma must be at least 0.25 tokens, got {sigma}")
-    chosen, starts, entries = selected.cpu().long(), cu_rows.cpu().long(), cu_selected.cpu().long()
-    _check_indices(chosen, starts, entries)
-    device, rows, reach = selected.device, int(starts[-1]), int(_REACH * sigma)
-    entry_of_row = torch.full((rows,), -1, dtype=torch.int32)
-    entry_of_row[chosen] = torch.arange(len(chosen), dtype=torch.int32)
-    return PropagationPlan(
-        sigma=sigma,
-        reach=reach,
-        rows=rows,
-        selected=chosen.to(device),
-        entry_of_row=entry_of_row.to(device),
-        tiles=_tiles(chosen, starts, entries, reach, TILE_ROWS).int().to(device),
-        block_bounds=tuple(map(tuple, _tiles(chosen, starts, entries, reach, _TORCH_ROWS).tolist())),
-    )
+    tiles = ChunkTiles(cu_rows.tolist(), sigma, selected.device)
+    _check_indices(selected.cpu().long(), cu_rows.cpu().long(), cu_selected.cpu().long())
+    return tiles.plan(selected.long())
 
 
 def _check_indices(selected: Tensor, cu_rows: Tensor, cu_selected: Tensor) -> None:
-    if int(cu_rows[0]) != 0 or bool((cu_rows.diff() < 0).any()):
-        raise KernelInputError(f"cu_rows must rise from 0, got {cu_rows.tolist()}")
     rows = int(cu_rows[-1])
     if len(selected) and (bool((selected.diff() <= 0).any()) or int(selected[0]) < 0 or int(selected[-1]) >= rows):
         raise KernelInputError(f"selected must be ascending rows from 0 to {rows - 1}")
@@ -121,17 +146,15 @@ def _check_indices(selected: Tensor, cu_rows: Tensor, cu_selected: Tensor) -> No
         raise KernelInputError(f"cu_selected must count the selected rows of each chunk, got {cu_selected.tolist()}")
 
 
-def _tiles(selected: Tensor, cu_rows: Tensor, cu_selected: Tensor, reach: int, rows: int) -> Tensor:
-    """Return (tiles, 4) int64 of at most `rows` rows, as `PropagationPlan.tiles`."""
-    chunks = zip(cu_rows.tolist(), cu_rows[1:].tolist(), cu_selected.tolist(), cu_selected[1:].tolist(), strict=False)
-    bounds = [
-        (first, min(first + rows, end), first_entry, end_entry)
-        for start, end, first_entry, end_entry in chunks
-        for first in range(start, end, rows)
-    ]
-    tiles = torch.tensor(bounds, dtype=torch.int64).view(-1, 4)
-    nearest = torch.searchsorted(selected, tiles[:, 0] - reach)
-    furthest = torch.searchsorted(selected, tiles[:, 1] + reach)
-    tiles[:, 2] = tiles[:, 2].maximum(nearest)
-    tiles[:, 3] = tiles[:, 3].minimum(furthest).maximum(tiles[:, 2])
-    return tiles
+def _cut(cu_rows: Sequence[int], reach: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return two (tiles, 2) int64: first and end row of tiles of up to `size` rows, and those within their reach.
+
+    Rows of other chunks are never within reach.
+    """
+    rows, bounds = [], []
+    for start, stop in pairwise(cu_rows):
+        for first in range(start, stop, size):
+            end = min(first + size, stop)
+            rows.append((first, end))
+            bounds.append((max(first - reach, start), min(end + reach, stop)))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 2), torch.tensor(bounds, dtype=torch.int64).view(-1, 2)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ragkit.generation.decoder import Decoder
+from ragkit.kernels.host_copy import to_device
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.types import KVUse, Prompt
@@ -31,6 +34,14 @@ class PrefillRequest:
     rotary: RotaryTable
     ratio: float | None = None
 
+    def token_ids(self) -> Tensor:
+        """Return (tokens,) int64, the prompt's ids on the device of its rows; the host does not wait for the copy."""
+        ids = array("q")
+        for segment in self.prompt.segments:
+            ids.extend(segment.token_ids)
+        on_host = torch.frombuffer(ids, dtype=torch.int64) if ids else torch.empty(0, dtype=torch.int64)
+        return to_device(on_host, self.kv.pool.device)
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillResult:
@@ -41,6 +52,7 @@ class PrefillResult:
         reused, recomputed: prompt tokens whose KV was taken from a store, and computed now.
         timings_ms: what it spent, by step.
         kv: where reused KV came from.
+        afterwards: what is left to do once the first token is out, for the sake of later requests.
     """
 
     logits: Tensor
@@ -48,6 +60,7 @@ class PrefillResult:
     recomputed: int
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     kv: KVUse = field(default_factory=KVUse)
+    afterwards: Callable[[], None] | None = None
 
 
 class PrefillStrategy(Protocol):
