@@ -70,6 +70,8 @@ def selected_attention_torch(
     queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scale: float
 ) -> Tensor:
     """Return what `selected_attention` returns, in the inputs' type: the definition, and what runs on a CPU."""
+    if queries.dtype == torch.bfloat16 and queries.device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        return _wide_scores(queries, keys, values, positions, scale)
     tokens, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
     out = torch.empty((tokens, q_heads, head_dim), dtype=queries.dtype, device=queries.device)
@@ -87,6 +89,27 @@ def selected_attention_torch(
             grouped[:, :, block], stored[:, :, :reach], content[:, :, :reach],
             attn_mask=row[:reach] <= positions[block].unsqueeze(1), scale=scale,
         )  # fmt: skip
+    return out
+
+
+def _wide_scores(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Return the same in bf16, scores in fp32: without AMX this takes three quarters of the time of torch's SDPA."""
+    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    group = queries.shape[1] // keys.shape[1]
+    stored, content = keys.permute(1, 2, 0).float(), values.transpose(0, 1)
+    row = torch.arange(len(keys), dtype=positions.dtype)
+    for start in range(0, queries.shape[0], _CPU_QUERY_BLOCK):
+        block = slice(start, start + _CPU_QUERY_BLOCK)
+        at = positions[block]
+        seen, reach = int(at[0]) + 1, int(at[-1]) + 1  # rows that all of the block's queries see, and that any does
+        later = (row[seen:reach] > at.unsqueeze(1)).unsqueeze(1)
+        for kv_head in range(keys.shape[1]):  # one after the other: the scores stay in the cache
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            part = queries[block, heads].float().mul_(scale).flatten(0, 1)
+            scores = part @ stored[kv_head, :, :reach]
+            scores.view(len(at), group, reach)[..., seen:].masked_fill_(later, float("-inf"))
+            shares = torch.softmax(scores, dim=-1, out=scores).to(values.dtype)
+            out[block, heads] = (shares @ content[kv_head, :reach]).view(len(at), group, -1)
     return out
 
 

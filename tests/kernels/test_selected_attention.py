@@ -154,12 +154,24 @@ def test_the_definition_is_the_formula(device, rng):
     assert_matches(selected_attention_torch(*inputs, scale=0.2), _plain_attention(*inputs, 0.2), reduced=4)
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_torch_path_works_in_the_type_of_its_inputs(dtype, device, rng):
-    inputs = _inputs(_chosen(100, 300, rng), 300, 6, 2, 64, dtype, device, rng)
+@pytest.mark.parametrize("tokens", [0, 1, 64, 100])
+def test_the_torch_path_works_in_the_type_of_its_inputs(tokens, dtype, amx, device, rng, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)  # decides how bf16 is multiplied
+    inputs = _inputs(_chosen(tokens, 300, rng), 300, 6, 2, 64, dtype, device, rng)
     got = selected_attention(*inputs, scale=0.125, backend=Backend.TORCH)
     assert got.dtype == dtype
     assert_matches(got, _plain_attention(*inputs, 0.125), reduced=4)
+
+
+def test_bf16_on_a_cpu_keeps_scores_apart_that_bf16_does_not(rng):
+    queries, keys, values = torch.zeros(1, 1, 64), torch.zeros(2, 1, 64), torch.zeros(2, 1, 64)
+    queries[..., :2], keys[0, 0, :2], keys[1, 0, :2] = 16.0, torch.tensor([16.0, 0.0]), torch.tensor([16.0, 0.0625])
+    values[0, 0], values[1, 0] = 0.0, 1.0  # scores 256 and 257, which bf16 rounds to one number
+    inputs = [part.bfloat16() for part in (queries, keys, values)]
+    got = selected_attention(*inputs, torch.tensor([1]).int(), scale=1.0)
+    assert abs(float(got[0, 0, 0]) - 0.7311) < 0.003
 
 
 @pytest.mark.parametrize("backend", list(Backend))
