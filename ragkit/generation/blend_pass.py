@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ragkit.generation.decoder import Decoder
-from ragkit.generation.reused_rows import ReusedRows
+from ragkit.generation.reused_rows import ReusedRows, RowSource, unwritten_layer
 from ragkit.kernels.kv_deviation import kv_deviation
 from ragkit.kernels.propagate_change import propagate_change
-from ragkit.kernels.propagation_plan import plan_propagation
+from ragkit.kernels.propagation_plan import ChunkTiles, PropagationPlan
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kernels.selected_attention import selected_attention
 from ragkit.kvcache.change_strength import ChangeStrength
@@ -74,7 +74,7 @@ class BlendPass:
         decoder: the model.
         rotary: the request's rotary table.
         scene: the prompt as selectors see it.
-        rows: the reused KV of prefix and chunks.
+        rows: the reused KV of prefix and chunks, asked for layer by layer.
         token_ids: (positions,) int64, the whole prompt on the model's device.
         propagation: how the change of recomputed tokens moves the others.
     """
@@ -84,7 +84,7 @@ class BlendPass:
         decoder: Decoder,
         rotary: RotaryTable,
         scene: SelectionScene,
-        rows: ReusedRows,
+        rows: RowSource,
         token_ids: Tensor,
         propagation: Propagation,
     ) -> None:
@@ -94,9 +94,10 @@ class BlendPass:
         self._rows = rows
         self._token_ids = token_ids
         self._propagation = propagation
-        self._first, self._stop = scene.spans[0].start, scene.spans[-1].stop
-        starts = [span.start - self._first for span in scene.spans] + [self._stop - self._first]
-        self._cu_rows = torch.tensor(starts, dtype=torch.int32, device=decoder.device)
+        self._stop = scene.spans[-1].stop
+        # The prefix counts as one more chunk, of which nothing is recomputed: it is copied with the others.
+        self._cu_rows = (0, *(span.start for span in scene.spans), self._stop)
+        self._tiles = ChunkTiles(self._cu_rows, propagation.sigma, decoder.device)
         self._ending = torch.arange(self._stop, len(token_ids), device=decoder.device)
         self.row_layers = 0  # rows times layers that were computed, the ending's left out
 
@@ -109,9 +110,8 @@ class BlendPass:
             selector: may narrow `chosen` after each layer.
         """
         decoder = self._decoder
-        keys, values = self._rows.layers[0]
-        scratch = (torch.empty_like(keys), torch.empty_like(values))
-        active = _Active(chosen, self._ending, self._cu_rows, self._first, self._propagation)
+        scratch = unwritten_layer(decoder, 0, len(self._token_ids))
+        active = self._activate(chosen, sink)
         activations = decoder.embed(self._token_ids[active.positions])
         for layer in range(decoder.config.num_layers):
             projected = decoder.project(layer, activations)
@@ -123,10 +123,19 @@ class BlendPass:
             if keep is not None:
                 rows = torch.cat((keep.nonzero().squeeze(1), torch.arange(len(keep), len(queries), device=keep.device)))
                 queries, residual = queries[rows], residual[rows]
-                active = _Active(active.chosen[keep], self._ending, self._cu_rows, self._first, self._propagation)
+                active = self._activate(active.chosen[keep], sink)
             attended = selected_attention(queries, *scratch, active.positions_int32, scale=decoder.scale)
             activations = decoder.complete(layer, attended, residual)
         return decoder.logits(activations.rows(slice(-1, None)))[0]
+
+    def _activate(self, chosen: Tensor, sink: RowSink) -> _Active:
+        positions = torch.cat((chosen, self._ending))
+        active = _Active(chosen, positions, positions.to(torch.int32), sink.slots[positions], self._tiles.plan(chosen))
+        propagation = self._propagation
+        if propagation.by_evidence and not propagation.is_off and len(chosen):
+            cu_selected = torch.searchsorted(chosen, torch.tensor(self._cu_rows, device=chosen.device))
+            active.strength = ChangeStrength(chosen, cu_selected.tolist(), propagation.sigma)
+        return active
 
     def _narrowed(
         self, selector: TokenSelector | None, layer: int, chosen: Tensor, keys: Tensor, values: Tensor
@@ -135,7 +144,7 @@ class BlendPass:
             return None
 
         def deviation() -> Deviation:
-            old_keys, old_values = self._rows.layers[layer]
+            old_keys, old_values = self._rows.layer(layer)
             fresh = keys[: len(chosen)], values[: len(chosen)]
             return Deviation(*kv_deviation(*fresh, old_keys[chosen], old_values[chosen]))
 
@@ -145,9 +154,8 @@ class BlendPass:
         self, layer: int, active: _Active, keys: Tensor, values: Tensor, sink: RowSink, scratch: LayerKV
     ) -> None:
         """Write the rows of prefix and chunks, moved by the change, into the sink and rotated into the scratch."""
-        old_keys, old_values = self._rows.layers[layer]
-        first, stop = self._first, self._stop
-        self._copy_prefix(layer, sink, scratch)
+        old_keys, old_values = self._rows.layer(layer)
+        stop = self._stop
         fresh_keys, fresh_values = keys[: len(active.chosen)], values[: len(active.chosen)]
         key_strength: float | Tensor = self._propagation.key_strength
         value_strength: float | Tensor = self._propagation.value_strength
@@ -157,20 +165,12 @@ class BlendPass:
             key_strength = key_strength * active.strength.of(fresh_keys - old_keys[active.chosen])
             value_strength = value_strength * active.strength.of(fresh_values - old_values[active.chosen])
         propagate_change(
-            old_keys[first:stop], old_values[first:stop], fresh_keys, fresh_values,
-            active.plan, sink.slots[first:stop], *sink.layers[layer],
+            old_keys[:stop], old_values[:stop], fresh_keys, fresh_values,
+            active.plan, sink.slots[:stop], *sink.layers[layer],
             key_strength=key_strength, value_strength=value_strength,
-            cos=self._rotary.cos, sin=self._rotary.sin, first_position=first,
+            cos=self._rotary.cos, sin=self._rotary.sin,
             rotated_keys=scratch[0], plain_values=scratch[1],
         )  # fmt: skip
-
-    def _copy_prefix(self, layer: int, sink: RowSink, scratch: LayerKV) -> None:
-        keys, values = (part[: self._first] for part in self._rows.layers[layer])
-        slots = sink.slots[: self._first]
-        for part, rows in zip(sink.layers[layer], (keys, values), strict=True):
-            part.flatten(0, 1)[slots] = rows
-        scratch[0][: self._first] = self._rotary.rotate(keys, torch.arange(self._first, device=keys.device))
-        scratch[1][: self._first] = values
 
     def _write_fresh(
         self,
@@ -185,23 +185,20 @@ class BlendPass:
         """Rotate the queries, and write the ending's rows; the chosen ones' are in place already."""
         key_pool, value_pool = sink.layers[layer]
         rope_write_kv(
-            queries, keys, values, active.positions, sink.slots[active.positions],
+            queries, keys, values, active.positions, active.slots,
             self._rotary.cos, self._rotary.sin, key_pool, value_pool, rotate_keys=True,
         )  # fmt: skip
         behind = len(active.chosen)
         scratch[0][self._stop :], scratch[1][self._stop :] = keys[behind:], values[behind:]
 
 
+@dataclass(slots=True)
 class _Active:
-    """The tokens that a layer computes, and what follows from them for all layers."""
+    """The tokens that a layer computes, chosen ones and the ending, and what follows from them for all layers."""
 
-    def __init__(self, chosen: Tensor, ending: Tensor, cu_rows: Tensor, first: int, propagation: Propagation) -> None:
-        self.chosen = chosen
-        self.positions = torch.cat((chosen, ending))
-        self.positions_int32 = self.positions.to(torch.int32)
-        selected = (chosen - first).to(torch.int32)
-        cu_selected = torch.searchsorted(selected, cu_rows).to(torch.int32)
-        self.plan = plan_propagation(selected, cu_rows, cu_selected, propagation.sigma)
-        self.strength: ChangeStrength | None = None
-        if propagation.by_evidence and not propagation.is_off and len(chosen):
-            self.strength = ChangeStrength(self.plan.selected, cu_selected.tolist(), propagation.sigma)
+    chosen: Tensor
+    positions: Tensor
+    positions_int32: Tensor
+    slots: Tensor
+    plan: PropagationPlan
+    strength: ChangeStrength | None = None

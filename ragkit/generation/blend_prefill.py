@@ -23,7 +23,7 @@ from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.question_pass import question_mass
-from ragkit.generation.reused_rows import BlendLayout, ReusedRows
+from ragkit.generation.reused_rows import BlendLayout, ReusedRows, RowSource
 from ragkit.generation.strategy import PrefillRequest, PrefillResult
 from ragkit.kvcache.kv_store import FetchedKV, FetchReport, KVStore
 from ragkit.kvcache.selectors_question import QuestionAttention
@@ -117,7 +117,7 @@ class BlendScene:
         self,
         decoder: Decoder,
         request: PrefillRequest,
-        rows: ReusedRows,
+        rows: RowSource,
         spans: Sequence[ChunkSpan],
         ratio: float,
         propagation: Propagation,
@@ -128,20 +128,23 @@ class BlendScene:
         self._decoder = decoder
         self._rotary = request.rotary
         self._rows = rows
-        self._token_ids = torch.tensor(request.prompt.token_ids, dtype=torch.int64).to(decoder.device)
+        self._token_ids = request.token_ids()
         self._propagation = propagation
 
     def blend_pass(self) -> BlendPass:
         """Return the pass over this prompt."""
-        return BlendPass(self._decoder, self._rotary, self, self._rows, self._token_ids, self._propagation)
+        return self._pass_over(self._rows)
 
     def question_mass(self, repaired: Tensor | None = None) -> Tensor:
         """Return (positions,) fp32, as `SelectionScene` says."""
-        rows = self._rows
+        rows = self._rows.draft
         if repaired is not None:
-            rows = rows.empty_like()
-            self.blend_pass().run(repaired, RowSink.over(rows))
+            rows, draft = ReusedRows.unwritten(self._decoder, rows.num_tokens), rows
+            self._pass_over(draft).run(repaired, RowSink.over(rows))
         return question_mass(self._decoder, self._rotary, rows, self._token_ids[self.spans[-1].stop :])
+
+    def _pass_over(self, rows: RowSource) -> BlendPass:
+        return BlendPass(self._decoder, self._rotary, self, rows, self._token_ids, self._propagation)
 
 
 def require_ratio(ratio: float) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ragkit.errors import ConfigError
@@ -36,7 +35,7 @@ class FullPrefill:
 
     def prefill(self, decoder: Decoder, request: PrefillRequest) -> PrefillResult:
         """Return the logits of the first token; every prompt token counts as recomputed."""
-        token_ids = torch.tensor(request.prompt.token_ids, dtype=torch.int64).to(decoder.device)
+        token_ids = request.token_ids()
         logits = self.extend(decoder, request.kv, request.rotary, token_ids)
         return PrefillResult(logits, reused=0, recomputed=len(token_ids))
 

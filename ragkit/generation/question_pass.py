@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from ragkit.generation.decoder import Decoder
-from ragkit.generation.reused_rows import ReusedRows
+from ragkit.generation.reused_rows import RowSource
 from ragkit.kernels.question_attention import question_attention
+from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kvcache.rope import RotaryTable
 
 _LOWEST_SCORED = 1 / 3  # attention of the layers below is about the text, not about the question (measured)
 
 
 def question_mass(
-    decoder: Decoder, rotary: RotaryTable, rows: ReusedRows, ending: Tensor, lowest_scored: float = _LOWEST_SCORED
+    decoder: Decoder, rotary: RotaryTable, rows: RowSource, ending: Tensor, lowest_scored: float = _LOWEST_SCORED
 ) -> Tensor:
     """Return (positions,) fp32: attention weights that each position receives, over the ending's tokens and heads.
 
@@ -27,21 +28,23 @@ def question_mass(
         ending: (tokens,) int64 ids of the prompt's last tokens.
         lowest_scored: part of the layers that are not summed, from the bottom.
     """
-    keys, _ = rows.layers[0]
-    first = len(keys) - len(ending)
-    positions = torch.arange(first, len(keys), device=decoder.device)
-    mass = torch.zeros(len(keys), dtype=torch.float32, device=decoder.device)
+    first = rows.num_tokens - len(ending)
+    positions = torch.arange(first, rows.num_tokens, device=decoder.device)
+    mass = torch.zeros(rows.num_tokens, dtype=torch.float32, device=decoder.device)
     activations = decoder.embed(ending)
     for layer in range(decoder.config.num_layers):
-        projected = decoder.project(layer, activations)
-        keys, values = rows.layers[layer]
-        keys[first:], values[first:] = projected.keys, projected.values
+        queries, own_keys, own_values, residual = decoder.project(layer, activations)
+        keys, values = rows.layer(layer)
+        rope_write_kv(
+            queries, own_keys, own_values, positions, positions, rotary.cos, rotary.sin,
+            keys.unsqueeze(0), values.unsqueeze(0), rotate_keys=False,
+        )  # fmt: skip
         attended, received = question_attention(
-            rotary.rotate(projected.queries, positions), keys, values, rotary.cos, rotary.sin,
+            queries, keys, values, rotary.cos, rotary.sin,
             first_position=first, scale=decoder.scale, with_mass=layer >= lowest_scored * decoder.config.num_layers,
         )  # fmt: skip
         if received.numel():
             mass += received
         if layer + 1 < decoder.config.num_layers:  # what the last layer adds changes no attention
-            activations = decoder.complete(layer, attended, projected.residual)
+            activations = decoder.complete(layer, attended, residual)
     return mass

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ragkit.generation.decoder import Decoder
 from ragkit.kvcache.chunk_kv import EncodedKV
@@ -43,15 +45,38 @@ class BlendLayout:
         return tuple(spans)
 
 
+class RowSource(Protocol):
+    """Keys (before RoPE) and values of every position, layer by layer."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of positions."""
+        ...
+
+    @property
+    def draft(self) -> RowSource:
+        """The rows that tokens are chosen by: a low-bit copy where the codec keeps one, else these rows."""
+        ...
+
+    def layer(self, index: int) -> LayerKV:
+        """Return keys and values (num_tokens, kv_heads, head_dim) of a layer, in the model's type, on its device.
+
+        They hold until the next call for another layer. The ending's rows are unwritten; the caller may write them.
+        """
+        ...
+
+
 class ReusedRows:
-    """Keys (before RoPE) and values of every position and layer; those of the ending are not written yet.
+    """Rows of all layers in memory.
 
     Attributes:
         layers: keys and values (num_tokens, kv_heads, head_dim) of each layer, in the model's type, on its device.
     """
 
-    def __init__(self, layers: Sequence[LayerKV]) -> None:
+    def __init__(self, layers: Sequence[LayerKV], draft: RowSource | None = None) -> None:
         self.layers = tuple(layers)
+        self.num_tokens = len(self.layers[0][0])
+        self.draft: RowSource = self if draft is None else draft
 
     @classmethod
     def gather(
@@ -62,25 +87,50 @@ class ReusedRows:
         chunks: Sequence[EncodedKV],
         codec: KVCodec,
     ) -> ReusedRows:
-        """Return the rows of `prefix` and `chunks`, decoded and behind each other."""
+        """Return the rows of `prefix` and `chunks`, decoded and behind each other, and those of the draft with them."""
+        parts = [(one.data, one.extents, one.num_tokens) for one in chunks]
+        rows = cls._decoded(decoder, layout, prefix, parts, codec)
+        if codec.draft is None:
+            return rows
+        drafts = [(one.data, one.draft_extents, one.num_tokens) for one in chunks]
+        return cls(rows.layers, cls._decoded(decoder, layout, prefix, drafts, codec.draft))
+
+    @classmethod
+    def unwritten(cls, decoder: Decoder, num_tokens: int) -> ReusedRows:
+        """Return rows for `num_tokens` positions, to be written."""
+        return cls([unwritten_layer(decoder, layer, num_tokens) for layer in range(decoder.layout.num_layers)])
+
+    def layer(self, index: int) -> LayerKV:
+        """Return keys and values of a layer, as `RowSource` says."""
+        return self.layers[index]
+
+    @classmethod
+    def _decoded(
+        cls,
+        decoder: Decoder,
+        layout: BlendLayout,
+        prefix: Sequence[LayerKV],
+        chunks: Sequence[tuple[Tensor, Sequence[tuple[int, int]], int]],
+        codec: KVCodec,
+    ) -> ReusedRows:
         layers = []
-        # On a GPU the encoded bytes go up first, so that they are decoded there.
-        data = [chunk.data.to(decoder.device, non_blocking=True) for chunk in chunks]
-        for index, spec in enumerate(decoder.layout.layers):
-            shape = (layout.num_tokens, spec.num_kv_heads, spec.head_dim)
-            keys = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
-            values = torch.empty_like(keys)
+        for index in range(decoder.layout.num_layers):
+            keys, values = unwritten_layer(decoder, index, layout.num_tokens)
             keys[: layout.first], values[: layout.first] = prefix[index]
             start = layout.first
-            for chunk, content in zip(chunks, data, strict=True):
-                begin, end = chunk.extents[index]
-                stop = start + chunk.num_tokens
-                (decoded,) = codec.decode([content[begin:end]], chunk.num_tokens, index)
+            for data, extents, tokens in chunks:
+                begin, end = extents[index]
+                stop = start + tokens
+                (decoded,) = codec.decode([data[begin:end]], tokens, index)
                 keys[start:stop], values[start:stop] = decoded
                 start = stop
             layers.append((keys, values))
         return cls(layers)
 
-    def empty_like(self) -> ReusedRows:
-        """Return unwritten rows of the same shape."""
-        return ReusedRows([(torch.empty_like(keys), torch.empty_like(values)) for keys, values in self.layers])
+
+def unwritten_layer(decoder: Decoder, layer: int, num_tokens: int) -> LayerKV:
+    """Return keys and values of one layer for `num_tokens` positions, to be written."""
+    spec = decoder.layout.layers[layer]
+    shape = (num_tokens, spec.num_kv_heads, spec.head_dim)
+    keys = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
+    return keys, torch.empty_like(keys)

@@ -203,7 +203,7 @@ def test_the_blend_is_its_definition(decoder, propagation):
     chosen = torch.tensor([13, 14, 30, 52, 60, 61, 62, 84, 100, 141], device=DEVICE)
     with RequestKV(bench.pool) as kv:
         scene, rows = bench.scene(kv, propagation=propagation)
-        blended = rows.empty_like()
+        blended = ReusedRows.unwritten(decoder, rows.num_tokens)
         logits = scene.blend_pass().run(chosen, RowSink.over(blended))
         expected, expected_rows = _reference(bench, rows, chosen, propagation)
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-4)
@@ -316,7 +316,7 @@ def test_filtering_layer_by_layer_counts_what_each_layer_computed(llama):
         blend = scene.blend_pass()
         selector = DeviationAtOneLayer(DeviationOf.BOTH)
         with torch.inference_mode():
-            blend.run(selector.choose(scene), RowSink.over(rows.empty_like()), selector)
+            blend.run(selector.choose(scene), RowSink.over(ReusedRows.unwritten(llama, rows.num_tokens)), selector)
     assert blend.row_layers == 130 + 130 + 26
 
 
