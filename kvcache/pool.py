@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class KVPool:
 
     Attributes:
         keys, values: one (num_blocks, block_size, kv_heads, head_dim) tensor a layer.
+        reclaim: called where too few blocks are free, with how many are wanted: a tier gives some of its own back.
     """
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device, block_size: int = BLOCK_SIZE) -> None:
@@ -34,6 +35,7 @@ class KVPool:
         shapes = [(num_blocks, block_size, layer.num_kv_heads, layer.head_dim) for layer in layout.layers]
         self.keys: list[Tensor] = [torch.empty(shape, dtype=layout.dtype, device=device) for shape in shapes]
         self.values: list[Tensor] = [torch.empty(shape, dtype=layout.dtype, device=device) for shape in shapes]
+        self.reclaim: Callable[[int], object] | None = None
         self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._lock = threading.Lock()
@@ -47,12 +49,18 @@ class KVPool:
         """Return how many blocks `tokens` rows take."""
         return -(-tokens // self.block_size)
 
-    def allocate(self, count: int) -> list[int]:
+    def allocate(self, count: int, *, reclaim: bool = True) -> list[int]:
         """Return the ids of `count` free blocks, each now held once.
+
+        Args:
+            count: how many.
+            reclaim: whether a tier may be asked to give blocks back; the tier itself may not.
 
         Raises:
             CacheCapacityError: fewer are free; nothing is handed out then.
         """
+        if reclaim and self.reclaim is not None and count > len(self._free):
+            self.reclaim(count)
         with self._lock:
             if count > len(self._free):
                 raise CacheCapacityError(

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ragkit.errors import CacheCapacityError, KVCacheError
+from ragkit.kernels.host_copy import to_device
 from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.pool import KVPool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftBytes:
+    """The draft of a chunk (see `KVCodec.draft`) on the pool's device, as its codec stores it.
+
+    Attributes:
+        data: (bytes,) uint8.
+        extents: start and stop in `data` of each layer.
+    """
+
+    data: Tensor
+    extents: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCandidate:
+    """A chunk that may be kept in the pool.
+
+    Attributes:
+        ref: which chunk.
+        recompute_ms: what computing it took; eviction weighs it.
+        draft: gives its draft; called if the chunk is kept.
+    """
+
+    ref: ChunkRef
+    recompute_ms: float = 0.0
+    draft: Callable[[], DraftBytes] | None = None
 
 
 class PinnedBlocks:
@@ -19,25 +52,41 @@ class PinnedBlocks:
     Attributes:
         block_ids: the blocks in order, as `RequestKV.append_shared` takes them.
         num_tokens: rows that they hold.
+        nbytes: bytes of these rows.
+        draft: the chunk's draft, if it was kept with one.
     """
 
-    def __init__(self, tier: PoolTier, ref: ChunkRef, block_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, tier: PoolTier, ref: ChunkRef, block_ids: tuple[int, ...], draft: DraftBytes | None = None
+    ) -> None:
         self.block_ids = block_ids
         self.num_tokens = len(ref.token_ids)
-        self._ref = ref
+        self.nbytes = self.num_tokens * tier.pool.layout.bytes_per_token
+        self.draft = draft
         self._tier: PoolTier | None = tier
 
     def release(self) -> None:
         """Let the blocks be used for something else. Releasing twice is harmless."""
         tier, self._tier = self._tier, None
         if tier is not None:
-            tier.unpin(self._ref, self.block_ids)
+            tier.unpin(self.block_ids)
 
     def __enter__(self) -> PinnedBlocks:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class _Held:
+    """One chunk in the tier."""
+
+    __slots__ = ("block_ids", "draft", "ref")
+
+    def __init__(self, ref: ChunkRef, block_ids: tuple[int, ...]) -> None:
+        self.ref = ref
+        self.block_ids = block_ids
+        self.draft: DraftBytes | None = None
 
 
 class PoolTier:
@@ -60,15 +109,17 @@ class PoolTier:
         self.name = name
         self.max_blocks = max_blocks
         self._lock = threading.Lock()
+        pool.reclaim = self.give_back
         self._queue: EvictionQueue[KVKey] = EvictionQueue(policy)
-        self._held: dict[KVKey, tuple[ChunkRef, tuple[int, ...]]] = {}
+        self._held: dict[KVKey, _Held] = {}
         self._pins: dict[tuple[int, ...], int] = {}
         self._blocks = 0
+        self._draft_bytes = 0
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of the blocks that it keeps, whose last rows may be unused."""
-        return self._blocks * self.pool.block_size * self.pool.layout.bytes_per_token
+        """Bytes of the blocks that it keeps, whose last rows may be unused, and of the drafts."""
+        return self._blocks * self.pool.block_size * self.pool.layout.bytes_per_token + self._draft_bytes
 
     def pin(self, ref: ChunkRef) -> PinnedBlocks | None:
         """Return the chunk's blocks, or None where they are not here; a chunk of other tokens is not the one meant."""
@@ -83,56 +134,130 @@ class PoolTier:
         """
         if (chunk.key, chunk.token_ids) != (ref.key, ref.token_ids):
             raise KVCacheError(f"the KV of {chunk.key} cannot be kept as that of {ref.key}")
-        with self._lock:
-            present = self._pin(ref)
-            if present is not None:
-                return present
-            if ref.key in self._held:  # a collision: the later one stays
-                self._queue.remove(ref.key)
-                self._drop(ref.key)
-            count = self.pool.blocks_for(chunk.num_tokens)
-            if not count or not self._room(count):
-                return None
+        dtype, device = self.pool.layout.dtype, self.pool.device
+
+        def write(kept: Sequence[int], slots: Tensor) -> None:
+            for layer, (keys, values) in enumerate(chunk.layers):
+                self.pool.keys[layer].flatten(0, 1)[slots] = keys.to(device, dtype)
+                self.pool.values[layer].flatten(0, 1)[slots] = values.to(device, dtype)
+
+        self.add_all([PoolCandidate(ref, recompute_ms)], write)
+        return self.pin(ref)
+
+    def add_all(self, candidates: Sequence[PoolCandidate], write: Callable[[Sequence[int], Tensor], None]) -> int:
+        """Keep those of `candidates` that there is room for, others leaving for them, and return how many were added.
+
+        Args:
+            candidates: the chunks; those that are here already are left alone.
+            write: called once with the indices of those that are to be written, and (rows,) int64 on the device: the
+                rows of the pool, counted over blocks, for all of their tokens behind each other.
+        """
+        added: list[int] = []
+        with self._lock:  # until the rows are written: nobody may pin the blocks before
+            placed: list[_Held] = []  # pinned, so that they do not make room for one another
             try:
-                block_ids = tuple(self.pool.allocate(count))
-            except CacheCapacityError:
-                return None
-            # Under the lock: nobody may pin the blocks before their rows are written.
-            self._write(chunk, block_ids)
-            self._held[ref.key] = (ref, block_ids)
-            self._blocks += count
-            self._queue.add(ref.key, count, recompute_ms)
-            self._retain(block_ids)
-            return PinnedBlocks(self, ref, block_ids)
+                for index, candidate in enumerate(candidates):
+                    held = self._place(candidate)
+                    if held is not None:
+                        added.append(index)
+                        placed.append(held)
+                if added:
+                    write(added, self._slots(placed))
+                for index, held in zip(added, placed, strict=True):
+                    self._keep_draft(candidates[index], held)
+            except BaseException:
+                self._forget(held.ref.key for held in placed)  # their rows may be unwritten
+                raise
+            finally:
+                for held in placed:
+                    self._unpin(held.block_ids)
+        return len(added)
+
+    def refs(self) -> list[ChunkRef]:
+        """Return the references of all chunks that are here."""
+        with self._lock:
+            return [held.ref for held in self._held.values()]
+
+    def reown(self, ref: ChunkRef, chunk_id: str) -> None:
+        """Make the chunk belong to another chunk of the catalogue that has the same text."""
+        with self._lock:
+            held = self._held.get(ref.key)
+            if held is not None and held.ref == ref:
+                held.ref = dataclasses.replace(ref, chunk_id=chunk_id)
+
+    def discard(self, keys: Iterable[KVKey]) -> None:
+        """Forget these chunks; who has one pinned keeps its rows."""
+        with self._lock:
+            self._forget(keys)
 
     def give_back(self, blocks: int) -> int:
         """Evict unpinned chunks until `blocks` blocks of the pool are free, and return how many are free then."""
         with self._lock:
-            missing = blocks - self.pool.num_free
-            if missing > 0:
-                for key in self._queue.make_room(missing, self._is_unpinned):
+            # Blocks that requests list stay taken when their chunk leaves, so one round may not be enough.
+            while (missing := blocks - self.pool.num_free) > 0:
+                leaving = self._queue.make_room(min(missing, self._unpinned_blocks()), self._is_unpinned)
+                if not leaving:
+                    break
+                for key in leaving:
                     self._drop(key)
             return self.pool.num_free
 
-    def unpin(self, ref: ChunkRef, block_ids: tuple[int, ...]) -> None:
+    def unpin(self, block_ids: tuple[int, ...]) -> None:
         """Give up one pin; `PinnedBlocks.release` calls it once."""
         with self._lock:
-            self._pins[block_ids] -= 1
-            if self._pins[block_ids] == 0:
-                del self._pins[block_ids]
-            self.pool.release(block_ids)
+            self._unpin(block_ids)
 
     def _pin(self, ref: ChunkRef) -> PinnedBlocks | None:
         held = self._held.get(ref.key)
-        if held is None or held[0].token_ids != ref.token_ids:
+        if held is None or held.ref.token_ids != ref.token_ids:
             return None
         self._queue.use(ref.key)
-        self._retain(held[1])
-        return PinnedBlocks(self, ref, held[1])
+        self._retain(held.block_ids)
+        return PinnedBlocks(self, ref, held.block_ids, held.draft)
+
+    def _place(self, candidate: PoolCandidate) -> _Held | None:
+        """Return a new entry with unwritten blocks, pinned; None where it is here already or there is no room."""
+        ref, count = candidate.ref, self.pool.blocks_for(len(candidate.ref.token_ids))
+        before = self._held.get(ref.key)
+        if before is not None and before.ref.token_ids == ref.token_ids:
+            return None
+        if before is not None:  # a collision: the later one stays
+            self._forget([ref.key])
+        if not count or not self._room(count):
+            return None
+        try:
+            block_ids = tuple(self.pool.allocate(count, reclaim=False))
+        except CacheCapacityError:
+            return None
+        held = self._held[ref.key] = _Held(ref, block_ids)
+        self._blocks += count
+        self._queue.add(ref.key, count, candidate.recompute_ms)
+        self._retain(block_ids)
+        return held
+
+    def _slots(self, placed: Sequence[_Held]) -> Tensor:
+        """Return (rows,) int64 on the device: the pool's row of each token of these chunks."""
+        size = self.pool.block_size
+        parts = []
+        for held in placed:
+            row = torch.arange(len(held.ref.token_ids))
+            parts.append(torch.tensor(held.block_ids)[row // size] * size + row % size)
+        return to_device(torch.cat(parts), self.pool.device)
+
+    def _keep_draft(self, candidate: PoolCandidate, held: _Held) -> None:
+        if candidate.draft is not None:
+            held.draft = candidate.draft()
+            self._draft_bytes += held.draft.data.numel()
 
     def _retain(self, block_ids: tuple[int, ...]) -> None:
         self.pool.retain(block_ids)
         self._pins[block_ids] = self._pins.get(block_ids, 0) + 1
+
+    def _unpin(self, block_ids: tuple[int, ...]) -> None:
+        self._pins[block_ids] -= 1
+        if self._pins[block_ids] == 0:
+            del self._pins[block_ids]
+        self.pool.release(block_ids)
 
     def _room(self, count: int) -> bool:
         missing = max(self._blocks + count - self.max_blocks, count - self.pool.num_free)
@@ -143,18 +268,20 @@ class PoolTier:
             self._drop(key)
         return bool(leaving)
 
+    def _unpinned_blocks(self) -> int:
+        return sum(len(held.block_ids) for held in self._held.values() if held.block_ids not in self._pins)
+
     def _is_unpinned(self, key: KVKey) -> bool:
-        return self._held[key][1] not in self._pins
+        return self._held[key].block_ids not in self._pins
+
+    def _forget(self, keys: Iterable[KVKey]) -> None:
+        for key in list(keys):
+            if key in self._held:
+                self._queue.remove(key)
+                self._drop(key)
 
     def _drop(self, key: KVKey) -> None:
-        _, block_ids = self._held.pop(key)
-        self._blocks -= len(block_ids)
-        self.pool.release(block_ids)
-
-    def _write(self, chunk: ChunkKV, block_ids: tuple[int, ...]) -> None:
-        size, device = self.pool.block_size, self.pool.device
-        rows = torch.arange(chunk.num_tokens)
-        slots = (torch.tensor(block_ids)[rows // size] * size + rows % size).to(device)
-        for layer, (keys, values) in enumerate(chunk.layers):
-            self.pool.keys[layer].flatten(0, 1)[slots] = keys.to(device, self.pool.layout.dtype)
-            self.pool.values[layer].flatten(0, 1)[slots] = values.to(device, self.pool.layout.dtype)
+        held = self._held.pop(key)
+        self._blocks -= len(held.block_ids)
+        self._draft_bytes -= 0 if held.draft is None else held.draft.data.numel()
+        self.pool.release(held.block_ids)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from kv_samples import LAYOUT, chunk_of, key_of, ref_of
 
-from ragkit.errors import KVCacheError
+from ragkit.errors import CacheCapacityError, KVCacheError
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.pool import KVPool
-from ragkit.kvcache.pool_tier import PoolTier
+from ragkit.kvcache.pool_tier import DraftBytes, PoolCandidate, PoolTier
 from ragkit.kvcache.request_kv import RequestKV, pack_rows
 
 
@@ -98,3 +98,83 @@ def test_a_chunk_under_a_wrong_name_is_refused(pool):
         tier_of(pool).add(chunk_of(ref_of("a")), ref_of("b"))
     with pytest.raises(KVCacheError, match="does not fit a pool of 8"):
         tier_of(pool, 9)
+
+
+def writer(pool, refs, calls):
+    def write(kept, slots):
+        calls.append(list(kept))
+        chunks = [chunk_of(refs[index]) for index in kept]
+        for layer in range(LAYOUT.num_layers):
+            for side, parts in enumerate((pool.keys, pool.values)):
+                parts[layer].flatten(0, 1)[slots] = torch.cat([chunk.layers[layer][side] for chunk in chunks])
+
+    return write
+
+
+def test_several_chunks_are_written_at_once_and_only_those_that_fit_and_are_new(pool):
+    tier, calls = tier_of(pool, 6), []
+    add(tier, "b").release()
+    held = tier.pin(ref_of("b"))
+    refs = [ref_of(name, tokens) for name, tokens in (("a", 33), ("b", 20), ("c", 40), ("d", 16))]
+    assert tier.add_all([PoolCandidate(ref) for ref in refs], writer(pool, refs, calls)) == 2
+    assert calls == [[0, 3]]  # "b" was there, "c" would need two more blocks than are left
+    for ref in (refs[0], refs[3]):
+        with tier.pin(ref) as blocks, RequestKV(pool) as request:
+            request.append_shared(blocks.block_ids, blocks.num_tokens)
+            assert torch.equal(pool.rows(1, pack_rows([request]).slots)[1], chunk_of(ref).layers[1][1])
+    held.release()
+
+
+def test_chunks_of_one_call_do_not_make_room_for_one_another(pool):
+    tier, calls = tier_of(pool, 4), []
+    add(tier, "old").release()
+    refs = [ref_of(name) for name in "abc"]
+    assert tier.add_all([PoolCandidate(ref) for ref in refs], writer(pool, refs, calls)) == 2
+    assert [tier.pin(ref) is not None for ref in (ref_of("old"), *refs)] == [False, True, True, False]
+
+
+def test_a_failed_write_leaves_nothing_behind(pool):
+    tier = tier_of(pool)
+
+    def fail(kept, slots):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        tier.add_all([PoolCandidate(ref_of("a"))], fail)
+    assert tier.pin(ref_of("a")) is None
+    assert (pool.num_free, tier.bytes_used) == (8, 0)
+
+
+def test_the_draft_of_a_chunk_stays_with_it_and_counts(pool):
+    tier = tier_of(pool, 2)
+    draft = DraftBytes(torch.arange(100, dtype=torch.uint8), ((0, 40), (64, 100)))
+    refs = [ref_of("a")]
+    tier.add_all([PoolCandidate(refs[0], 1.0, lambda: draft)], writer(pool, refs, []))
+    with tier.pin(refs[0]) as blocks:
+        assert blocks.draft is draft
+        assert blocks.nbytes == 20 * LAYOUT.bytes_per_token
+    assert tier.bytes_used == 2 * 16 * LAYOUT.bytes_per_token + 100
+    add(tier, "b").release()
+    assert tier.bytes_used == 2 * 16 * LAYOUT.bytes_per_token
+
+
+def test_a_request_that_needs_blocks_gets_those_of_unused_chunks(pool):
+    tier = tier_of(pool)
+    for name in "abc":
+        add(tier, name).release()
+    with RequestKV(pool) as request, tier.pin(ref_of("c")):
+        request.reserve(16 * 5)
+        assert [tier.pin(ref_of(name)) is not None for name in "abc"] == [False, False, True]
+        with pytest.raises(CacheCapacityError, match="asked for 3 KV blocks"):
+            request.reserve(16 * 8)
+
+
+def test_forgotten_and_handed_on_chunks(pool):
+    tier = tier_of(pool)
+    for name in "ab":
+        add(tier, name).release()
+    assert tier.refs() == [ref_of("a"), ref_of("b")]
+    tier.reown(ref_of("b"), "heir")
+    tier.discard([key_of("a"), key_of("x")])
+    assert [ref.chunk_id for ref in tier.refs()] == ["heir"]
+    assert pool.num_free == 6
