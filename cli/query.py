@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragkit.cli.common import Session, command, flag
-from ragkit.cli.output import Output, bold, one_line, printable
+from ragkit.cli.output import Output, bold, human_bytes, one_line, printable
 from ragkit.config import Strategy
 from ragkit.errors import UsageError
 
@@ -167,6 +167,15 @@ def _show_rest(answer: Answer, output: Output) -> None:
     output.note(
         f"{timings_line(dict(answer.timings_ms))}; {tokens.prompt:,} prompt and {tokens.generated:,} new tokens"
     )
+    if answer.kv.hits or answer.kv.misses:
+        output.note(_reuse_line(answer))
+
+
+def _reuse_line(answer: Answer) -> str:
+    tokens, kv = answer.tokens, answer.kv
+    tiers = ", ".join(f"{human_bytes(count)} from {name}" for name, count in kv.bytes_by_tier.items())
+    found = f"{kv.hits:,} found ({tiers})" if tiers else f"{kv.hits:,} found"
+    return f"{tokens.reused:,} prompt tokens reused; KV of chunks: {found}, {kv.misses:,} computed"
 
 
 def _citation_lines(citations: Sequence[Citation]) -> Iterator[str]:

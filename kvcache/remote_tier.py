@@ -34,7 +34,7 @@ class RemoteTier:
         try:
             import fsspec  # type: ignore[import-untyped]
         except ImportError as error:
-            raise MissingExtraError(f"the KV tier {url} needs fsspec: pip install fsspec") from error
+            raise MissingExtraError(f"the KV tier {url} needs fsspec: pip install 'ragkit[remote]'") from error
         self.name = urllib.parse.urlsplit(url).scheme or "file"
         self.budget_bytes = budget_bytes
         self._lock = threading.Lock()

@@ -108,6 +108,15 @@ def test_the_json_says_what_was_reused(run, world):
     assert (data["strategy"], data["tokens"]["reused"], data["tokens"]["recomputed"]) == ("blend", 150, 50)
 
 
+def test_what_was_reused_is_said_in_a_line_of_its_own(run, world):
+    kv = KVUse(hits=3, misses=1, bytes_by_tier={"ram": 1_200_000, "disk": 2_500_000})
+    world.answer = replace(world.answer, tokens=TokenUsage(200, 150, 50, 5), kv=kv)
+    assert run("query", "q").err.splitlines()[1] == (
+        "150 prompt tokens reused; KV of chunks: 3 found (1.2 MB from ram, 2.5 MB from disk), 1 computed"
+    )
+    assert run("query", "q", "-q").err == ""
+
+
 @pytest.mark.parametrize("ratio", ["1.5", "-1", "half"])
 def test_an_impossible_ratio_is_wrong_usage(run, ratio):
     assert run("query", "q", "--ratio", ratio).code == 2
