@@ -1,5 +1,8 @@
 """The chunk-KV store: finds a chunk in the nearest tier, computes what is nowhere, and keeps both in memory.
 
+On a GPU the nearest tier is a part of the pool, where chunks lie decoded. What a request takes from host memory is
+added there by the strategy that placed it (`BlendPrefill`), once nobody waits for it.
+
 Whatever is wrong with a stored KV is a miss, counted and logged; the chunk is computed then, passes through the same
 codec, and so gives the same numbers. No answer depends on what was found.
 """
@@ -25,6 +28,7 @@ from ragkit.kvcache.kv_saver import KVSaver
 from ragkit.kvcache.kv_segment import KVMissError, MissReason
 from ragkit.kvcache.kv_stats import KVStoreStats
 from ragkit.kvcache.memory_tier import MemoryTier, PinnedKV
+from ragkit.kvcache.pool_tier import PinnedBlocks, PoolTier
 
 COMPUTED = "computed"  # the origin of what no tier had
 
@@ -56,9 +60,14 @@ class FetchReport:
 
 @dataclass(frozen=True, slots=True)
 class FetchedKV:
-    """The KV of a request's chunks, pinned until the block ends; in the order of the request."""
+    """The KV of a request's chunks, pinned until the block ends; in the order of the request.
 
-    chunks: tuple[EncodedKV, ...]
+    Attributes:
+        chunks: each as its codec stores it, or decoded in blocks of the pool.
+        report: where they came from.
+    """
+
+    chunks: tuple[EncodedKV | PinnedBlocks, ...]
     report: FetchReport
 
 
@@ -72,15 +81,23 @@ class KVStore:
         codec: what every chunk passes through before its first use.
         memory: the tier that requests use chunks from.
         backing: where else to look, in this order, and where computed chunks are kept.
+        pool: decoded chunks on the GPU; looked into first.
         load_threads: how many chunks are loaded at once.
     """
 
     def __init__(
-        self, codec: KVCodec, memory: MemoryTier, backing: Sequence[BackingTier] = (), *, load_threads: int = 4
+        self,
+        codec: KVCodec,
+        memory: MemoryTier,
+        backing: Sequence[BackingTier] = (),
+        *,
+        pool: PoolTier | None = None,
+        load_threads: int = 4,
     ) -> None:
         self.codec = codec
         self.memory = memory
         self.backing = tuple(backing)
+        self.pool = pool
         self.stats = KVStoreStats()
         self._lock = threading.Lock()
         self._in_flight: dict[ChunkRef, Future[_Brought]] = {}
@@ -118,13 +135,12 @@ class KVStore:
         Chunks that are nowhere are left alone.
         """
         with contextlib.suppress(RuntimeError):  # the store was closed: nothing is to be expected any more
-            for ref in refs:
-                if not self.memory.holds(ref):
-                    self._loaders.submit(self._prefetch_one, ref)
+            for ref in self.missing(refs):
+                self._loaders.submit(self._prefetch_one, ref)
 
     def missing(self, refs: Sequence[ChunkRef]) -> list[ChunkRef]:
         """Return those of `refs` that are not in memory."""
-        return [ref for ref in refs if not self.memory.holds(ref)]
+        return [ref for ref in refs if not any(tier.holds(ref) for tier in self.near)]
 
     def absent(self, refs: Sequence[ChunkRef]) -> list[ChunkRef]:
         """Return those of `refs` that no backing tier has.
@@ -165,7 +181,27 @@ class KVStore:
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Return the bytes that each tier holds."""
-        return {self.memory.name: self.memory.bytes_used} | {tier.name: tier.bytes_used for tier in self.backing}
+        tiers = (*self.near, *self.backing)
+        return {tier.name: tier.bytes_used for tier in tiers}
+
+    def refs(self) -> list[ChunkRef]:
+        """Return the references of all chunks in memory, that of a GPU included."""
+        return list(dict.fromkeys(ref for tier in self.near for ref in tier.refs()))
+
+    def reown(self, ref: ChunkRef, chunk_id: str) -> None:
+        """Make a chunk in memory belong to another chunk of the catalogue that has the same text."""
+        for tier in self.near:
+            tier.reown(ref, chunk_id)
+
+    def discard(self, keys: Sequence[KVKey]) -> None:
+        """Forget these chunks in memory, that of a GPU included; who has one pinned keeps it."""
+        for tier in self.near:
+            tier.discard(keys)
+
+    @property
+    def near(self) -> tuple[PoolTier | MemoryTier, ...]:
+        """The tiers that requests use chunks from, the nearest first."""
+        return (self.memory,) if self.pool is None else (self.pool, self.memory)
 
     def close(self) -> None:
         """Write what is unsaved and stop the threads. Closing twice is harmless."""
@@ -257,12 +293,12 @@ class _Request:
     def __init__(self, store: KVStore, compute: Compute) -> None:
         self._store = store
         self._compute = compute
-        self._pins: dict[ChunkRef, PinnedKV] = {}
+        self._pins: dict[ChunkRef, PinnedKV | PinnedBlocks] = {}
         self._origin: dict[ChunkRef, str] = {}
         self._load_s = 0.0
         self._compute_s = 0.0
 
-    def run(self, refs: Sequence[ChunkRef]) -> tuple[EncodedKV, ...]:
+    def run(self, refs: Sequence[ChunkRef]) -> tuple[EncodedKV | PinnedBlocks, ...]:
         """Return the chunks, pinned."""
         wanted = list(dict.fromkeys(refs))
         while open_refs := [ref for ref in wanted if ref not in self._pins]:
@@ -272,10 +308,12 @@ class _Request:
                 self._bring(led, started)
             finally:
                 for ref in led:  # whatever happened, nobody waits for us any longer
-                    encoded = self._pins[ref].encoded if ref in self._pins else None
+                    pin = self._pins.get(ref)
+                    encoded = pin.encoded if isinstance(pin, PinnedKV) else None
                     self._store.settle(ref, encoded, self._store.memory.name)
             self._wait(awaited)
-        return tuple(self._pins[ref].encoded for ref in refs)
+        pins = (self._pins[ref] for ref in refs)
+        return tuple(pin.encoded if isinstance(pin, PinnedKV) else pin for pin in pins)
 
     def release(self) -> None:
         """Unpin everything."""
@@ -287,7 +325,7 @@ class _Request:
         bytes_by_tier: Counter[str] = Counter()
         for ref, origin in self._origin.items():
             if origin != COMPUTED:
-                bytes_by_tier[origin] += self._pins[ref].encoded.nbytes
+                bytes_by_tier[origin] += self._pins[ref].nbytes
         misses = sum(origin == COMPUTED for origin in self._origin.values())
         hits = len(self._origin) - misses
         was_hit = [self._origin[ref] != COMPUTED for ref in dict.fromkeys(refs)]
@@ -313,13 +351,14 @@ class _Request:
         return led, awaited
 
     def _pin(self, ref: ChunkRef) -> bool:
-        pin = self._store.memory.pin(ref)
-        if pin is None:
-            return False
-        self._hold(ref, pin, self._store.memory.name)
-        return True
+        for tier in self._store.near:
+            pin = tier.pin(ref)
+            if pin is not None:
+                self._hold(ref, pin, tier.name)
+                return True
+        return False
 
-    def _hold(self, ref: ChunkRef, pin: PinnedKV, origin: str) -> None:
+    def _hold(self, ref: ChunkRef, pin: PinnedKV | PinnedBlocks, origin: str) -> None:
         self._pins[ref] = pin
         self._origin[ref] = origin
         if origin != COMPUTED:

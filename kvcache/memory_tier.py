@@ -41,6 +41,11 @@ class PinnedKV:
         self._tier = tier
         self._held = held
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the chunk takes."""
+        return self.encoded.nbytes
+
     def release(self) -> None:
         """Let the tier evict the chunk again. Releasing twice is harmless."""
         tier, held, self._tier, self._held = self._tier, self._held, None, None

@@ -126,6 +126,11 @@ class PoolTier:
         with self._lock:
             return self._pin(ref)
 
+    def holds(self, ref: ChunkRef) -> bool:
+        """Return whether the chunk is here, without counting a use."""
+        held = self._held.get(ref.key)
+        return held is not None and held.ref.token_ids == ref.token_ids
+
     def add(self, chunk: ChunkKV, ref: ChunkRef, recompute_ms: float = 0.0) -> PinnedBlocks | None:
         """Write a chunk into blocks and return them, or None where neither the tier nor the pool has room.
 

@@ -11,12 +11,15 @@ import torch
 from kv_samples import LAYOUT, chunk_of, encoded_of, key_of, ref_of, store_of
 
 from ragkit.errors import KVCacheError
+from ragkit.kvcache.chunk_kv import EncodedKV
 from ragkit.kvcache.codec import decode_chunk
 from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_segment import MissReason
 from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.pool_tier import PinnedBlocks, PoolTier
 from ragkit.kvcache.remote_tier import RemoteTier
 from ragkit.kvcache.segment_tier import SegmentTier
 
@@ -426,3 +429,40 @@ def test_chunks_are_written_where_there_is_room_and_nothing_leaves_for_them(plac
         assert kv.absent(refs) == refs[4:]
         assert kv.stats.saved["disk"] == 4
         assert len(kv.memory) == 0
+
+
+def pooled_store(refs):
+    """A store whose pool holds the decoded chunks of `refs`."""
+    tier = PoolTier(KVPool(LAYOUT, 16, torch.device("cpu"), 16), 16, make_policy("lru"))
+    for ref in refs:
+        tier.add(decode_chunk(CODEC, encoded_of(CODEC, ref)), ref).release()
+    return kv_store(pool=tier), tier
+
+
+def test_chunks_in_the_pool_are_taken_from_there_and_not_loaded(compute):
+    refs = [ref_of(name) for name in "abc"]
+    store, tier = pooled_store(refs[:2])
+    with store, store.fetch([*refs, refs[0]], compute) as fetched:
+        assert [type(chunk) for chunk in fetched.chunks] == [PinnedBlocks, PinnedBlocks, EncodedKV, PinnedBlocks]
+        assert compute.computed == [refs[2]]
+        assert fetched.report.bytes_by_tier == {"gpu": 40 * LAYOUT.bytes_per_token}
+        assert (fetched.report.hits, fetched.report.misses) == (2, 1)
+        tier.give_back(16)
+        assert tier.refs() == refs[:2]  # pinned
+    assert store.stats.hits["gpu"] == 2
+    assert tier.give_back(16) == 16
+
+
+def test_a_chunk_in_both_memories_leaves_both(compute):
+    refs = [ref_of(name) for name in "ab"]
+    store, tier = pooled_store(refs[:1])
+    with store:
+        for ref in refs:
+            store.memory.add(encoded_of(CODEC, ref)).release()
+        assert store.refs() == refs
+        assert store.missing([*refs, ref_of("c")]) == [ref_of("c")]
+        store.reown(refs[0], "heir")
+        assert {ref.chunk_id for ref in (*tier.refs(), *store.memory.refs()) if ref.key == refs[0].key} == {"heir"}
+        store.discard([refs[0].key])
+        assert store.refs() == refs[1:]
+        assert store.bytes_by_tier()["gpu"] == 0
