@@ -118,8 +118,8 @@ class PlacementTable:
         first = (torch.arange(len(chunk)) - before[chunk]) * _TABLE_ROWS
         tiles = torch.stack((chunk, first), dim=1).int()
         chunks = torch.tensor(list(zip(first_rows, tokens, strict=True)), dtype=torch.int32).view(-1, 2)
-        parts = [starts.contiguous().view(torch.uint8).flatten()]
-        parts += [part.view(torch.uint8).flatten() for part in (chunks, tiles)]
+        parts = [starts.contiguous().flatten().view(torch.uint8)]
+        parts += [part.flatten().view(torch.uint8) for part in (chunks, tiles)]
         pieces = to_device(torch.cat(parts), device).split([part.numel() for part in parts])
         return cls(
             tuple(first_rows),

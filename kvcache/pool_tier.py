@@ -50,6 +50,7 @@ class PinnedBlocks:
     """The blocks of one chunk, which keep their rows until `release`. A context manager.
 
     Attributes:
+        pool: where they are.
         block_ids: the blocks in order, as `RequestKV.append_shared` takes them.
         num_tokens: rows that they hold.
         nbytes: bytes of these rows.
@@ -59,6 +60,7 @@ class PinnedBlocks:
     def __init__(
         self, tier: PoolTier, ref: ChunkRef, block_ids: tuple[int, ...], draft: DraftBytes | None = None
     ) -> None:
+        self.pool = tier.pool
         self.block_ids = block_ids
         self.num_tokens = len(ref.token_ids)
         self.nbytes = self.num_tokens * tier.pool.layout.bytes_per_token

@@ -10,11 +10,10 @@ question's attention; change propagation is ours.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from ragkit.errors import ConfigError
@@ -24,8 +23,14 @@ from ragkit.generation.decoder import Decoder
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.question_pass import question_mass
 from ragkit.generation.reused_rows import BlendLayout, ReusedRows, RowSource
+from ragkit.generation.step_clock import StepClock
 from ragkit.generation.strategy import PrefillRequest, PrefillResult
-from ragkit.kvcache.kv_store import FetchedKV, FetchReport, KVStore
+from ragkit.generation.streamed_rows import StreamedChunks
+from ragkit.kernels.host_copy import to_device
+from ragkit.kvcache.chunk_kv import EncodedKV
+from ragkit.kvcache.codec import LayerKV
+from ragkit.kvcache.kv_store import FetchReport, KVStore
+from ragkit.kvcache.pool_tier import PinnedBlocks
 from ragkit.kvcache.selectors_question import QuestionAttention
 from ragkit.kvcache.token_selection import ChunkSpan, TokenSelector
 from ragkit.types import KVUse
@@ -77,37 +82,56 @@ class BlendPrefill:
             return FullPrefill().prefill(decoder, request)
         ratio = self.options.ratio if request.ratio is None else require_ratio(request.ratio)
         request.kv.reserve(layout.num_tokens)
-        clock = _Clock(decoder.device)
+        clock = StepClock(decoder.device)
         refs = [self.chunks.ref(segment) for segment in layout.chunks]
         with self.kv_store.fetch(refs, self.chunks.compute) as fetched:
-            clock.lap("fetch_kv")
-            rows = self._rows(decoder, layout, fetched)
-            clock.lap("gather_kv")
-        scene = BlendScene(
-            decoder, request, rows, layout.spans(self.chunks.is_exact_behind(layout.prefix)), ratio,
-            self.options.propagation,
-        )  # fmt: skip
-        chosen = self.options.selector.choose(scene)
-        clock.lap("select")
-        blend = scene.blend_pass()
-        slots = request.kv.slots(0, layout.num_tokens).to(decoder.device)
-        pool = request.kv.pool
-        sink = RowSink(list(zip(pool.keys, pool.values, strict=True)), slots)
-        logits = blend.run(chosen, sink, self.options.selector)
+            prefix = self.chunks.prefix_kv(layout.prefix)
+            rows, streamed = self._load(decoder, layout, prefix, fetched.chunks)
+            pool = request.kv.pool
+            slots = to_device(request.kv.slots(0, layout.num_tokens), decoder.device)
+            scene = BlendScene(
+                decoder, request, rows, layout.spans(self.chunks.is_exact_behind(layout.prefix)), ratio,
+                self.options.propagation,
+            )  # fmt: skip
+            clock.lap("load_kv")
+            chosen = self.options.selector.choose(scene)
+            clock.lap("select")
+            blend = scene.blend_pass()
+            sink = RowSink(list(zip(pool.keys, pool.values, strict=True)), slots)
+            logits = blend.run(chosen, sink, self.options.selector)
+            clock.lap("blend")
+            # Waits for the copies as well, before the chunks may leave their tiers.
+            timings = clock.finish(None if streamed is None else streamed.queue)
         request.kv.num_tokens = layout.num_tokens
-        clock.lap("blend")
         recomputed = round(blend.row_layers / decoder.config.num_layers) + layout.num_tokens - layout.stop
         return PrefillResult(
             logits,
             reused=layout.num_tokens - recomputed,
             recomputed=recomputed,
-            timings_ms=clock.with_loading(fetched.report),
+            timings_ms=with_computing(timings, fetched.report),
             kv=kv_use(fetched.report),
+            afterwards=self._afterwards(streamed),
         )
 
-    def _rows(self, decoder: Decoder, layout: BlendLayout, fetched: FetchedKV) -> ReusedRows:
-        prefix = self.chunks.prefix_kv(layout.prefix)
-        return ReusedRows.gather(decoder, layout, prefix, fetched.chunks, self.kv_store.codec)
+    def _load(
+        self,
+        decoder: Decoder,
+        layout: BlendLayout,
+        prefix: Sequence[LayerKV],
+        chunks: Sequence[EncodedKV | PinnedBlocks],
+    ) -> tuple[RowSource, StreamedChunks | None]:
+        """Return the rows of the prompt, and what brings them to the device if they are not there yet."""
+        if decoder.device.type != "cuda" and self.kv_store.pool is None:
+            stored = [chunk for chunk in chunks if isinstance(chunk, EncodedKV)]
+            return ReusedRows.gather(decoder, layout, prefix, stored, self.kv_store.codec), None
+        streamed = StreamedChunks(decoder, layout, prefix, chunks, self.kv_store.codec)
+        return streamed.rows(), streamed
+
+    def _afterwards(self, streamed: StreamedChunks | None) -> Callable[[], None] | None:
+        tier = self.kv_store.pool
+        if tier is None or streamed is None or not streamed.came_from_host:
+            return None
+        return partial(streamed.keep, tier)
 
 
 class BlendScene:
@@ -163,25 +187,9 @@ def kv_use(report: FetchReport) -> KVUse:
     return KVUse(report.hits, report.misses, report.holes, dict(report.bytes_by_tier))
 
 
-class _Clock:
-    """Milliseconds of the steps, each waited for on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """End a step."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self._laps[name] = (now - self._last) * 1e3
-        self._last = now
-
-    def with_loading(self, report: FetchReport) -> dict[str, float]:
-        """Return the steps, with finding and loading KV (`load_kv`) apart from computing what was missing."""
-        laps = dict(self._laps)
-        laps["compute_kv"] = report.compute_ms
-        laps["load_kv"] = max(laps.pop("fetch_kv") - report.compute_ms, 0.0) + laps.pop("gather_kv")
-        return laps
+def with_computing(timings: Mapping[str, float], report: FetchReport) -> dict[str, float]:
+    """Return the steps with finding and loading KV (`load_kv`) apart from computing what was missing."""
+    load_ms = max(timings["load_kv"] - report.compute_ms, 0.0)
+    return {"load_kv": load_ms, "compute_kv": report.compute_ms} | {
+        name: spent for name, spent in timings.items() if name != "load_kv"
+    }

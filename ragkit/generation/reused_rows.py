@@ -76,7 +76,12 @@ class ReusedRows:
     def __init__(self, layers: Sequence[LayerKV], draft: RowSource | None = None) -> None:
         self.layers = tuple(layers)
         self.num_tokens = len(self.layers[0][0])
-        self.draft: RowSource = self if draft is None else draft
+        self._draft = draft
+
+    @property
+    def draft(self) -> RowSource:
+        """The rows that tokens are chosen by."""
+        return self._draft or self
 
     @classmethod
     def gather(

@@ -1,0 +1,163 @@
+"""The stored KV of a prompt's chunks on its way to a device, and the packed rows that it gives there.
+
+The encoded bytes of all chunks go behind each other into one buffer, a few layers at a time; what a layer needs is
+waited for when it is asked for, so loading the next layers goes on below computing this one. Placing a layer is one
+launch (`place_chunks`), however many chunks there are.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ragkit.kernels.place_chunks import ChunkFormat, PlacementTable, place_chunks
+from ragkit.kvcache.chunk_kv import LAYER_ALIGNMENT
+from ragkit.kvcache.codec import KVCodec, section_bytes
+from ragkit.kvcache.copy_queue import CopyQueue
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.pool_tier import DraftBytes
+
+_COPY_BYTES = 2_200_000  # of one copy: much smaller ones spend their time on starting
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredRows:
+    """One chunk of a prompt as it is stored.
+
+    Attributes:
+        data: (bytes,) uint8, on the host or on the device.
+        extents: start and stop in `data` of each layer, ascending.
+        first_row: the row of its first token.
+        tokens: number of tokens.
+    """
+
+    data: Tensor
+    extents: Sequence[tuple[int, int]]
+    first_row: int
+    tokens: int
+
+
+class EncodedRows:
+    """Some chunks of one prompt in one encoding. Copies begin when the queue is started, in the order of the layers.
+
+    Layers that kernels cannot read where they lie are decoded beside the computation as well, chunk by chunk.
+
+    Args:
+        chunks: at least one.
+        codec: what encoded them.
+        queue: brings the bytes; several encodings come one after the other in the order in which they are made.
+        device: where the rows are wanted.
+    """
+
+    def __init__(self, chunks: Sequence[StoredRows], codec: KVCodec, queue: CopyQueue, device: torch.device) -> None:
+        self._chunks = tuple(chunks)
+        self._codec = codec
+        self._queue = queue
+        self._device = device
+        num_layers = codec.layout.num_layers
+        self._formats = [codec.format(layer) for layer in range(num_layers)]
+        # On the device a chunk has the extents that it is stored with, or those of its decoded numbers.
+        self._extents = [self._extents_on_device(chunk) for chunk in self._chunks]
+        sizes = [_aligned(extents[-1][1]) for extents in self._extents]
+        self._bases = [0, *itertools.accumulate(sizes)]
+        self._bytes = torch.empty(self._bases[-1], dtype=torch.uint8, device=device)
+        if queue.stream is not None:
+            self._bytes.record_stream(queue.stream)
+        self._table = self._table_of(range(len(self._chunks)), [chunk.first_row for chunk in self._chunks])
+        self._job_of_layer: list[int] = []
+        for start, stop in _groups(num_layers, self._mean_layer_bytes()):
+            job = queue.add(functools.partial(self._bring, start, stop))
+            self._job_of_layer += [job] * (stop - start)
+
+    def place(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Write the chunks' rows of one layer into `keys` and `values` (rows, kv_heads, head_dim), once they are here.
+
+        Args:
+            layer: index of the layer.
+            keys, values: contiguous, in the model's type, on the device; all other rows are left alone.
+        """
+        self._queue.wait(self._job_of_layer[layer])
+        place_chunks(self._bytes, self._table, layer, self._format(layer), keys, values)
+
+    def place_into_pool(self, pool: KVPool, which: Sequence[int], slots: Tensor) -> None:
+        """Write all layers of the chunks `which` into a pool.
+
+        Args:
+            pool: on the same device.
+            which: indices of chunks.
+            slots: (rows,) int64, rows of the pool counted over blocks, for their tokens behind each other.
+        """
+        self._queue.wait(self._job_of_layer[-1])
+        tokens = [self._chunks[index].tokens for index in which]
+        table = self._table_of(which, [0, *itertools.accumulate(tokens)][:-1])
+        for layer in range(self._codec.layout.num_layers):
+            keys, values = pool.keys[layer].flatten(0, 1), pool.values[layer].flatten(0, 1)
+            place_chunks(self._bytes, table, layer, self._format(layer), keys, values, slots)
+
+    def bytes_of(self, index: int) -> DraftBytes:
+        """Return a copy of the bytes of one chunk on the device."""
+        self._queue.wait(self._job_of_layer[-1])
+        return DraftBytes(self._bytes[self._bases[index] : self._bases[index + 1]].clone(), self._extents[index])
+
+    def _bring(self, start: int, stop: int) -> None:
+        """Bring the layers from `start` up to `stop` of all chunks."""
+        for chunk, base, extents in zip(self._chunks, self._bases, self._extents, strict=False):
+            if self._formats[start] is None:
+                self._decode(chunk, base, extents, start, stop)
+                continue
+            source = chunk.data[chunk.extents[start][0] : chunk.extents[stop - 1][1]]
+            self._bytes[base + extents[start][0] : base + extents[stop - 1][1]].copy_(source, non_blocking=True)
+
+    def _decode(self, chunk: StoredRows, base: int, extents: Sequence[tuple[int, int]], start: int, stop: int) -> None:
+        first = chunk.extents[start][0]
+        data = chunk.data[first : chunk.extents[stop - 1][1]].to(self._device, non_blocking=True)
+        encoded = [data[begin - first : end - first] for begin, end in chunk.extents[start:stop]]
+        for index, layer in enumerate(self._codec.decode(encoded, chunk.tokens, start), start):
+            target = self._bytes[base + extents[index][0] : base + extents[index][1]]
+            half = target.numel() // 2
+            for part, numbers in zip((target[:half], target[half:]), layer, strict=True):
+                part[: numbers.nbytes].view(numbers.dtype).copy_(numbers.flatten())
+
+    def _format(self, layer: int) -> ChunkFormat:
+        return self._formats[layer] or ChunkFormat.numbers(self._codec.layout.dtype)
+
+    def _extents_on_device(self, chunk: StoredRows) -> tuple[tuple[int, int], ...]:
+        if all(form is not None for form in self._formats):
+            first = chunk.extents[0][0]
+            return tuple((start - first, stop - first) for start, stop in chunk.extents)
+        extents, start = [], 0
+        for layer, spec in enumerate(self._codec.layout.layers):
+            stop = start + section_bytes(self._format(layer).sections(chunk.tokens, spec.num_kv_heads, spec.head_dim))
+            extents.append((start, stop))
+            start = _aligned(stop)
+        return tuple(extents)
+
+    def _table_of(self, which: Sequence[int], first_rows: Sequence[int]) -> PlacementTable:
+        starts = [[self._bases[index] + start for start, _ in self._extents[index]] for index in which]
+        tokens = [self._chunks[index].tokens for index in which]
+        return PlacementTable.build(first_rows, tokens, torch.tensor(starts, dtype=torch.int64).T, self._device)
+
+    def _mean_layer_bytes(self) -> float:
+        total = sum(chunk.extents[-1][1] - chunk.extents[0][0] for chunk in self._chunks)
+        return total / len(self._chunks) / self._codec.layout.num_layers
+
+
+def _groups(num_layers: int, layer_bytes: float) -> list[tuple[int, int]]:
+    """Return which layers are copied together: one first, then twice as many each time until copies are large."""
+    groups, start, size = [], 0, 1
+    while start < num_layers:
+        stop = min(start + size, num_layers)
+        groups.append((start, stop))
+        start = stop
+        if size * layer_bytes < _COPY_BYTES:
+            size *= 2
+    return groups
+
+
+def _aligned(count: int) -> int:
+    return -(-count // LAYER_ALIGNMENT) * LAYER_ALIGNMENT

@@ -1,0 +1,181 @@
+"""Reused rows on a GPU: placed layer by layer while what follows is still being copied, or gathered from the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KVCacheError
+from ragkit.generation.decoder import Decoder
+from ragkit.generation.reused_rows import BlendLayout, RowSource, unwritten_layer
+from ragkit.kernels.host_copy import to_device
+from ragkit.kvcache.chunk_kv import EncodedKV
+from ragkit.kvcache.codec import KVCodec, LayerKV
+from ragkit.kvcache.copy_queue import CopyQueue
+from ragkit.kvcache.encoded_rows import EncodedRows, StoredRows
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.pool_tier import PinnedBlocks, PoolCandidate, PoolTier
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PooledRows:
+    """Rows of chunks that lie in blocks of the pool.
+
+    Attributes:
+        pool: where they lie.
+        slots: (rows,) int64 on the device: for each of the prompt's rows from `first` on, its row of the pool; any one
+            where another source writes the row afterwards.
+        first: the first of these rows.
+    """
+
+    pool: KVPool
+    slots: Tensor
+    first: int
+
+    @classmethod
+    def of(cls, chunks: Sequence[tuple[PinnedBlocks, int]], first: int, stop: int) -> PooledRows:
+        """Return the rows of `chunks`, each with the row of its first token, among those from `first` up to `stop`."""
+        pool = chunks[0][0].pool
+        slots = torch.zeros(stop - first, dtype=torch.int64)
+        for blocks, start in chunks:
+            row = torch.arange(blocks.num_tokens)
+            own = torch.tensor(blocks.block_ids)[row // pool.block_size] * pool.block_size + row % pool.block_size
+            slots[start - first : start - first + blocks.num_tokens] = own
+        return cls(pool, to_device(slots, pool.device), first)
+
+    def place(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Write the rows of one layer into `keys` and `values`: two launches, however many chunks there are."""
+        there = slice(self.first, self.first + len(self.slots))
+        torch.index_select(self.pool.keys[layer].flatten(0, 1), 0, self.slots, out=keys[there])
+        torch.index_select(self.pool.values[layer].flatten(0, 1), 0, self.slots, out=values[there])
+
+
+class StreamedRows:
+    """The `RowSource` whose layers are made when they are asked for, in one buffer that all layers share.
+
+    Args:
+        decoder: the model.
+        num_tokens: positions of the prompt.
+        prefix: keys and values of the first positions, a pair a layer.
+        pooled: the chunks in the pool.
+        encoded: all other chunks.
+        draft: what tokens are chosen by; these rows themselves unless given.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_tokens: int,
+        prefix: Sequence[LayerKV],
+        pooled: PooledRows | None,
+        encoded: EncodedRows | None,
+        draft: RowSource | None = None,
+    ) -> None:
+        self.num_tokens = num_tokens
+        self._draft = draft
+        self._decoder = decoder
+        self._prefix = prefix
+        self._pooled = pooled
+        self._encoded = encoded
+        self._buffer: LayerKV | None = None
+        self._holds = -1
+
+    @property
+    def draft(self) -> RowSource:
+        """The rows that tokens are chosen by."""
+        return self._draft or self
+
+    def layer(self, index: int) -> LayerKV:
+        """Return keys and values of a layer, as `RowSource` says."""
+        if self._buffer is None:
+            self._buffer = unwritten_layer(self._decoder, index, self.num_tokens)
+        if self._holds != index:
+            for part, rows in zip(self._buffer, self._prefix[index], strict=True):
+                part[: len(rows)] = rows
+            if self._pooled is not None:
+                self._pooled.place(index, *self._buffer)
+            if self._encoded is not None:
+                self._encoded.place(index, *self._buffer)
+            self._holds = index
+        return self._buffer
+
+
+class StreamedChunks:
+    """The chunks of one request on their way to the GPU.
+
+    Args:
+        decoder: the model.
+        layout: the prompt.
+        prefix: keys and values of the prompt's first tokens, a pair a layer.
+        chunks: as they were fetched, in the order of the prompt; host memory must stay until their copies are done.
+        codec: what encoded them.
+
+    Attributes:
+        queue: the copies, begun already.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        layout: BlendLayout,
+        prefix: Sequence[LayerKV],
+        chunks: Sequence[EncodedKV | PinnedBlocks],
+        codec: KVCodec,
+    ) -> None:
+        self.queue = CopyQueue(decoder.device)
+        self._decoder = decoder
+        self._layout = layout
+        self._prefix = prefix
+        self._placed = list(zip(chunks, (span.start for span in layout.spans(first_is_exact=False)), strict=True))
+        self._drafts: EncodedRows | None = None
+        self._encoded: EncodedRows | None = None
+        if codec.draft is not None:  # before the rest, which arrives while tokens are recomputed
+            drafts = [_stored_draft(chunk, row) for chunk, row in self._placed]
+            self._drafts = EncodedRows(drafts, codec.draft, self.queue, decoder.device)
+        stored = [
+            StoredRows(chunk.data, chunk.extents, row, chunk.num_tokens)
+            for chunk, row in self._placed
+            if isinstance(chunk, EncodedKV)
+        ]
+        if stored:
+            self._encoded = EncodedRows(stored, codec, self.queue, decoder.device)
+        self.queue.start()
+
+    @property
+    def came_from_host(self) -> bool:
+        """Whether any of the chunks did."""
+        return self._encoded is not None
+
+    def rows(self) -> StreamedRows:
+        """Return their rows."""
+        layout, draft = self._layout, None
+        if self._drafts is not None:
+            draft = StreamedRows(self._decoder, layout.num_tokens, self._prefix, None, self._drafts)
+        in_pool = [(chunk, row) for chunk, row in self._placed if isinstance(chunk, PinnedBlocks)]
+        pooled = PooledRows.of(in_pool, layout.first, layout.stop) if in_pool else None
+        return StreamedRows(self._decoder, layout.num_tokens, self._prefix, pooled, self._encoded, draft)
+
+    def keep(self, tier: PoolTier) -> None:
+        """Add the chunks that came from host memory to the pool where it has room, and let go of all others' bytes."""
+        encoded, drafts, placed = self._encoded, self._drafts, self._placed
+        self._encoded, self._drafts, self._placed = None, None, []
+        if encoded is None:
+            return
+        candidates = [
+            PoolCandidate(chunk.ref, chunk.recompute_ms, None if drafts is None else partial(drafts.bytes_of, index))
+            for index, (chunk, _) in enumerate(placed)
+            if isinstance(chunk, EncodedKV)
+        ]
+        tier.add_all(candidates, lambda kept, slots: encoded.place_into_pool(tier.pool, kept, slots))
+
+
+def _stored_draft(chunk: EncodedKV | PinnedBlocks, row: int) -> StoredRows:
+    if isinstance(chunk, EncodedKV):
+        return StoredRows(chunk.data, chunk.draft_extents, row, chunk.num_tokens)
+    if chunk.draft is None:
+        raise KVCacheError("a chunk in the pool has no draft although the codec keeps one")
+    return StoredRows(chunk.draft.data, chunk.draft.extents, row, chunk.num_tokens)

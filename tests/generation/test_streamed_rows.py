@@ -1,0 +1,168 @@
+import gc
+
+import pytest
+import torch
+
+from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
+from ragkit.generation.chunk_prefill import ChunkPrefill
+from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.reused_rows import BlendLayout, ReusedRows
+from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.generation.step_clock import StepClock
+from ragkit.generation.strategy import PrefillRequest
+from ragkit.generation.streamed_rows import StreamedChunks
+from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.eviction import make_policy
+from ragkit.kvcache.kv_key import KVRecipe
+from ragkit.kvcache.kv_store import KVStore
+from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.pool_tier import PinnedBlocks, PoolTier
+from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.selectors_question import TwoRounds
+from ragkit.types import Prompt, Segment
+
+from .conftest import decoder_of, hf_model
+
+CODECS = ["fp32", "bf16", "int8", "int4", "int4+bf16", "int4+int8", "entropy2"]
+
+
+def _ids(seed, count):
+    return tuple(torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+PREFIX, ENDING = _ids(0, 12), _ids(1, 9)
+CHUNKS = [Segment(_ids(seed, count), f"chunk-{seed}") for seed, count in ((2, 40), (3, 33), (4, 57))]
+PROMPT = Prompt((Segment(PREFIX), *CHUNKS, Segment(ENDING)))
+LAYOUT = BlendLayout(PROMPT)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return decoder_of(hf_model("llama", head_dim=16, num_hidden_layers=5))
+
+
+class Bench:
+    """One model with a chunk store, whose pool keeps chunks as well."""
+
+    def __init__(self, decoder, codec, blocks=24, options=None):
+        self.decoder = decoder
+        self.rotary = RotaryCache(decoder)
+        self.pool = KVPool(decoder.layout, 64, decoder.device, 16)
+        self.tier = PoolTier(self.pool, blocks, make_policy("lru"))
+        self.codec = make_codec(codec, decoder.layout)
+        recipe = KVRecipe("0" * 64, decoder.config, "tokens", decoder.dtype, self.codec.codec_id)
+        self.chunks = ChunkPrefill(decoder, self.rotary, recipe, PREFIX)
+        self.store = KVStore(self.codec, MemoryTier("ram", 1 << 30, make_policy("lru")), pool=self.tier)
+        self.blend = BlendPrefill(self.store, self.chunks, options or BlendOptions(ratio=0.3))
+
+    def fetch(self):
+        refs = [self.chunks.ref(segment) for segment in LAYOUT.chunks]
+        return self.store.fetch(refs, self.chunks.compute)
+
+    @torch.inference_mode()
+    def run(self, strategy=None, prompt=PROMPT):
+        with RequestKV(self.pool) as kv:
+            request = PrefillRequest(prompt, kv, self.rotary.table(256, len(prompt)))
+            result = (strategy or self.blend).prefill(self.decoder, request)
+            slots = kv.slots(0, len(prompt))
+            return result, torch.stack([torch.stack(self.pool.rows(layer, slots)) for layer in range(5)])
+
+
+def _same(source, expected):
+    rows = slice(0, LAYOUT.stop)
+    for layer in range(5):
+        for mine, theirs in zip(source.layer(layer), expected.layer(layer), strict=True):
+            assert torch.equal(mine[rows], theirs[rows])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@torch.inference_mode()
+def test_streamed_rows_are_those_decoded_chunk_by_chunk_in_any_order_of_layers(decoder, codec):
+    bench = Bench(decoder, codec)
+    prefix = bench.chunks.prefix_kv(PREFIX)
+    with bench.fetch() as fetched:
+        expected = ReusedRows.gather(decoder, LAYOUT, prefix, fetched.chunks, bench.codec)
+        streamed = StreamedChunks(decoder, LAYOUT, prefix, fetched.chunks, bench.codec)
+        rows = streamed.rows()
+        _same(rows.draft, expected.draft)
+        _same(rows, expected)
+        assert torch.equal(rows.layer(0)[1][: LAYOUT.stop], expected.layers[0][1][: LAYOUT.stop])
+    assert (rows.draft is rows) == ("+" not in codec)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_place_that_a_chunk_is_found_in_gives_the_same_answer(decoder, codec):
+    bench = Bench(decoder, codec, options=BlendOptions(ratio=0.3, selector=TwoRounds()))
+    computed, first = bench.run()
+    hosted, second = bench.run()
+    hosted.afterwards()
+    pooled, third = bench.run()
+    assert [result.kv.misses for result, _ in ((computed, 0), (hosted, 0), (pooled, 0))] == [3, 0, 0]
+    assert set(hosted.kv.bytes_by_tier) == {"ram"}
+    assert set(pooled.kv.bytes_by_tier) == {"gpu"}
+    assert pooled.afterwards is None
+    for result, rows in ((hosted, second), (pooled, third)):
+        assert torch.equal(result.logits, computed.logits)
+        assert torch.equal(rows, first)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int4+bf16", "entropy2"])
+def test_chunks_from_the_pool_and_from_the_host_stand_beside_each_other(decoder, codec):
+    bench = Bench(decoder, codec, blocks=3)  # of 16 tokens: only the 33 and 40 tokens fit, one of them at a time
+    computed, first = bench.run()
+    bench.run()[0].afterwards()
+    with bench.fetch() as fetched:
+        assert [isinstance(chunk, PinnedBlocks) for chunk in fetched.chunks] == [True, False, False]
+    mixed, rows = bench.run()
+    assert torch.equal(mixed.logits, computed.logits)
+    assert torch.equal(rows, first)
+    twice = Prompt((PROMPT.segments[0], CHUNKS[1], CHUNKS[0], CHUNKS[0], CHUNKS[1], PROMPT.segments[-1]))
+    plain = Bench(decoder, codec, blocks=0)
+    assert torch.equal(bench.run(prompt=twice)[0].logits, plain.run(prompt=twice)[0].logits)
+
+
+def test_with_every_token_chosen_chunks_from_the_pool_give_full_prefill(decoder):
+    bench = Bench(decoder, "int4+bf16", options=BlendOptions(ratio=1.0))
+    bench.run()[0].afterwards()
+    full, rows = bench.run(FullPrefill())
+    result, blended = bench.run()
+    torch.testing.assert_close(result.logits, full.logits, rtol=0, atol=1e-3)
+    torch.testing.assert_close(blended, rows, rtol=0, atol=1e-3)
+
+
+def test_keeping_chunks_lets_go_of_the_bytes_and_happens_once(decoder):
+    bench = Bench(decoder, "int4+bf16")
+    with torch.inference_mode():
+        prefix = bench.chunks.prefix_kv(PREFIX)
+        with bench.fetch() as fetched:
+            streamed = StreamedChunks(decoder, LAYOUT, prefix, fetched.chunks, bench.codec)
+            del fetched
+        gc.collect()
+        streamed.keep(bench.tier)
+        assert len(bench.tier.refs()) == 3
+        bench.tier.discard([ref.key for ref in bench.tier.refs()])
+        streamed.keep(bench.tier)
+    assert bench.tier.refs() == []
+    assert not streamed.came_from_host
+
+
+def test_a_request_reserves_its_rows_although_chunks_fill_the_pool(decoder):
+    bench = Bench(decoder, "bf16", blocks=64)
+    for seed in range(40):
+        chunk = Segment(_ids(seed + 10, 32), f"other-{seed}")
+        ref = bench.chunks.ref(chunk)
+        bench.tier.add(bench.chunks.compute([ref])[0], ref).release()
+    assert bench.pool.num_free == 0
+    result, _ = bench.run()
+    assert result.kv.misses == 3
+
+
+def test_steps_are_timed_one_after_the_other():
+    clock = StepClock(torch.device("cpu"))
+    for name in ("load_kv", "select"):
+        clock.lap(name)
+    timings = clock.finish()
+    assert list(timings) == ["load_kv", "select", "overlapped"]
+    assert all(0 <= spent < 1000 for spent in timings.values())
+    assert timings["overlapped"] == 0
