@@ -1,4 +1,4 @@
-# make demo     read the example collection and answer three questions about it
+# make demo     read the example collection, answer three questions about it, and one of them cold and warm
 # make test     everything that CI checks
 # Both work in .venv/ (RAGKIT_VENV names another folder) and need only make and Python 3.11 or newer.
 
@@ -17,7 +17,7 @@ TRITON := triton==3.9.0
 
 demo: $(VENV)/.installed
 	$(BIN)/ragkit models pull
-	RAGKIT=$(BIN)/ragkit sh examples/demo.sh
+	RAGKIT=$(BIN)/ragkit PYTHON=$(BIN)/python sh examples/demo.sh
 
 test: lint types wheel pytest
 

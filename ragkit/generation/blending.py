@@ -94,8 +94,7 @@ class Blending:
         """
         if self._store is None:
             return
-        memory = self.kv_store.memory
-        refs = memory.refs()
+        refs = self.kv_store.refs()
         owners = {ref: (heirs or {}).get(ref.chunk_id, ref.chunk_id) for ref in refs}
         known = self._store.known_chunks(list(owners.values()))
         entries = self._store.kv_entries([ref.key.digest for ref in refs if owners[ref] not in known])
@@ -103,9 +102,9 @@ class Blending:
         for ref in refs:
             owner = owners[ref] if owners[ref] in known else handed_on.get(ref.key.digest)
             if owner is None:
-                memory.discard([ref.key])
+                self.kv_store.discard([ref.key])
             elif owner != ref.chunk_id:
-                memory.reown(ref, owner)
+                self.kv_store.reown(ref, owner)
 
     def close(self) -> None:
         """Write what is unsaved to the tiers and stop."""
