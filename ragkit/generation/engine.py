@@ -166,8 +166,11 @@ class Engine:
                 except StopIteration as end:
                     ended = end.value
                     break
+                is_first = "first_token" not in timings
                 timings.setdefault("first_token", (time.perf_counter() - started) * 1e3)
                 yield step
+                if is_first and prefilled.afterwards is not None:
+                    prefilled.afterwards()
         timings["total"] = (time.perf_counter() - started) * 1e3
         timings.setdefault("first_token", timings["total"])
         usage = TokenUsage(len(prompt), prefilled.reused, prefilled.recomputed, len(ended.token_ids))

@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 
 from ragkit.errors import CacheCapacityError, ConfigError, GenerationError
 from ragkit.generation.engine import Engine
+from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.sampling import SamplingConfig
 from ragkit.generation.steps import Finished, FinishReason, GeneratedToken
 from ragkit.types import Prompt, Segment, TokenUsage
@@ -75,6 +78,20 @@ def test_a_strategy_can_be_given_itself(engine):
     assert given.token_ids == _run(engine, sampling)[-1].token_ids
     with pytest.raises(GenerationError, match="no prefill strategy 'fast'; there are full"):
         next(engine.generate(PROMPT, sampling, "fast"))
+
+
+def test_what_a_strategy_leaves_for_later_is_done_once_and_after_the_first_token(engine):
+    events = []
+
+    class Leaving(FullPrefill):
+        def prefill(self, decoder, request):
+            result = super().prefill(decoder, request)
+            return dataclasses.replace(result, afterwards=lambda: events.append("afterwards"))
+
+    sampling = SamplingConfig(max_new_tokens=3, ignore_stop_tokens=True)
+    for step in engine.generate(PROMPT, sampling, strategy=Leaving()):
+        events.append(type(step))
+    assert events == [GeneratedToken, "afterwards", GeneratedToken, GeneratedToken, Finished]
 
 
 def test_all_blocks_are_free_after_an_answer_and_after_an_abandoned_one(engine):
