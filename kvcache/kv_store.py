@@ -204,12 +204,14 @@ class KVStore:
         return (self.memory,) if self.pool is None else (self.pool, self.memory)
 
     def close(self) -> None:
-        """Write what is unsaved and stop the threads. Closing twice is harmless."""
+        """Write what is unsaved, stop the threads and free the pool. Closing twice is harmless."""
         if self._closed:
             return
         self._closed = True
         self._loaders.shutdown(wait=True, cancel_futures=True)
         self._saver.close()
+        if self.pool is not None:
+            self.pool.close()
 
     def __enter__(self) -> KVStore:
         return self

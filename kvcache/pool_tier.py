@@ -197,6 +197,11 @@ class PoolTier:
         with self._lock:
             self._forget(keys)
 
+    def close(self) -> None:
+        """Give all blocks back to the pool but those that are pinned, which follow when they are released."""
+        self.pool.reclaim = None
+        self.discard([ref.key for ref in self.refs()])
+
     def give_back(self, blocks: int) -> int:
         """Evict unpinned chunks until `blocks` blocks of the pool are free, and return how many are free then."""
         with self._lock:

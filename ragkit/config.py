@@ -185,12 +185,14 @@ class GenerationConfig:
 class KVConfig:
     """Where the KV of chunks is kept, and how.
 
-    `memory_mb`, `disk_mb` and `remote_mb` bound the tiers; with a `disk_mb` of 0 the store keeps no KV. `remote` is an
-    fsspec URL, or empty. KV of another codec or context is never mistaken for what is configured now: it is a miss.
+    `gpu_mb`, `memory_mb`, `disk_mb` and `remote_mb` bound the tiers; on a GPU chunks take at most `gpu_mb` of the KV
+    pool, and leave when requests need it; with a `disk_mb` of 0 the store keeps no KV. `remote` is an fsspec URL, or
+    empty. KV of another codec or context is never mistaken for what is configured now: it is a miss.
     """
 
     codec: CodecName = CodecName.BF16
     context: ChunkContextName = ChunkContextName.PREFIX
+    gpu_mb: int = 8192
     memory_mb: int = 2048
     disk_mb: int = 8192
     remote: str = ""
@@ -198,6 +200,7 @@ class KVConfig:
     policy: PolicyName = PolicyName.COST
 
     def __post_init__(self) -> None:
+        _at_least("kv.gpu_mb", self.gpu_mb, 0)
         _at_least("kv.memory_mb", self.memory_mb, 0)
         _at_least("kv.disk_mb", self.disk_mb, 0)
         _at_least("kv.remote_mb", self.remote_mb, 0)

@@ -16,6 +16,8 @@ from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import ContextKind, KVRecipe
 from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.pool_tier import PoolTier
 from ragkit.kvcache.remote_tier import RemoteTier
 from ragkit.kvcache.segment_tier import KVCatalogue, SegmentTier
 from ragkit.kvcache.selectors import make_selector
@@ -66,7 +68,8 @@ class Blending:
         self.chunks.prefix_kv(prefix)  # part of loading, so that the first question does not wait for it
         on_gpu = decoder.device.type == "cuda"
         memory = MemoryTier(MEMORY, _megabytes(kv.memory_mb), make_policy(kv.policy), page_locked=on_gpu)
-        self.kv_store = KVStore(codec, memory, _backing_tiers(kv, store) if weights_are_named else ())
+        backing = _backing_tiers(kv, store) if weights_are_named else ()
+        self.kv_store = KVStore(codec, memory, backing, pool=_pool_tier(kv, engine.pool) if on_gpu else None)
         selector = make_selector(blend.selector, decoder.config.num_layers)
         self.prefill = BlendPrefill(self.kv_store, self.chunks, BlendOptions(blend.ratio, selector))
         self._store = store
@@ -109,6 +112,11 @@ class Blending:
     def close(self) -> None:
         """Write what is unsaved to the tiers and stop."""
         self.kv_store.close()
+
+
+def _pool_tier(kv: KVConfig, pool: KVPool) -> PoolTier | None:
+    blocks = _megabytes(kv.gpu_mb) // (pool.block_size * pool.layout.bytes_per_token)
+    return PoolTier(pool, min(blocks, pool.num_blocks), make_policy(kv.policy)) if blocks else None
 
 
 def _backing_tiers(kv: KVConfig, store: KVCatalogue | None) -> list[BackingTier]:
