@@ -114,8 +114,8 @@ class SegmentTier:
         for group in _groups(chunks, min(_SEGMENT_BYTES, int(self.budget_bytes * _FILLED / 4))):
             try:
                 with self._catalogue.writer(_LOCK_TIMEOUT_S) as writer:
-                    if self._catalogue.kv_totals().entries != len(self._records):
-                        self._catch_up()  # another process wrote or removed: its bytes count as well
+                    if self._catalogue.kv_totals() != KVTotals(len(self._records), self.bytes_used):
+                        self._catch_up()  # somebody else wrote, removed or cleaned: those bytes count as well
                     # What was erased meanwhile must not come back through its KV.
                     alive = self._catalogue.known_chunks([chunk.ref.chunk_id for chunk in group])
                     kept += self._save_group(writer, [chunk for chunk in group if chunk.ref.chunk_id in alive])

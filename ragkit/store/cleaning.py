@@ -14,7 +14,7 @@ from pathlib import Path
 from ragkit.errors import StoreLockedError
 from ragkit.store import faults
 from ragkit.store.connections import DATABASE, translated
-from ragkit.store.derived import INDEX_FOLDER
+from ragkit.store.derived import INDEX_FOLDER, entries_of, put_kv, read_records, write_kv
 from ragkit.store.files import folder_bytes, sync_folder
 from ragkit.store.locks import NoReaders
 from ragkit.store.records import GcReport
@@ -42,9 +42,10 @@ VACUUM_SHARE = 0.25
 def collect(
     folder: Path, connection: sqlite3.Connection, transactions: Transactions, reader_timeout_s: float
 ) -> GcReport:
-    """Rewrite segments with under half of their rows live, merge small ones, and remove unreferenced files."""
+    """Rewrite segments that are less than half live, merge small ones of vectors, and remove unreferenced files."""
     before = folder_bytes(folder)
     rewritten = _compact(folder, connection, transactions, _is_sparse, merge=True)
+    rewritten += _compact_kv(folder, connection, transactions)
     removed, pending = remove_unreferenced(folder, connection, reader_timeout_s)
     with translated(folder):
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
@@ -159,6 +160,27 @@ def _compact(
                 changes.drop_segment(segment.segment_id)
             changes.put_segment(new)
         replaced += len(run)
+    return replaced
+
+
+def _compact_kv(folder: Path, connection: sqlite3.Connection, transactions: Transactions) -> int:
+    """Write the entries of KV segments that are mostly dead into new ones; return how many were replaced."""
+    with translated(folder):
+        segments = read_segments(connection, KV_SEGMENT)
+    replaced = 0
+    for segment in segments:
+        with translated(folder):
+            entries = entries_of(connection, segment.segment_id)
+        if sum(entry.bytes for entry in entries) >= SPARSE_SHARE * segment.bytes:
+            continue
+        with translated(folder, segment.bytes):
+            whole, parts = read_records(segment_path(folder, segment.sha256, KV_SEGMENT), entries)
+            new = write_kv(folder, parts, whole) if whole else None
+        with transactions.open(same_generation=True) as changes:
+            changes.drop_segment(segment.segment_id)
+            if new is not None:
+                put_kv(changes, new, whole)
+        replaced += 1
     return replaced
 
 

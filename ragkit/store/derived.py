@@ -8,6 +8,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,6 +135,35 @@ def list_kv(connection: sqlite3.Connection, folder: Path) -> list[tuple[Path, KV
         for row in connection.execute(sql)
         if row_crc(*row[:7]) == row[7]
     ]
+
+
+def entries_of(connection: sqlite3.Connection, segment_id: int) -> list[KVEntry]:
+    """Return the KV entries of one segment in order of place; rows that rotted are left out."""
+    sql = f"SELECT {KV_COLUMNS}, crc FROM kv WHERE segment_id = ? ORDER BY offset"  # noqa: S608
+    return [
+        KVEntry(row[1], row[2], row[4], row[5], row[6])
+        for row in connection.execute(sql, (segment_id,))
+        if row_crc(*row[:7]) == row[7]
+    ]
+
+
+def read_records(path: Path, entries: Sequence[KVEntry]) -> tuple[list[KVEntry], list[bytes]]:
+    """Return the entries that are whole in the file, placed behind each other, and their bytes."""
+    whole: list[KVEntry] = []
+    parts: list[bytes] = []
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for entry in entries:
+                file.seek(entry.offset)
+                content = file.read(entry.bytes)
+                if len(content) == entry.bytes and zlib.crc32(content) == entry.crc32:
+                    whole.append(replace(entry, offset=offset))
+                    parts.append(content)
+                    offset += entry.bytes
+    except OSError as error:
+        _log.warning("KV is lost and will be computed again: %s", error)
+    return whole, parts
 
 
 def total_kv(connection: sqlite3.Connection) -> KVTotals:

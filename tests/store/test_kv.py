@@ -4,6 +4,7 @@ import pytest
 from store_samples import add_kv, configure, digest, embed, indexed, kv_key, kv_texts, update
 
 from ragkit.store import IndexedDocument, KVEntry, SourceUpdate
+from ragkit.store.records import KVTotals
 from ragkit.types import Chunk, Document, chunk_id_of
 
 
@@ -94,6 +95,29 @@ def test_kv_whose_text_is_nowhere_any_more_goes_with_its_file(with_kv):
     assert with_kv.kv_listing() == []
     with_kv.gc()
     assert not path.exists()
+
+
+def test_gc_writes_a_mostly_dead_kv_segment_anew(with_kv):
+    [before] = {path for path, _ in with_kv.kv_listing()}
+    assert with_kv.gc().rewritten_segments == 0
+    commit(with_kv, cut("a.txt", ["other", "things", PARTS[2]]))
+    assert before.exists()
+    report = with_kv.gc()
+    assert (report.rewritten_segments, before.exists()) == (1, False)
+    assert kv_texts(with_kv) == [PARTS[2]]
+    [(path, entry)] = with_kv.kv_listing()
+    assert path.read_bytes() == kv_key(PARTS[2]).encode() == path.read_bytes()[entry.offset :][: entry.bytes]
+    assert with_kv.kv_totals() == KVTotals(1, 64)
+    assert with_kv.verify().problems == ()
+
+
+def test_gc_forgets_kv_that_is_damaged(with_kv):
+    [path] = {path for path, _ in with_kv.kv_listing()}
+    commit(with_kv, cut("a.txt", ["other", "things", PARTS[2]]))
+    path.write_bytes(bytes(path.stat().st_size))
+    with_kv.gc()
+    assert with_kv.kv_listing() == []
+    assert with_kv.verify().problems == ()
 
 
 def test_a_document_that_is_cut_again_keeps_the_kv_of_equal_chunks(with_kv):
