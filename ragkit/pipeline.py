@@ -6,6 +6,7 @@ query    retrieval.retriever -> answers.confidence -> generation -> answers.cita
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -292,7 +293,10 @@ class Pipeline:
         return self.store.gc(lock_timeout_s=self.config.ingest.lock_timeout_s)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
-        """Check every stored byte. `repair` marks the sources of damaged parts, so that the next ingest reads them."""
+        """Check every stored byte. `repair` marks the sources of damaged parts, so that the next ingest reads them.
+
+        Where chunk KV is stored, the generator's weights are hashed anew: KV is found by their remembered hash.
+        """
         from ragkit.store.verify import verify_store
 
         try:
@@ -302,6 +306,9 @@ class Pipeline:
         except StoreError as error:  # a catalogue too damaged to open: say all that is wrong with it
             logger.warning("%s", error)
             return verify_store(self.folder)
+        with contextlib.suppress(StoreError):  # damage is the report's to tell
+            if store.kv_totals().entries:
+                self._check_weights()
         return store.verify(repair=repair, lock_timeout_s=self.config.ingest.lock_timeout_s)
 
     # ------------------------------------------------------------------------------------------------ parts
@@ -335,6 +342,16 @@ class Pipeline:
     def retriever(self) -> Retriever:
         """The retriever over the store; raises `EmbedderMismatchError` where another embedder built it."""
         return self.parts.retriever
+
+    def _check_weights(self) -> None:
+        """Warn where the weights have other bytes than their size, time and inode said, and remember what they are."""
+        from ragkit.models import local_folder, weights_fingerprint
+
+        folder = local_folder(self.config.generation.model)
+        if folder is not None and weights_fingerprint(folder) != weights_fingerprint(folder, rehash=True):
+            logger.warning(
+                "the weights in %s were changed in place; chunk KV of the ones before is not used any more", folder
+            )
 
     def _document_uri(self, document: str) -> str:
         """Return the stored URI that a user means: as given, or as a path relative to the working folder."""

@@ -10,10 +10,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from blended_pipeline import QUESTIONS, kv_files, open_blended, write_documents
+from blended_pipeline import CONFIG, QUESTIONS, kv_files, open_blended, write_documents
 from tiny_generator import write_generator
 
 from ragkit import Answer, Pipeline
@@ -186,6 +187,27 @@ def test_another_model_under_the_same_name_finds_no_kv_of_the_first(
             # The first has the weights that the KV in the store was made with, wherever its folder is.
             assert (pipeline.parts.blending.kv_store.stats.computed > 0) == (seed == 1)
     assert tokens[0] != tokens[1]
+
+
+def test_verify_notices_weights_that_were_changed_behind_their_remembered_hash(
+    tmp_path: Path, place: Path, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_generator(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    config = replace(CONFIG, generation=replace(CONFIG.generation, model=str(folder)))
+    with open_blended(place, Engine.load(folder, device="cpu", dtype="float32"), config) as pipeline:
+        recorder.tokens(pipeline)
+        assert pipeline.verify().problems == ()
+    assert "changed in place" not in caplog.text
+    times, content = weights.stat(), write_generator(tmp_path / "other", seed=1) / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.write(content.read_bytes())
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with open_blended(place, Engine.load(folder, device="cpu", dtype="float32"), config) as pipeline:
+        pipeline.verify()
+        assert "changed in place" in caplog.text
+        recorder.tokens(pipeline)
+        assert pipeline.parts.blending.kv_store.stats.computed > 0
 
 
 def test_keys_that_collide_change_no_answer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from ragkit.progress import Progress
 from ragkit.types import CausalOutput, Prompt, TokenUsage
 
 _LOSS_ROWS = 512  # rows of logits held at once while losses are computed
+_KEPT_BUILDERS = 8  # rendering and tokenising the chat template takes milliseconds
 
 
 class Engine:
@@ -71,6 +73,8 @@ class Engine:
         self.pool = KVPool(decoder.layout, -(-kv_tokens // BLOCK_SIZE) + 1, decoder.device)
         self._strategies: dict[str, PrefillStrategy] = {strategy.name: strategy for strategy in strategies}
         self.rotary = RotaryCache(decoder)
+        self._builders: dict[str, PromptBuilder] = {}
+        self._building = threading.Lock()
         self._runner: StepRunner = (
             DecodeRunner(decoder, self.pool) if decoder.device.type == "cuda" else ContiguousDecodeRunner(decoder)
         )
@@ -107,12 +111,19 @@ class Engine:
         return cls(str(name_or_folder), decoder, ModelTokenizer(folder), folder, kv_tokens=kv_tokens, stamp=stamp)
 
     def prompt_builder(self, system_prompt: str = "") -> PromptBuilder:
-        """Return the builder of this model's prompts.
+        """Return the builder of this model's prompts, made once for each system prompt that is in use.
 
         Raises:
             ModelError: the model has no chat template.
         """
-        return PromptBuilder(self.tokenizer, ChatTemplate(self.folder), self.max_context, system_prompt)
+        with self._building:
+            builder = self._builders.pop(system_prompt, None)
+            if builder is None:
+                builder = PromptBuilder(self.tokenizer, ChatTemplate(self.folder), self.max_context, system_prompt)
+            self._builders[system_prompt] = builder  # now the last one to leave
+            if len(self._builders) > _KEPT_BUILDERS:
+                del self._builders[next(iter(self._builders))]
+            return builder
 
     @property
     def strategies(self) -> Mapping[str, PrefillStrategy]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from ragkit.config import KVConfig, PipelineConfig
-from ragkit.errors import RagkitError
+from ragkit.errors import ModelError, RagkitError
 from ragkit.reports import KVStatus
 from ragkit.store import Store
 from ragkit.store.base import StoreCounts
@@ -41,15 +40,13 @@ def _remote_bytes(kv: KVConfig) -> dict[str, int]:
 def _estimate(counts: StoreCounts, config: PipelineConfig) -> int | None:
     """Return about how many bytes the KV of all chunks takes, or None where the generator is not here."""
     from ragkit.kvcache.kv_size import estimated_kv_bytes
-    from ragkit.models import resolve
+    from ragkit.models import local_folder
     from ragkit.models.model_config import load_model_config
 
-    name = config.generation.model
-    if Path(name).suffix.lower() == ".gguf":
-        return None  # its sizes are known once it was converted, which takes longer than a status may
+    folder = local_folder(config.generation.model)
     try:
-        model = load_model_config(resolve(name, offline=True))
-    except RagkitError as error:
-        logger.info("the generator is not here, so the size of its KV is unknown: %s", error)
+        model = None if folder is None else load_model_config(folder)
+    except ModelError as error:
+        logger.warning("%s", error)
         return None
-    return estimated_kv_bytes(config.kv.codec, model, counts.chunks, counts.tokens)
+    return None if model is None else estimated_kv_bytes(config.kv.codec, model, counts.chunks, counts.tokens)

@@ -3,7 +3,7 @@
 from ragkit.models.catalogue import CATALOGUE, CatalogueEntry, ModelRole
 from ragkit.models.fingerprint import weights_fingerprint, weights_stamp
 from ragkit.models.pulling import pull
-from ragkit.models.resolve import ModelInfo, list_models, resolve
+from ragkit.models.resolve import ModelInfo, list_models, local_folder, resolve
 
 __all__ = [
     "CATALOGUE",
@@ -11,6 +11,7 @@ __all__ = [
     "ModelInfo",
     "ModelRole",
     "list_models",
+    "local_folder",
     "pull",
     "resolve",
     "weights_fingerprint",

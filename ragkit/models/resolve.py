@@ -73,6 +73,16 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
     )
 
 
+def local_folder(name: str) -> Path | None:
+    """Return the folder of the model `name` if it is here, without fetching or converting anything; else None."""
+    if Path(name).suffix.lower() == ".gguf":
+        return None  # the folder's name is the hash of a file of gigabytes
+    try:
+        return resolve(name, offline=True)
+    except (ModelError, OfflineError):
+        return None
+
+
 def _info(entry: CatalogueEntry) -> ModelInfo:
     folder = models_home() / entry.name
     pulled = folder.is_dir()

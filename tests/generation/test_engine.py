@@ -72,6 +72,16 @@ def test_the_first_token_does_not_wait_for_what_only_later_ones_need(engine, mon
     assert seen == [0, 1, 1, 1]
 
 
+def test_the_builder_of_a_system_prompt_is_made_once_while_it_is_in_use(engine):
+    plain, other = engine.prompt_builder(), engine.prompt_builder("Be brief.")
+    assert engine.prompt_builder() is plain
+    assert other.prefix != plain.prefix
+    for number in range(8):
+        engine.prompt_builder(f"Prompt {number}.")
+    assert engine.prompt_builder("Be brief.") is not other
+    assert engine.prompt_builder("Be brief.").prefix == other.prefix
+
+
 def test_a_strategy_can_be_given_itself(engine):
     sampling = SamplingConfig(max_new_tokens=5, ignore_stop_tokens=True)
     given = list(engine.generate(PROMPT, sampling, engine.strategies["full"]))[-1]

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ragkit.errors import ModelError, OfflineError
-from ragkit.models import resolve, weights_fingerprint, weights_stamp
+from ragkit.models import local_folder, resolve, weights_fingerprint, weights_stamp
 from ragkit.models.cache import models_home
 
 
@@ -66,6 +66,12 @@ def test_a_cached_hub_model_is_found_offline(hub):
 def test_the_hubs_own_offline_switch_is_respected(hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert (resolve("someone/tiny") / "config.json").is_file()
+
+
+def test_a_folder_is_only_named_where_the_model_is_here(hub, tmp_path):
+    (tmp_path / "big.gguf").write_bytes(b"GGUF")
+    assert local_folder("someone/tiny") == resolve("someone/tiny", offline=True)
+    assert [local_folder(name) for name in ("someone/other", "nonsense", str(tmp_path / "big.gguf"))] == [None] * 3
 
 
 def test_an_uncached_hub_model_offline_names_what_is_missing(hub):
