@@ -208,11 +208,14 @@ class KVConfig:
 
 @dataclass(frozen=True, slots=True)
 class BlendConfig:
-    """How reused chunks are blended. `auto` blends where the prompt holds at least `min_tokens` tokens of chunks."""
+    """How reused chunks are blended. `auto` blends where the prompt holds at least `min_tokens` tokens of chunks.
+
+    Below, full prefill is quick as well, and the bundled model's answers are sometimes lost at the default ratio.
+    """
 
     ratio: float = 0.15
     selector: SelectorName = SelectorName.QUESTION
-    min_tokens: int = 1024
+    min_tokens: int = 2048
 
     def __post_init__(self) -> None:
         _share("blend.ratio", self.ratio)
