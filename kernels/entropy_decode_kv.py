@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels, and pointers have none)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton reads the annotations of kernels, and pointers have none)
 # mypy: disable-error-code="no-untyped-def"
 """Decode entropy-coded keys or values: many independent streams, each four channels of all tokens of a chunk.
 
@@ -77,7 +77,7 @@ def entropy_decode_kv(
     out = torch.empty((count * CHANNELS_PER_STREAM // width, tokens, width), dtype=dtype, device=device)
     if out.numel() == 0:
         return out
-    slots, steps = _device_tables(device)
+    slots, steps = device_tables(device)
     _entropy_decode_kv_kernel[(ceil_div(count, _STREAMS_PER_PROGRAM),)](
         streams.words, streams.starts, streams.tables, streams.means, streams.steps, slots, steps, out,
         tokens, count, len(streams.words), width // CHANNELS_PER_STREAM, STREAMS=_STREAMS_PER_PROGRAM, num_warps=1,
@@ -160,7 +160,8 @@ def _check_inputs(streams: EntropyStreams, width: int) -> None:
 
 
 @functools.cache
-def _device_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+def device_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the slots of all tables and the steps, on `device`."""
     tables = rans_tables()
     return torch.from_numpy(tables.slots.view(np.int32)).to(device), torch.from_numpy(tables.steps).to(device)
 
@@ -170,6 +171,34 @@ def _refill(state, at, words_ptr, num_words, needed):
     # States below the floor take in a word.
     word = tl.load(words_ptr + tl.minimum(at, num_words - 1), mask=needed, other=0).to(tl.int32) & 0xFFFF
     return tl.where(needed, (state << 16) | word.to(tl.uint32), state), at + needed.to(tl.int64)
+
+
+@jit
+def next_levels(level, state, at, table, predictor, real, words_ptr, num_words, slots_ptr):
+    """Return the levels (STREAMS, 4) of the next token of each stream, and the streams' states and places then."""
+    # A column is a channel; columns are picked by masks, since lanes cannot be indexed.
+    channel = tl.arange(0, 4)
+    predicted = (predictor * level) >> 1
+    for index in tl.static_range(4):
+        mine = (channel == index)[None, :]
+        own_table = tl.sum(tl.where(mine, table, 0), axis=1)
+        entry = tl.load(slots_ptr + own_table + (state & 4095).to(tl.int32), mask=real, other=0).to(tl.uint32)
+        state = ((entry >> 8) & 4095) * (state >> 12) + (entry >> 20)
+        state, at = _refill(state, at, words_ptr, num_words, real & (state < 65536))
+        symbol = (entry & 255).to(tl.int32)
+        residual = symbol - 127
+        escaped = real & (symbol == 255)
+        if tl.max(escaped.to(tl.int32), axis=0) > 0:
+            first = ((state & 4095) >> 4).to(tl.int32)
+            state = tl.where(escaped, ((state >> 12) << 4) + (state & 15), state)
+            state, at = _refill(state, at, words_ptr, num_words, escaped & (state < 65536))
+            second = ((state & 4095) >> 4).to(tl.int32)
+            state = tl.where(escaped, ((state >> 12) << 4) + (state & 15), state)
+            state, at = _refill(state, at, words_ptr, num_words, escaped & (state < 65536))
+            value = (first << 8) | second
+            residual = tl.where(escaped, tl.where(value > 32767, value - 65536, value), residual)
+        level = tl.where(mine, residual[:, None] + predicted, level)
+    return level, state, at
 
 
 @jit
@@ -190,7 +219,6 @@ def _entropy_decode_kv_kernel(
     width = streams_per_matrix * 4
     out_at = matrix * tokens * width + column
 
-    # (STREAMS, 4), a column a channel; columns are picked by masks, since lanes cannot be indexed.
     channel = tl.arange(0, 4)
     cell = stream[:, None] * 4 + channel[None, :]
     both = tl.load(table_ptr + cell, mask=real[:, None], other=0).to(tl.int32)
@@ -202,26 +230,7 @@ def _entropy_decode_kv_kernel(
     )
     level = tl.zeros((STREAMS, 4), dtype=tl.int32)
     for token in range(tokens):
-        predicted = (predictor * level) >> 1
-        for index in tl.static_range(4):
-            mine = (channel == index)[None, :]
-            own_table = tl.sum(tl.where(mine, table, 0), axis=1)
-            entry = tl.load(slots_ptr + own_table + (state & 4095).to(tl.int32), mask=real, other=0).to(tl.uint32)
-            state = ((entry >> 8) & 4095) * (state >> 12) + (entry >> 20)
-            state, at = _refill(state, at, words_ptr, num_words, real & (state < 65536))
-            symbol = (entry & 255).to(tl.int32)
-            residual = symbol - 127
-            escaped = real & (symbol == 255)
-            if tl.max(escaped.to(tl.int32), axis=0) > 0:
-                first = ((state & 4095) >> 4).to(tl.int32)
-                state = tl.where(escaped, ((state >> 12) << 4) + (state & 15), state)
-                state, at = _refill(state, at, words_ptr, num_words, escaped & (state < 65536))
-                second = ((state & 4095) >> 4).to(tl.int32)
-                state = tl.where(escaped, ((state >> 12) << 4) + (state & 15), state)
-                state, at = _refill(state, at, words_ptr, num_words, escaped & (state < 65536))
-                value = (first << 8) | second
-                residual = tl.where(escaped, tl.where(value > 32767, value - 65536, value), residual)
-            level = tl.where(mine, residual[:, None] + predicted, level)
+        level, state, at = next_levels(level, state, at, table, predictor, real, words_ptr, num_words, slots_ptr)
         numbers = (level + mean).to(tl.float32) * step
         place = out_ptr + out_at[:, None] + token * width + channel[None, :]
         tl.store(place, numbers.to(out_ptr.dtype.element_ty), mask=real[:, None])

@@ -1,9 +1,10 @@
 # ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels, and pointers have none)
 # mypy: disable-error-code="no-untyped-def"
-"""Put the stored KV of all chunks of a prompt into packed rows, one layer at a launch: converted, or from codes.
+"""Put the stored KV of all chunks of a prompt into packed rows, one layer at a launch, however it is stored.
 
     row(c) + t  <-  x_ct                       stored as numbers
     row(c) + t  <-  code_ct * scale + zero     stored as codes (see quantize_kv for the groups)
+    row(c) + t  <-  (level_ct + mean) * step   stored as streams (see place_streams)
 
 The chunks' encoded bytes lie anywhere in one buffer; a table says where each layer of each chunk starts, so that a
 layer is one launch however many chunks there are, and the host does nothing for any of them.
@@ -15,8 +16,6 @@ Cost: reads what is stored and writes the rows once; bandwidth bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,111 +23,18 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.dequantize_kv import dequantize_kv_torch
-from ragkit.kernels.host_copy import to_device
+from ragkit.kernels.place_streams import launch_place_streams, place_streams_torch
+from ragkit.kernels.placement_table import (
+    SECTION_ALIGNMENT,
+    TABLE_ROWS,
+    ChunkFormat,
+    PlacementTable,
+    Section,
+)
 from ragkit.kernels.quantize_kv import QuantizedHeads
+from ragkit.kernels.rans_tables import CHANNELS_PER_STREAM
 
-SECTION_ALIGNMENT = 16  # bytes; every section of a layer starts at a multiple of it, the widest load of a kernel
-Section = tuple[torch.dtype, tuple[int, ...]]  # type and shape
-
-_TABLE_ROWS = 64  # rows of one entry of the table, which a program treats a part of
 _NUMBER_BYTES, _CODE_BYTES = 16384, 8192  # stored bytes of keys or values that one program reads
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkFormat:
-    """How the bytes of one layer of a chunk are to be read.
-
-    Numbers: keys, then values. Codes: codes, scales and zeros of the keys, then of the values. Each section starts at
-    a multiple of `SECTION_ALIGNMENT` from the first.
-
-    Attributes:
-        number: type of the stored numbers; None where codes are stored.
-        bits: 8 or 4 bits of a code.
-        token_group: tokens of a key that share a scale, a power of two.
-        channel_group: channels of a value that share a scale, a power of two.
-    """
-
-    number: torch.dtype | None
-    bits: int = 0
-    token_group: int = 1
-    channel_group: int = 1
-
-    @classmethod
-    def numbers(cls, number: torch.dtype) -> ChunkFormat:
-        """Return the format of plain numbers."""
-        return cls(number)
-
-    @classmethod
-    def codes(cls, bits: int, token_group: int, channel_group: int) -> ChunkFormat:
-        """Return the format of codes with a scale and a zero for each group."""
-        return cls(None, bits, token_group, channel_group)
-
-    def sections(self, tokens: int, heads: int, head_dim: int) -> list[Section]:
-        """Return type and shape of the sections of one layer."""
-        if self.number is not None:
-            return [(self.number, (tokens, heads, head_dim))] * 2
-        codes: Section = (torch.uint8, (tokens, heads, head_dim * self.bits // 8))
-        keys: Section = (torch.float16, (ceil_div(tokens, self.token_group), heads, head_dim))
-        values: Section = (torch.float16, (tokens, heads, head_dim // self.channel_group))
-        return [codes, keys, keys, codes, values, values]
-
-
-@dataclass(frozen=True, eq=False)
-class PlacementTable:
-    """Where the chunks of one request lie in the buffer, and where their rows go; all layers share it.
-
-    Attributes:
-        first_rows, tokens: of each chunk, on the host.
-        end_row: the first row behind all chunks.
-        starts: (layers, chunks) int64, the first byte of each layer of each chunk, a multiple of 16.
-        chunks: (chunks, 2) int32: first row and number of tokens.
-        tiles: (tiles, 2) int32: a chunk, and the first of up to 64 of its tokens; every row is in one tile.
-    """
-
-    first_rows: tuple[int, ...]
-    tokens: tuple[int, ...]
-    end_row: int
-    starts: Tensor
-    chunks: Tensor
-    tiles: Tensor
-
-    @classmethod
-    def build(
-        cls, first_rows: Sequence[int], tokens: Sequence[int], starts: Tensor, device: torch.device
-    ) -> PlacementTable:
-        """Return the table on `device`; all of it goes there in one copy, which does not stop the stream.
-
-        Args:
-            first_rows: row where each chunk starts.
-            tokens: number of tokens of each chunk.
-            starts: (layers, chunks) int64 on the host.
-            device: where the kernel runs.
-
-        Raises:
-            KernelInputError: the sizes contradict each other, or a start is not a multiple of 16.
-        """
-        count = len(tokens)
-        if starts.dim() != 2 or starts.shape[1] != count or len(first_rows) != count:
-            raise KernelInputError(f"{count} chunks need as many first rows and starts, got {tuple(starts.shape)}")
-        if count and (int(starts.min()) < 0 or bool((starts % SECTION_ALIGNMENT).any())):
-            raise KernelInputError(f"starts must be multiples of {SECTION_ALIGNMENT}")
-        tiles_of = torch.tensor([ceil_div(size, _TABLE_ROWS) for size in tokens], dtype=torch.int64)
-        chunk = torch.arange(count).repeat_interleave(tiles_of)
-        before = torch.tensor([0, *accumulate(tiles_of.tolist())][:count], dtype=torch.int64)
-        first = (torch.arange(len(chunk)) - before[chunk]) * _TABLE_ROWS
-        tiles = torch.stack((chunk, first), dim=1).int()
-        chunks = torch.tensor(list(zip(first_rows, tokens, strict=True)), dtype=torch.int32).view(-1, 2)
-        parts = [starts.contiguous().flatten().view(torch.uint8)]
-        parts += [part.flatten().view(torch.uint8) for part in (chunks, tiles)]
-        pieces = to_device(torch.cat(parts), device).split([part.numel() for part in parts])
-        return cls(
-            tuple(first_rows),
-            tuple(tokens),
-            max((first + size for first, size in zip(first_rows, tokens, strict=True)), default=0),
-            pieces[0].view(torch.int64).view(starts.shape),
-            pieces[1].view(torch.int32).view(-1, 2),
-            pieces[2].view(torch.int32).view(-1, 2),
-        )
 
 
 def place_chunks(
@@ -163,26 +69,29 @@ def place_chunks(
     if keys.numel() == 0 or len(table.tiles) == 0:
         return
     heads, head_dim = keys.shape[1:]
+    if form.number is None and form.bits == 0:
+        launch_place_streams(stored, table, layer, keys, values, slots)
+        return
     target = keys if slots is None else slots
     if form.number is not None:
         width = heads * head_dim
-        rows = _rows_of_a_part(_NUMBER_BYTES, width * form.number.itemsize, _TABLE_ROWS)
-        _place_numbers_kernel[(len(table.tiles) * (_TABLE_ROWS // rows), 2)](
+        rows = _rows_of_a_part(_NUMBER_BYTES, width * form.number.itemsize, TABLE_ROWS)
+        _place_numbers_kernel[(len(table.tiles) * (TABLE_ROWS // rows), 2)](
             stored.view(form.number), table.starts, table.chunks, table.tiles, keys, values, target,
             layer, len(table.tokens),
             ITEM=form.number.itemsize, WIDTH=width, WIDTH_PADDED=next_power_of_2(width),
-            ROWS=rows, PARTS=_TABLE_ROWS // rows, HAS_SLOTS=slots is not None, num_warps=8,
+            ROWS=rows, PARTS=TABLE_ROWS // rows, HAS_SLOTS=slots is not None, num_warps=8,
         )  # fmt: skip
         return
     width = heads * head_dim * form.bits // 8
-    rows = _rows_of_a_part(_CODE_BYTES, width, min(form.token_group, _TABLE_ROWS))
-    _place_codes_kernel[(len(table.tiles) * (_TABLE_ROWS // rows), 2)](
+    rows = _rows_of_a_part(_CODE_BYTES, width, min(form.token_group, TABLE_ROWS))
+    _place_codes_kernel[(len(table.tiles) * (TABLE_ROWS // rows), 2)](
         stored, stored.view(torch.float16), table.starts, table.chunks, table.tiles, keys, values, target,
         layer, len(table.tokens),
         HEADS=heads, HEAD_DIM=head_dim, WIDTH=width, WIDTH_PADDED=next_power_of_2(width),
         TOKEN_GROUP=form.token_group, CHANNEL_GROUP=form.channel_group,
         VALUE_GROUPS_PADDED=next_power_of_2(rows * width // form.channel_group),
-        ROWS=rows, PARTS=_TABLE_ROWS // rows, FOUR_BITS=form.bits == 4, HAS_SLOTS=slots is not None, num_warps=8,
+        ROWS=rows, PARTS=TABLE_ROWS // rows, FOUR_BITS=form.bits == 4, HAS_SLOTS=slots is not None, num_warps=8,
     )  # fmt: skip
 
 
@@ -197,6 +106,9 @@ def place_chunks_torch(
 ) -> None:
     """Do what `place_chunks` does: the definition, chunk by chunk."""
     heads, head_dim = keys.shape[1:]
+    if form.number is None and form.bits == 0:
+        place_streams_torch(stored, table, layer, keys, values, slots)
+        return
     starts = table.starts[layer].tolist()
     for start, first, tokens in zip(starts, table.first_rows, table.tokens, strict=True):
         sections = _split(stored, start, form.sections(tokens, heads, head_dim))
@@ -248,7 +160,9 @@ def _check_inputs(
     if not 0 <= layer < len(table.starts):
         raise KernelInputError(f"the table has {len(table.starts)} layers, number {layer} was asked for")
     head_dim = keys.shape[2]
-    if form.number is None and (
+    if form.number is None and form.bits == 0 and (keys.shape[1] * head_dim) % CHANNELS_PER_STREAM:
+        raise KernelInputError(f"streams of {CHANNELS_PER_STREAM} channels do not fit {keys.shape[1]} x {head_dim}")
+    if form.bits and (
         form.bits not in (4, 8)
         or head_dim % 2
         or form.token_group & (form.token_group - 1)

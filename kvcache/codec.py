@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KVCacheError
-from ragkit.kernels.place_chunks import SECTION_ALIGNMENT, ChunkFormat, Section
+from ragkit.kernels.placement_table import SECTION_ALIGNMENT, ChunkFormat, Section
 from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef, EncodedKV
 from ragkit.kvcache.layout import KVLayout
 
@@ -44,8 +44,8 @@ class KVCodec(Protocol):
         """
         ...
 
-    def format(self, layer: int) -> ChunkFormat | None:
-        """Return how kernels read the bytes of a layer where they lie, or None where only `decode` can."""
+    def format(self, layer: int) -> ChunkFormat:
+        """Return how `place_chunks` reads the bytes of a layer where they lie."""
         ...
 
     def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:

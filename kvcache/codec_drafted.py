@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ragkit.errors import KVCacheError
-from ragkit.kernels.place_chunks import ChunkFormat
+from ragkit.kernels.placement_table import ChunkFormat
 from ragkit.kvcache.codec import KVCodec, LayerKV
 
 
@@ -36,7 +36,7 @@ class DraftedCodec:
         self._draft = draft
         self._full = full
 
-    def format(self, layer: int) -> ChunkFormat | None:
+    def format(self, layer: int) -> ChunkFormat:
         """Return how kernels read the bytes of a layer."""
         return self._full.format(layer)
 

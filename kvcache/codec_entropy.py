@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.kernels.entropy_decode_kv import EntropyStreams, entropy_decode_kv
-from ragkit.kernels.place_chunks import Section
+from ragkit.kernels.placement_table import ChunkFormat
 from ragkit.kernels.rans_tables import CHANNELS_PER_STREAM, rans_tables, tables_digest
 from ragkit.kvcache.codec import (
     LayerKV,
@@ -65,8 +65,9 @@ class EntropyCodec:
         self.draft = None
         self._level = LEVELS[level]
 
-    def format(self, layer: int) -> None:
-        """Return None: streams have to be decoded."""
+    def format(self, layer: int) -> ChunkFormat:
+        """Return streams."""
+        return ChunkFormat.streams()
 
     def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:
         """Return the bytes of each layer; the coder runs on the CPU, over all layers at once."""
@@ -142,11 +143,6 @@ class EntropyCodec:
         octaves = torch.maximum((4 * wanted.log2()).floor(), (4 * least.log2()).ceil())
         return (octaves + 128).clamp(0, 255).to(torch.uint8).flatten().numpy()
 
-    def _sections(self, layer: int) -> list[Section]:
-        width = 2 * self.layout.layers[layer].num_kv_heads * self.layout.layers[layer].head_dim
-        streams = width // CHANNELS_PER_STREAM
-        return [(torch.uint8, (width,)), (torch.uint8, (width,)), (torch.int16, (width,)), (torch.int16, (streams,))]
-
     def _packed(
         self,
         layers: Sequence[LayerKV],
@@ -171,7 +167,8 @@ class EntropyCodec:
 
     def _split(self, layer: int, data: Tensor, tokens: int) -> tuple[Tensor, EntropyStreams]:
         """Return the words' lengths and the streams of one layer; `starts` count from the layer's own words."""
-        sections = self._sections(layer)
+        spec = self.layout.layers[layer]
+        sections = self.format(layer).sections(tokens, spec.num_kv_heads, spec.head_dim)
         fixed = section_bytes(sections)
         if data.numel() < fixed:
             raise KVCacheError(f"a layer's KV has {data.numel()} bytes, its channels alone take {fixed}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ragkit.kernels.dequantize_kv import dequantize_kv
-from ragkit.kernels.place_chunks import ChunkFormat, Section
+from ragkit.kernels.placement_table import ChunkFormat, Section
 from ragkit.kernels.quantize_kv import QuantizedHeads, quantize_kv
 from ragkit.kvcache.codec import (
     LayerKV,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ragkit.kernels.place_chunks import ChunkFormat, Section
+from ragkit.kernels.placement_table import ChunkFormat, Section
 from ragkit.kvcache.codec import LayerKV, join_sections, rounding, section_bytes, split_sections
 from ragkit.kvcache.layout import KVLayout
 

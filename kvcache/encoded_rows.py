@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ragkit.kernels.place_chunks import ChunkFormat, PlacementTable, place_chunks
+from ragkit.kernels.place_chunks import place_chunks
+from ragkit.kernels.placement_table import PlacementTable
 from ragkit.kvcache.chunk_kv import LAYER_ALIGNMENT
-from ragkit.kvcache.codec import KVCodec, section_bytes
+from ragkit.kvcache.codec import KVCodec
 from ragkit.kvcache.copy_queue import CopyQueue
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.pool_tier import DraftBytes
@@ -45,8 +46,6 @@ class StoredRows:
 class EncodedRows:
     """Some chunks of one prompt in one encoding. Copies begin when the queue is started, in the order of the layers.
 
-    Layers that kernels cannot read where they lie are decoded beside the computation as well, chunk by chunk.
-
     Args:
         chunks: at least one.
         codec: what encoded them.
@@ -60,9 +59,11 @@ class EncodedRows:
         self._queue = queue
         self._device = device
         num_layers = codec.layout.num_layers
-        self._formats = [codec.format(layer) for layer in range(num_layers)]
-        # On the device a chunk has the extents that it is stored with, or those of its decoded numbers.
-        self._extents = [self._extents_on_device(chunk) for chunk in self._chunks]
+        # On the device a chunk keeps its extents, counted from its first byte.
+        self._extents = [
+            tuple((start - chunk.extents[0][0], stop - chunk.extents[0][0]) for start, stop in chunk.extents)
+            for chunk in self._chunks
+        ]
         sizes = [_aligned(extents[-1][1]) for extents in self._extents]
         self._bases = [0, *itertools.accumulate(sizes)]
         self._bytes = torch.empty(self._bases[-1], dtype=torch.uint8, device=device)
@@ -82,7 +83,7 @@ class EncodedRows:
             keys, values: contiguous, in the model's type, on the device; all other rows are left alone.
         """
         self._queue.wait(self._job_of_layer[layer])
-        place_chunks(self._bytes, self._table, layer, self._format(layer), keys, values)
+        place_chunks(self._bytes, self._table, layer, self._codec.format(layer), keys, values)
 
     def place_into_pool(self, pool: KVPool, which: Sequence[int], slots: Tensor) -> None:
         """Write all layers of the chunks `which` into a pool.
@@ -97,7 +98,7 @@ class EncodedRows:
         table = self._table_of(which, [0, *itertools.accumulate(tokens)][:-1])
         for layer in range(self._codec.layout.num_layers):
             keys, values = pool.keys[layer].flatten(0, 1), pool.values[layer].flatten(0, 1)
-            place_chunks(self._bytes, table, layer, self._format(layer), keys, values, slots)
+            place_chunks(self._bytes, table, layer, self._codec.format(layer), keys, values, slots)
 
     def bytes_of(self, index: int) -> DraftBytes:
         """Return a copy of the bytes of one chunk on the device."""
@@ -107,35 +108,8 @@ class EncodedRows:
     def _bring(self, start: int, stop: int) -> None:
         """Bring the layers from `start` up to `stop` of all chunks."""
         for chunk, base, extents in zip(self._chunks, self._bases, self._extents, strict=False):
-            if self._formats[start] is None:
-                self._decode(chunk, base, extents, start, stop)
-                continue
             source = chunk.data[chunk.extents[start][0] : chunk.extents[stop - 1][1]]
             self._bytes[base + extents[start][0] : base + extents[stop - 1][1]].copy_(source, non_blocking=True)
-
-    def _decode(self, chunk: StoredRows, base: int, extents: Sequence[tuple[int, int]], start: int, stop: int) -> None:
-        first = chunk.extents[start][0]
-        data = chunk.data[first : chunk.extents[stop - 1][1]].to(self._device, non_blocking=True)
-        encoded = [data[begin - first : end - first] for begin, end in chunk.extents[start:stop]]
-        for index, layer in enumerate(self._codec.decode(encoded, chunk.tokens, start), start):
-            target = self._bytes[base + extents[index][0] : base + extents[index][1]]
-            half = target.numel() // 2
-            for part, numbers in zip((target[:half], target[half:]), layer, strict=True):
-                part[: numbers.nbytes].view(numbers.dtype).copy_(numbers.flatten())
-
-    def _format(self, layer: int) -> ChunkFormat:
-        return self._formats[layer] or ChunkFormat.numbers(self._codec.layout.dtype)
-
-    def _extents_on_device(self, chunk: StoredRows) -> tuple[tuple[int, int], ...]:
-        if all(form is not None for form in self._formats):
-            first = chunk.extents[0][0]
-            return tuple((start - first, stop - first) for start, stop in chunk.extents)
-        extents, start = [], 0
-        for layer, spec in enumerate(self._codec.layout.layers):
-            stop = start + section_bytes(self._format(layer).sections(chunk.tokens, spec.num_kv_heads, spec.head_dim))
-            extents.append((start, stop))
-            start = _aligned(stop)
-        return tuple(extents)
 
     def _table_of(self, which: Sequence[int], first_rows: Sequence[int]) -> PlacementTable:
         starts = [[self._bases[index] + start for start, _ in self._extents[index]] for index in which]

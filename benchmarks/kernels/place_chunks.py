@@ -3,51 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from kernel_case import KernelCase
 from kernel_inputs import kv_rows, model_shape
 from torch import Tensor
+from torch.nn import functional
 
 from ragkit.kernels.backend import Backend
-from ragkit.kernels.place_chunks import ChunkFormat, PlacementTable, place_chunks, place_chunks_torch
-from ragkit.kernels.quantize_kv import quantize_kv
+from ragkit.kernels.place_chunks import place_chunks, place_chunks_torch
+from ragkit.kernels.placement_table import PlacementTable
 from ragkit.kernels.testing import assert_matches
-from ragkit.kvcache.codec import join_sections
+from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.layout import KVLayout, LayerSpec
+from ragkit.models.model_config import RopeConfig
 
-BITS = {"bf16": 0, "int8": 8, "int4": 4}
-GROUPS = {8: (64, 64), 4: (32, 32)}  # of tokens for keys, of channels for values
+CODECS = ("bf16", "int8", "int4", "entropy2")
+DISTINCT = 4  # chunks that are encoded; the others are copies of them
 
 
 def cases(device: torch.device) -> list[KernelCase]:
-    """Return 64 chunks of 512 tokens by codec; on a CPU two of 70."""
-    return [_case(name, bits, device) for name, bits in BITS.items()]
+    """Return 64 chunks of 512 tokens by codec; on a CPU four of 70."""
+    return [_case(name, device) for name in CODECS]
 
 
-def _case(name: str, bits: int, device: torch.device) -> KernelCase:
+def _case(name: str, device: torch.device) -> KernelCase:
     shape = model_shape(device)
-    count, tokens = (64, 512) if device.type == "cuda" else (2, 70)
-    token_group, channels = GROUPS.get(bits, (1, 1))
-    channels = min(channels, shape.head_dim // 2)
-    form = ChunkFormat.codes(bits, token_group, channels) if bits else ChunkFormat.numbers(shape.dtype)
-    layers = []
-    for _ in range(count):
-        keys, values = kv_rows(tokens, shape, device), kv_rows(tokens, shape, device)
-        parts = [keys, values]
-        if bits:
-            parts = [
-                *quantize_kv(keys, bits=bits, token_group=token_group, channel_group=1, backend=Backend.TRITON),
-                *quantize_kv(values, bits=bits, token_group=1, channel_group=channels, backend=Backend.TRITON),
-            ]
-        layers.append(join_sections(parts))
-    size = layers[0].numel()
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    stored = torch.cat([layers[index] for index in order.argsort().tolist()])
-    firsts = range(0, count * tokens, tokens)
-    table = PlacementTable.build(firsts, [tokens] * count, (order * size).unsqueeze(0), device)
-    keys, values = torch.empty(
-        (2, count * tokens, shape.kv_heads, shape.head_dim), dtype=shape.dtype, device=device
-    ).unbind()
+    count, tokens = (64, 512) if device.type == "cuda" else (4, 70)
+    layout = KVLayout((LayerSpec(shape.kv_heads, shape.head_dim, RopeConfig()),), shape.dtype)
+    codec = make_codec(name, layout)
+    pairs = [(kv_rows(tokens, shape, device), kv_rows(tokens, shape, device)) for _ in range(DISTINCT)]
+    layers = [functional.pad(codec.encode([pair])[0], (0, 63)) for pair in pairs]
+    layers = [layer[: len(layer) // 64 * 64] for layer in layers] * (count // DISTINCT)
+    starts = [0, *accumulate(len(layer) for layer in layers)]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    stored, form = torch.cat(layers), codec.format(0)
+    places = torch.tensor([[starts[index] for index in order]])
+    table = PlacementTable.build(range(0, count * tokens, tokens), [tokens] * count, places, device)
+    keys, values = torch.empty((2, count * tokens, shape.kv_heads, shape.head_dim), dtype=shape.dtype, device=device)
 
     def check() -> None:
         expected = torch.empty_like(keys), torch.empty_like(values)
@@ -63,8 +57,8 @@ def _case(name: str, bits: int, device: torch.device) -> KernelCase:
         check=check,
         work=stored.nbytes + keys.nbytes + values.nbytes,
         kind="bandwidth",
-        baseline_name="" if bits else "one copy of the same bytes",
-        baseline=None if bits else _copy(stored),
+        baseline_name="one copy of the same bytes" if name == "bf16" else "",
+        baseline=_copy(stored) if name == "bf16" else None,
     )
 
 

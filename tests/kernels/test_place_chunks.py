@@ -4,9 +4,13 @@ import torch
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.dequantize_kv import dequantize_kv
-from ragkit.kernels.place_chunks import ChunkFormat, PlacementTable, place_chunks, place_chunks_torch
+from ragkit.kernels.place_chunks import place_chunks, place_chunks_torch
+from ragkit.kernels.placement_table import ChunkFormat, PlacementTable
 from ragkit.kernels.quantize_kv import quantize_kv_torch
 from ragkit.kernels.testing import CANARY, canaried
+from ragkit.kvcache.codec_entropy import EntropyCodec
+from ragkit.kvcache.layout import KVLayout, LayerSpec
+from ragkit.models.model_config import RopeConfig
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORMATS = {
@@ -16,12 +20,17 @@ FORMATS = {
     "int8": ChunkFormat.codes(8, 64, 8),
     "int4": ChunkFormat.codes(4, 32, 4),
     "int4 in small groups": ChunkFormat.codes(4, 4, 8),
+    "streams": ChunkFormat.streams(),
 }
 
 
 def _encoded(x, form):
     """The bytes of one layer: sections behind each other, each at a multiple of 16."""
     keys, values = x
+    if form == ChunkFormat.streams():
+        layout = KVLayout((LayerSpec(*keys.shape[1:], RopeConfig()),), torch.float32)
+        (data,) = EntropyCodec("entropy", layout, 1).encode([(keys, values)])
+        return data
     if form.number is not None:
         parts = [keys.to(form.number), values.to(form.number)]
     else:
@@ -56,7 +65,12 @@ class Stored:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, torch.bfloat16) for name in FORMATS), ("bf16", torch.float32), ("int4", torch.float16)]
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in FORMATS),
+        ("bf16", torch.float32),
+        ("int4", torch.float16),
+    ],
 )
 def test_every_row_is_the_definitions_and_no_other_is_touched(name, dtype, device, rng):
     stored = Stored((17, 0, 64, 1, 70), FORMATS[name], device, rng)
@@ -115,7 +129,7 @@ def test_every_head_size_fits(head_dim, bits, device, rng):
 
 
 @pytest.mark.parametrize("backend", list(Backend))
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4", "streams"])
 def test_rows_go_to_their_slots(backend, name, device, rng):
     stored = Stored((20, 7), FORMATS[name], device, rng)
     plain = [torch.zeros(stored.rows, 3, 16, device=device) for _ in range(2)]
@@ -152,6 +166,9 @@ def test_what_does_not_fit_is_refused(device, rng):
         place_chunks(stored.bytes[1:], stored.table, 0, form, rows, rows)
     with pytest.raises(KernelInputError, match="does not fit heads of 16"):
         place_chunks(stored.bytes, stored.table, 0, ChunkFormat.codes(8, 64, 16), rows, rows)
+    odd = torch.empty(stored.rows, 1, 2, device=device)
+    with pytest.raises(KernelInputError, match="streams of 4 channels do not fit"):
+        place_chunks(stored.bytes, stored.table, 0, ChunkFormat.streams(), odd, odd)
     with pytest.raises(KernelInputError, match="slots must be"):
         place_chunks(stored.bytes, stored.table, 0, form, rows, rows, torch.zeros(3, dtype=torch.int64, device=device))
     with pytest.raises(KernelInputError, match="starts must be multiples of 16"):
