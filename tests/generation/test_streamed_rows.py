@@ -37,9 +37,14 @@ PROMPT = Prompt((Segment(PREFIX), *CHUNKS, Segment(ENDING)))
 LAYOUT = BlendLayout(PROMPT)
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+
+
 @pytest.fixture(scope="module")
 def decoder():
-    return decoder_of(hf_model("llama", head_dim=16, num_hidden_layers=5))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return decoder_of(hf_model("llama", head_dim=16, num_hidden_layers=5).to(DEVICE))
 
 
 class Bench:
@@ -53,7 +58,8 @@ class Bench:
         self.codec = make_codec(codec, decoder.layout)
         recipe = KVRecipe("0" * 64, decoder.config, "tokens", decoder.dtype, self.codec.codec_id)
         self.chunks = ChunkPrefill(decoder, self.rotary, recipe, PREFIX)
-        self.store = KVStore(self.codec, MemoryTier("ram", 1 << 30, make_policy("lru")), pool=self.tier)
+        memory = MemoryTier("ram", 1 << 24, make_policy("lru"), page_locked=ON_GPU)
+        self.store = KVStore(self.codec, memory, pool=self.tier)
         self.blend = BlendPrefill(self.store, self.chunks, options or BlendOptions(ratio=0.3))
 
     def fetch(self):
@@ -65,7 +71,7 @@ class Bench:
         with RequestKV(self.pool) as kv:
             request = PrefillRequest(prompt, kv, self.rotary.table(256, len(prompt)))
             result = (strategy or self.blend).prefill(self.decoder, request)
-            slots = kv.slots(0, len(prompt))
+            slots = kv.slots(0, len(prompt)).to(DEVICE)
             return result, torch.stack([torch.stack(self.pool.rows(layer, slots)) for layer in range(5)])
 
 
@@ -73,7 +79,8 @@ def _same(source, expected):
     rows = slice(0, LAYOUT.stop)
     for layer in range(5):
         for mine, theirs in zip(source.layer(layer), expected.layer(layer), strict=True):
-            assert torch.equal(mine[rows], theirs[rows])
+            # A GPU multiplies and adds in one step, the codecs' definitions on the host in two.
+            torch.testing.assert_close(mine[rows], theirs[rows], rtol=1e-5 if ON_GPU else 0, atol=0)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -87,7 +94,8 @@ def test_streamed_rows_are_those_decoded_chunk_by_chunk_in_any_order_of_layers(d
         rows = streamed.rows()
         _same(rows.draft, expected.draft)
         _same(rows, expected)
-        assert torch.equal(rows.layer(0)[1][: LAYOUT.stop], expected.layers[0][1][: LAYOUT.stop])
+        first = rows.layer(0)[1][: LAYOUT.stop]
+        torch.testing.assert_close(first, expected.layers[0][1][: LAYOUT.stop], rtol=1e-5 if ON_GPU else 0, atol=0)
     assert (rows.draft is rows) == ("+" not in codec)
 
 
@@ -127,8 +135,8 @@ def test_with_every_token_chosen_chunks_from_the_pool_give_full_prefill(decoder)
     bench.run()[0].afterwards()
     full, rows = bench.run(FullPrefill())
     result, blended = bench.run()
-    torch.testing.assert_close(result.logits, full.logits, rtol=0, atol=1e-3)
-    torch.testing.assert_close(blended, rows, rtol=0, atol=1e-3)
+    torch.testing.assert_close(result.logits, full.logits, rtol=0, atol=2e-3)
+    torch.testing.assert_close(blended, rows, rtol=0, atol=2e-3)
 
 
 def test_keeping_chunks_lets_go_of_the_bytes_and_happens_once(decoder):
