@@ -58,20 +58,16 @@ class EncodedRows:
         self._codec = codec
         self._queue = queue
         self._device = device
-        num_layers = codec.layout.num_layers
-        # On the device a chunk keeps its extents, counted from its first byte.
-        self._extents = [
-            tuple((start - chunk.extents[0][0], stop - chunk.extents[0][0]) for start, stop in chunk.extents)
-            for chunk in self._chunks
-        ]
-        sizes = [_aligned(extents[-1][1]) for extents in self._extents]
-        self._bases = [0, *itertools.accumulate(sizes)]
+        # On the device chunks stand behind each other, each with its extents counted from its first byte.
+        self._firsts = [chunk.extents[0][0] for chunk in self._chunks]
+        sizes = [chunk.extents[-1][1] - first for chunk, first in zip(self._chunks, self._firsts, strict=True)]
+        self._bases = [0, *itertools.accumulate(_aligned(size) for size in sizes)]
         self._bytes = torch.empty(self._bases[-1], dtype=torch.uint8, device=device)
         if queue.stream is not None:
             self._bytes.record_stream(queue.stream)
-        self._table = self._table_of(range(len(self._chunks)), [chunk.first_row for chunk in self._chunks])
+        num_layers = codec.layout.num_layers
         self._job_of_layer: list[int] = []
-        for start, stop in _groups(num_layers, self._mean_layer_bytes()):
+        for start, stop in _groups(num_layers, sum(sizes) / len(sizes) / num_layers, self._are_on_device()):
             job = queue.add(functools.partial(self._bring, start, stop))
             self._job_of_layer += [job] * (stop - start)
 
@@ -103,27 +99,33 @@ class EncodedRows:
     def bytes_of(self, index: int) -> DraftBytes:
         """Return a copy of the bytes of one chunk on the device."""
         self._queue.wait(self._job_of_layer[-1])
-        return DraftBytes(self._bytes[self._bases[index] : self._bases[index + 1]].clone(), self._extents[index])
+        first = self._firsts[index]
+        extents = tuple((start - first, stop - first) for start, stop in self._chunks[index].extents)
+        return DraftBytes(self._bytes[self._bases[index] : self._bases[index + 1]].clone(), extents)
 
     def _bring(self, start: int, stop: int) -> None:
         """Bring the layers from `start` up to `stop` of all chunks."""
-        for chunk, base, extents in zip(self._chunks, self._bases, self._extents, strict=False):
-            source = chunk.data[chunk.extents[start][0] : chunk.extents[stop - 1][1]]
-            self._bytes[base + extents[start][0] : base + extents[stop - 1][1]].copy_(source, non_blocking=True)
+        for chunk, base, first in zip(self._chunks, self._bases, self._firsts, strict=False):
+            begin, end = chunk.extents[start][0], chunk.extents[stop - 1][1]
+            self._bytes[base + begin - first : base + end - first].copy_(chunk.data[begin:end], non_blocking=True)
+
+    @functools.cached_property
+    def _table(self) -> PlacementTable:  # not made before it is needed: the copies are on their way meanwhile
+        return self._table_of(range(len(self._chunks)), [chunk.first_row for chunk in self._chunks])
 
     def _table_of(self, which: Sequence[int], first_rows: Sequence[int]) -> PlacementTable:
-        starts = [[self._bases[index] + start for start, _ in self._extents[index]] for index in which]
+        starts = torch.tensor([[start for start, _ in self._chunks[index].extents] for index in which])
+        starts += torch.tensor([self._bases[index] - self._firsts[index] for index in which]).unsqueeze(1)
         tokens = [self._chunks[index].tokens for index in which]
-        return PlacementTable.build(first_rows, tokens, torch.tensor(starts, dtype=torch.int64).T, self._device)
+        return PlacementTable.build(first_rows, tokens, starts.T, self._device)
 
-    def _mean_layer_bytes(self) -> float:
-        total = sum(chunk.extents[-1][1] - chunk.extents[0][0] for chunk in self._chunks)
-        return total / len(self._chunks) / self._codec.layout.num_layers
+    def _are_on_device(self) -> bool:
+        return self._device.type != "cpu" and all(chunk.data.device == self._device for chunk in self._chunks)
 
 
-def _groups(num_layers: int, layer_bytes: float) -> list[tuple[int, int]]:
-    """Return which layers are copied together: one first, then twice as many each time until copies are large."""
-    groups, start, size = [], 0, 1
+def _groups(num_layers: int, layer_bytes: float, at_once: bool) -> list[tuple[int, int]]:
+    """Return which layers are copied together: all, or one first, then twice as many until copies are large."""
+    groups, start, size = [], 0, num_layers if at_once else 1
     while start < num_layers:
         stop = min(start + size, num_layers)
         groups.append((start, stop))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -37,10 +38,9 @@ class StepClock:
         if self._events:
             self._events[-1].synchronize()
             first = self._events[0]
-            laps = [start.elapsed_time(stop) for start, stop in zip(self._events, self._events[1:], strict=False)]
+            laps = [start.elapsed_time(stop) for start, stop in pairwise(self._events)]
         else:
-            pairs = zip(self._times, self._times[1:], strict=False)
-            laps = [(stop - start) * 1e3 for start, stop in pairs]
+            laps = [(stop - start) * 1e3 for start, stop in pairwise(self._times)]
         steps = dict(zip(self._names, laps, strict=True))
         arrival = copies.last_arrival() if copies is not None else None
         overlapped = 0.0

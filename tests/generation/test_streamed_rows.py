@@ -80,7 +80,7 @@ def _same(source, expected):
     for layer in range(5):
         for mine, theirs in zip(source.layer(layer), expected.layer(layer), strict=True):
             # A GPU multiplies and adds in one step, the codecs' definitions on the host in two.
-            torch.testing.assert_close(mine[rows], theirs[rows], rtol=1e-5 if ON_GPU else 0, atol=0)
+            torch.testing.assert_close(mine[rows], theirs[rows], rtol=0, atol=1e-4 if ON_GPU else 0)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -95,7 +95,7 @@ def test_streamed_rows_are_those_decoded_chunk_by_chunk_in_any_order_of_layers(d
         _same(rows.draft, expected.draft)
         _same(rows, expected)
         first = rows.layer(0)[1][: LAYOUT.stop]
-        torch.testing.assert_close(first, expected.layers[0][1][: LAYOUT.stop], rtol=1e-5 if ON_GPU else 0, atol=0)
+        torch.testing.assert_close(first, expected.layers[0][1][: LAYOUT.stop], rtol=0, atol=1e-4 if ON_GPU else 0)
     assert (rows.draft is rows) == ("+" not in codec)
 
 
