@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import ceil_div
@@ -116,14 +117,20 @@ class PlacementTable:
         first = (torch.arange(len(chunk)) - before[chunk]) * TABLE_ROWS
         tiles = torch.stack((chunk, first), dim=1).int()
         chunks = torch.tensor(list(zip(first_rows, tokens, strict=True)), dtype=torch.int32).view(-1, 2)
-        parts = [starts.contiguous().flatten().view(torch.uint8)]
-        parts += [part.flatten().view(torch.uint8) for part in (chunks, tiles)]
+        parts = [_padded(part) for part in (starts, chunks, tiles)]
         pieces = to_device(torch.cat(parts), device).split([part.numel() for part in parts])
         return cls(
             tuple(first_rows),
             tuple(tokens),
             max((first + size for first, size in zip(first_rows, tokens, strict=True)), default=0),
-            pieces[0].view(torch.int64).view(starts.shape),
-            pieces[1].view(torch.int32).view(-1, 2),
-            pieces[2].view(torch.int32).view(-1, 2),
+            *(
+                piece[: part.nbytes].view(part.dtype).view(part.shape)
+                for piece, part in zip(pieces, (starts, chunks, tiles), strict=True)
+            ),
         )
+
+
+def _padded(part: Tensor) -> Tensor:
+    """Return the bytes of `part` up to a multiple of 16: the next one's place is what kernels are compiled for."""
+    flat = part.contiguous().flatten().view(torch.uint8)
+    return functional.pad(flat, (0, -flat.numel() % SECTION_ALIGNMENT))

@@ -175,3 +175,15 @@ def test_what_does_not_fit_is_refused(device, rng):
         PlacementTable.build([0], [4], torch.tensor([[8]]), device)
     with pytest.raises(KernelInputError, match="as many first rows"):
         PlacementTable.build([0, 1], [4], torch.tensor([[16]]), device)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5])
+def test_every_part_of_a_table_starts_where_kernels_expect_it(count, device):
+    sizes = [70] * count
+    firsts = [70 * chunk for chunk in range(count)]
+    starts = torch.arange(3 * count).view(3, count) * 16
+    table = PlacementTable.build(firsts, sizes, starts, device)
+    assert torch.equal(table.starts.cpu(), starts)
+    assert table.chunks.tolist() == [list(pair) for pair in zip(firsts, sizes, strict=True)]
+    assert table.tiles.tolist() == [[chunk, first] for chunk in range(count) for first in (0, 64)]
+    assert all(part.data_ptr() % 16 == 0 for part in (table.starts, table.chunks, table.tiles) if part.numel())
