@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -144,8 +145,10 @@ def answer_json(answer: Answer) -> dict[str, Any]:
 
 
 def place_of(uri: str, page: int | None) -> str:
-    """Return where something stands, for people: `docs/a.pdf, page 3`."""
-    return one_line(uri) if page is None else f"{one_line(uri)}, page {page}"
+    """Return where something stands, for people: `docs/a.pdf, page 3`, seen from the working folder."""
+    here = f"{Path.cwd()}/"
+    place = one_line(uri.removeprefix(here))
+    return place if page is None else f"{place}, page {page}"
 
 
 def timings_line(timings_ms: dict[str, float]) -> str:

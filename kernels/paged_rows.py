@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import jit, tl
+from ragkit.kernels.rotation import rotate_into
 
 HIDDEN = 2**31 - 1  # position of a row that no query may see
 FIELD_ROWS = 16  # rows of a block that share one vector of a field
@@ -53,9 +54,9 @@ def visible_rows_torch(
     if key_field is not None and value_field is not None:
         keys = keys + key_field.flatten(0, 1)[seen // FIELD_ROWS].float()
         values = values + value_field.flatten(0, 1)[seen // FIELD_ROWS].float()
-    first, second = keys.chunk(2, dim=-1)
-    row_cos, row_sin = cos[at].unsqueeze(1), sin[at].unsqueeze(1)
-    return at, torch.cat((first * row_cos - second * row_sin, second * row_cos + first * row_sin), dim=-1), values
+    turned = torch.empty_like(keys)
+    rotate_into(turned, keys, cos[at], sin[at])
+    return at, turned, values
 
 
 def check_paged_rows(

@@ -11,10 +11,12 @@ Cost: reads and writes every element once; bandwidth bound.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.rotation import rotate_into
 
 
 def rope_write_kv(
@@ -81,12 +83,11 @@ def rope_write_kv_torch(
     """Do what `rope_write_kv` does: the definition."""
     key_pool.flatten(0, 1)[slots] = keys
     value_pool.flatten(0, 1)[slots] = values
-    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    cos, sin = cos[positions], sin[positions]
     for heads in (queries, keys) if rotate_keys else (queries,):
-        first, second = heads.float().chunk(2, dim=-1)
-        half = heads.shape[-1] // 2
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        heads[..., :half], heads[..., half:] = turned
+        turned = torch.empty_like(heads)
+        rotate_into(turned, heads, cos, sin)
+        heads.copy_(turned)
 
 
 def _check_inputs(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ragkit.kernels.rotation import rotate_into
 from ragkit.models.model_config import RopeConfig, RopeType
 
 
@@ -65,9 +66,9 @@ class RotaryTable:
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return `heads` (tokens, heads, head_dim) turned by the angles of `cos`, `sin` (tokens, head_dim / 2)."""
-    first, second = heads.float().chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
+    out = torch.empty_like(heads)
+    rotate_into(out, heads, cos, sin)
+    return out
 
 
 def _plain(theta: float, head_dim: int) -> Tensor:
