@@ -166,3 +166,11 @@ def test_a_log_line_takes_the_place_of_what_is_waited_for(run, world, monkeypatc
 def _stream_with_a_warning(self, question, *, filter=None, document=None):
     logging.getLogger("ragkit.generation").warning("falling back")
     return FakeStream(self.world.answer)
+
+
+def test_a_file_below_the_working_folder_is_named_by_its_path_from_there(tmp_path, monkeypatch):
+    from ragkit.cli.query import place_of
+
+    monkeypatch.chdir(tmp_path)
+    assert place_of(f"{tmp_path}/docs/a.pdf", 3) == "docs/a.pdf, page 3"
+    assert place_of("/elsewhere/b.txt", None) == "/elsewhere/b.txt"
