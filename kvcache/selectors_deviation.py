@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from ragkit.kvcache.token_selection import Deviation, SelectionScene, all_positions, highest
+from ragkit.kvcache.token_selection import Deviation, FreshRows, SelectionScene, all_positions, highest
 
 
 class DeviationOf(StrEnum):
@@ -38,13 +37,11 @@ class DeviationAtOneLayer:
         """Return all positions."""
         return all_positions(scene)
 
-    def narrow(
-        self, scene: SelectionScene, layer: int, chosen: Tensor, deviation: Callable[[], Deviation]
-    ) -> Tensor | None:
+    def narrow(self, scene: SelectionScene, layer: int, chosen: Tensor, fresh: FreshRows) -> Tensor | None:
         """Return the budget's largest deviations at the check layer."""
         if layer != self._check_layer:
             return None
-        return _largest(scene, chosen, _score(deviation(), self._of), scene.budget)
+        return _largest(scene, chosen, _score(fresh.deviation(), self._of), scene.budget)
 
 
 class GradualFiltering:
@@ -79,15 +76,13 @@ class GradualFiltering:
         """Return all positions."""
         return all_positions(scene)
 
-    def narrow(
-        self, scene: SelectionScene, layer: int, chosen: Tensor, deviation: Callable[[], Deviation]
-    ) -> Tensor | None:
+    def narrow(self, scene: SelectionScene, layer: int, chosen: Tensor, fresh: FreshRows) -> Tensor | None:
         """Return this layer's share of the budget with the largest deviations."""
         step = layer - self._first_layer
         if not 0 <= step < len(self._shares):
             return None
         budget = min(round(scene.budget * self._shares[step]), len(chosen))
-        return _largest(scene, chosen, _score(deviation(), self._of), budget)
+        return _largest(scene, chosen, _score(fresh.deviation(), self._of), budget)
 
 
 def _score(deviation: Deviation, of: DeviationOf) -> Tensor:

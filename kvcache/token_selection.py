@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -29,6 +29,32 @@ class Deviation(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+
+class ChunkAttention(NamedTuple):
+    """What tokens attend to in one layer: (tokens,) fp32 sums of attention weights over the heads.
+
+    Attributes:
+        inter: weights of earlier chunks; what stands before the first chunk is none.
+        density: the same, of each earlier chunk over its number of tokens.
+        intra: weights of the token's own chunk.
+    """
+
+    inter: Tensor
+    density: Tensor
+    intra: Tensor
+
+
+class FreshRows(Protocol):
+    """What can be measured of the tokens that a layer has just computed; nothing is until it is asked for."""
+
+    def deviation(self) -> Deviation:
+        """Return the distances of their keys and values to the reused ones."""
+        ...
+
+    def chunk_attention(self) -> ChunkAttention:
+        """Return their attention to earlier chunks and to their own; it costs about one attention of the layer."""
+        ...
 
 
 class SelectionScene(Protocol):
@@ -70,16 +96,14 @@ class TokenSelector(Protocol):
         """Return (tokens,) int64, the ascending positions that are computed from the first layer on."""
         ...
 
-    def narrow(
-        self, scene: SelectionScene, layer: int, chosen: Tensor, deviation: Callable[[], Deviation]
-    ) -> Tensor | None:
+    def narrow(self, scene: SelectionScene, layer: int, chosen: Tensor, fresh: FreshRows) -> Tensor | None:
         """Return which of `chosen` are computed beyond the attention of `layer`, or None for all of them.
 
         Args:
             scene: the prompt.
             layer: index of the layer whose keys and values were just computed for `chosen`.
             chosen: (tokens,) int64 ascending positions.
-            deviation: gives the distances of their fresh rows to the reused ones.
+            fresh: measures them.
 
         Returns:
             (tokens,) bool over `chosen`, or None.
@@ -90,9 +114,7 @@ class TokenSelector(Protocol):
 class ChosenOnce:
     """Base of selectors that choose before the first layer and stay with it."""
 
-    def narrow(
-        self, scene: SelectionScene, layer: int, chosen: Tensor, deviation: Callable[[], Deviation]
-    ) -> Tensor | None:
+    def narrow(self, scene: SelectionScene, layer: int, chosen: Tensor, fresh: FreshRows) -> Tensor | None:
         """Return None: all of them stay."""
         return None
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ragkit.generation.decoder import Decoder
+from ragkit.generation.decoder import Decoder, Projected
+from ragkit.generation.projected_rows import ProjectedRows
 from ragkit.generation.reused_rows import ReusedRows, RowSource, unwritten_layer
-from ragkit.kernels.kv_deviation import kv_deviation
 from ragkit.kernels.propagate_change import propagate_change
 from ragkit.kernels.propagation_plan import ChunkTiles, PropagationPlan
 from ragkit.kernels.rope_write_kv import rope_write_kv
@@ -23,7 +24,7 @@ from ragkit.kernels.selected_attention import selected_attention
 from ragkit.kvcache.change_strength import ChangeStrength
 from ragkit.kvcache.codec import LayerKV
 from ragkit.kvcache.rope import RotaryTable
-from ragkit.kvcache.token_selection import Deviation, SelectionScene, TokenSelector
+from ragkit.kvcache.token_selection import SelectionScene, TokenSelector
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class BlendPass:
         activations = decoder.embed(self._token_ids[active.positions])
         for layer in range(decoder.config.num_layers):
             projected = decoder.project(layer, activations)
-            keep = self._narrowed(selector, layer, active.chosen, projected.keys, projected.values)
+            keep = self._narrowed(selector, layer, active.chosen, projected)
             self._blend(layer, active, projected.keys, projected.values, sink, scratch)
             self._write_fresh(layer, active, projected.queries, projected.keys, projected.values, sink, scratch)
             queries, residual = projected.queries, projected.residual
@@ -138,17 +139,14 @@ class BlendPass:
         return active
 
     def _narrowed(
-        self, selector: TokenSelector | None, layer: int, chosen: Tensor, keys: Tensor, values: Tensor
+        self, selector: TokenSelector | None, layer: int, chosen: Tensor, projected: Projected
     ) -> Tensor | None:
         if selector is None:
             return None
-
-        def deviation() -> Deviation:
-            old_keys, old_values = self._rows.layer(layer)
-            fresh = keys[: len(chosen)], values[: len(chosen)]
-            return Deviation(*kv_deviation(*fresh, old_keys[chosen], old_values[chosen]))
-
-        return selector.narrow(self._scene, layer, chosen, deviation)
+        fresh = ProjectedRows(
+            projected, chosen, partial(self._rows.layer, layer), self._cu_rows[1:], self._rotary, self._decoder.scale
+        )
+        return selector.narrow(self._scene, layer, chosen, fresh)
 
     def _blend(
         self, layer: int, active: _Active, keys: Tensor, values: Tensor, sink: RowSink, scratch: LayerKV

@@ -38,6 +38,19 @@ class Scene:
         return self.mass if repaired is None else self.mass.flip(0)
 
 
+class Measured:
+    """The tokens of a layer, of which only what is given may be asked for."""
+
+    def __init__(self, deviation=None, attention=None):
+        self._deviation, self._attention = deviation, attention
+
+    def deviation(self):
+        return self._deviation or pytest.fail("nobody may ask for the deviation")
+
+    def chunk_attention(self):
+        return self._attention or pytest.fail("nobody may ask for the attention")
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("budget", [0, 1, 7, 50, 55, 60])
 def test_the_budget_is_met_with_distinct_ascending_positions_of_chunks(name, budget):
@@ -104,7 +117,7 @@ def test_random_tokens_are_the_same_again_and_others_for_another_seed():
 def test_everything_and_nothing():
     assert Everything().choose(Scene(3)).tolist() == list(range(5, 65))
     assert NoTokens().choose(Scene(3)).tolist() == []
-    assert NoTokens().narrow(Scene(3), 1, torch.arange(3), lambda: None) is None
+    assert NoTokens().narrow(Scene(3), 1, torch.arange(3), Measured()) is None
 
 
 @pytest.mark.parametrize(
@@ -123,8 +136,8 @@ def test_the_largest_deviations_at_the_check_layer_stay(of, expected):
     keys[[15, 16]] = torch.tensor([8.0, 9.0])  # positions 20, 21
     values[[35, 36]] = torch.tensor([8.0, 9.0])
     keys[:10] = values[:10] = 100.0  # the exact chunk
-    assert selector.narrow(scene, 0, chosen, lambda: pytest.fail("layer 0 is not checked")) is None
-    kept = selector.narrow(scene, 1, chosen, lambda: Deviation(keys, values))
+    assert selector.narrow(scene, 0, chosen, Measured()) is None
+    kept = selector.narrow(scene, 1, chosen, Measured(Deviation(keys, values)))
     assert chosen[kept].tolist() == expected
 
 
@@ -135,7 +148,7 @@ def test_filtering_narrows_layer_by_layer_and_spends_the_budget_on_average(num_l
     chosen, computed = selector.choose(scene), []
     for layer in range(num_layers):
         scores = torch.rand(len(chosen), generator=torch.Generator().manual_seed(layer))
-        kept = selector.narrow(scene, layer, chosen, lambda scores=scores: Deviation(scores, scores))
+        kept = selector.narrow(scene, layer, chosen, Measured(Deviation(scores, scores)))
         if kept is not None:
             chosen = chosen[kept]
             computed.append(len(chosen))
