@@ -1,0 +1,1 @@
+"""Measuring ragkit on the user's own model, machine and collection: what `ragkit bench` runs."""

@@ -1,0 +1,135 @@
+"""How far an answer that starts from a blended prompt is from the one that full prefill gives.
+
+Both are followed along the same tokens, full prefill's own greedy answer, so that one early difference does not count
+once a token (teacher forcing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ragkit.generation.attention import PrefillAttention
+from ragkit.generation.decoder import Decoder
+from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.generation.strategy import PrefillRequest, PrefillResult, PrefillStrategy
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.rope import RotaryTable
+from ragkit.types import Prompt
+
+ANSWER_TOKENS = 16
+#: Rows that a request needs behind its prompt.
+ROOM_BEHIND = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOutcome:
+    """What one prefill leads to.
+
+    Attributes:
+        along: (answer tokens, vocab) fp32 logits before each token of `answer`.
+        answer: the tokens that were followed, stop tokens included.
+        nll: nats a token of the gold answer; None where there is none.
+        recomputed: part of the chunks' tokens that was computed.
+    """
+
+    along: Tensor
+    answer: tuple[int, ...]
+    nll: float | None
+    recomputed: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDistance:
+    """How far one prefill is from full prefill on one prompt.
+
+    Attributes:
+        kl_first: KL divergence, in nats, of the first answer token's distribution from full prefill's.
+        kl_mean: the mean of it over the answer's tokens.
+        same_first: 1 where both have the same likeliest first token, else 0.
+        nll, nll_full: nats a token of the gold answer, and full prefill's; None where there is no gold answer.
+        recomputed: part of the chunks' tokens that was computed.
+        largest_logit_difference: of the first answer token.
+    """
+
+    kl_first: float
+    kl_mean: float
+    same_first: float
+    nll: float | None
+    nll_full: float | None
+    recomputed: float
+    largest_logit_difference: float
+
+
+class AnswerScorer:
+    """Follows answers of one model.
+
+    Args:
+        decoder: the model.
+        rotary: its rotary tables.
+        pool: has room for a prompt and `ROOM_BEHIND` tokens.
+    """
+
+    def __init__(self, decoder: Decoder, rotary: RotaryCache, pool: KVPool) -> None:
+        self.decoder = decoder
+        self.rotary = rotary
+        self.pool = pool
+
+    @torch.inference_mode()
+    def outcome(
+        self, strategy: PrefillStrategy, prompt: Prompt, gold: Sequence[int] = (), answer: Sequence[int] | None = None
+    ) -> PrefillOutcome:
+        """Return what `strategy` leads to, along `answer`, or along its own greedy answer of `ANSWER_TOKENS` tokens."""
+        with RequestKV(self.pool) as kv:
+            total = len(prompt) + ROOM_BEHIND
+            rotary = self.rotary.table(total, len(prompt))
+            result = strategy.prefill(self.decoder, PrefillRequest(prompt, kv, rotary))
+            kv.reserve(total)
+            first = result.logits.float()
+            followed = self._greedy(kv, rotary, first) if answer is None else tuple(answer)
+            along = torch.cat((first.unsqueeze(0), self._logits_behind(kv, rotary, followed[:-1])))
+            nll = self._nats_of(gold, kv, rotary, first) if gold else None
+        return PrefillOutcome(along, followed, nll, _recomputed_share(prompt, result))
+
+    def _greedy(self, kv: RequestKV, rotary: RotaryTable, first: Tensor) -> tuple[int, ...]:
+        tokens = [int(first.argmax())]
+        while len(tokens) < ANSWER_TOKENS:
+            tokens.append(int(self._logits_behind(kv, rotary, tokens)[-1].argmax()))
+        return tuple(tokens)
+
+    def _nats_of(self, gold: Sequence[int], kv: RequestKV, rotary: RotaryTable, first: Tensor) -> float:
+        logits = torch.cat((first.unsqueeze(0), self._logits_behind(kv, rotary, gold[:-1])))
+        targets = torch.tensor(list(gold), device=first.device).unsqueeze(1)
+        return float(-logits.log_softmax(-1).gather(1, targets).mean())
+
+    def _logits_behind(self, kv: RequestKV, rotary: RotaryTable, token_ids: Sequence[int]) -> Tensor:
+        # (tokens, vocab) fp32 after each of `token_ids`, computed behind the prompt and not kept
+        if not token_ids:
+            return torch.empty((0, self.decoder.config.vocab_size), device=self.decoder.device)
+        attend = PrefillAttention(kv, rotary, kv.num_tokens, len(token_ids), self.decoder.scale)
+        return self.decoder.logits(self.decoder.run(list(token_ids), attend)).float()
+
+
+def distance_between(got: PrefillOutcome, reference: PrefillOutcome) -> AnswerDistance:
+    """Return how far `got` is from `reference`, full prefill's outcome; both follow the same answer."""
+    theirs, mine = reference.along.log_softmax(-1), got.along.log_softmax(-1)
+    divergence = (theirs.exp() * (theirs - mine)).sum(-1)
+    return AnswerDistance(
+        kl_first=float(divergence[0]),
+        kl_mean=float(divergence.mean()),
+        same_first=float(mine[0].argmax() == theirs[0].argmax()),
+        nll=got.nll,
+        nll_full=reference.nll,
+        recomputed=got.recomputed,
+        largest_logit_difference=float((got.along[0] - reference.along[0]).abs().max()),
+    )
+
+
+def _recomputed_share(prompt: Prompt, result: PrefillResult) -> float:
+    chunk_tokens = sum(len(one.token_ids) for one in prompt.segments if one.chunk_id is not None)
+    beside = len(prompt) - chunk_tokens if result.reused == 0 else len(prompt.segments[-1].token_ids)
+    return (result.recomputed - beside) / max(chunk_tokens, 1)

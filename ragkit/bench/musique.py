@@ -1,0 +1,41 @@
+"""MuSiQue: questions that need several passages, with ten or so beside them that do not help.
+
+Source: Trivedi et al., MuSiQue (arXiv 2108.00573), as CacheBlend's evaluation samples it: one JSON file, a list of
+objects with `question`, `answers` and `ctxs`, each with a `text`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE_NAME = "musique_s.json"
+
+
+@dataclass(frozen=True, slots=True)
+class MusiqueItem:
+    """One question with its passages; `index` is its place in the file."""
+
+    index: int
+    question: str
+    answers: tuple[str, ...]
+    passages: tuple[str, ...]
+
+
+def musique_items(folder: Path) -> list[MusiqueItem]:
+    """Return the items whose answer stands in a passage."""
+    items = []
+    for index, one in enumerate(json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))):
+        passages = tuple(passage["text"] for passage in one["ctxs"])
+        text = _plain(" ".join(passages))
+        if any(_plain(answer) in text for answer in one["answers"]):
+            items.append(MusiqueItem(index, one["question"], tuple(one["answers"]), passages))
+    return items
+
+
+def _plain(text: str) -> str:
+    kept = "".join(char for char in text.lower() if char not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())

@@ -1,0 +1,66 @@
+"""Distances of blended prefill from full prefill, over a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+
+from ragkit.bench.answer_distance import ANSWER_TOKENS, AnswerScorer
+from ragkit.bench.blend_quality import NO_PROPAGATION, PLAIN_REUSE, BlendQuality, Variant
+from ragkit.generation.full_prefill import FullPrefill
+from ragkit.kvcache.kv_key import ContextKind
+from ragkit.kvcache.selectors_question import QuestionAttention
+from ragkit.kvcache.selectors_static import Everything
+
+EVERYTHING = Variant("everything", Everything(), 1.0, NO_PROPAGATION)
+QUARTER = Variant("question", QuestionAttention(), 0.25)
+
+
+@pytest.fixture(scope="module")
+def scorer(engine) -> AnswerScorer:
+    return AnswerScorer(engine.decoder, engine.rotary, engine.pool)
+
+
+def quality(engine, scorer, codec="bf16", context=ContextKind.PREFIX) -> BlendQuality:
+    return BlendQuality(scorer, engine.prompt_builder().prefix.token_ids, codec, context)
+
+
+def test_recomputing_everything_is_no_distance_and_plain_reuse_is_some(engine, scorer, prompt_of):
+    found = quality(engine, scorer).score(prompt_of(0), [PLAIN_REUSE, EVERYTHING, QUARTER])
+    assert list(found) == ["reuse @ 0", "everything @ 1", "question @ 0.25"]
+    assert found["everything @ 1"].kl_mean == pytest.approx(0, abs=1e-6)
+    assert found["everything @ 1"].largest_logit_difference < 1e-3
+    assert found["reuse @ 0"].kl_mean > 1e-3
+    assert found["reuse @ 0"].kl_first > found["question @ 0.25"].kl_first > 0
+
+
+def test_the_share_recomputed_is_that_of_the_chunks_tokens(engine, scorer, prompt_of):
+    found = quality(engine, scorer).score(prompt_of(0), [PLAIN_REUSE, EVERYTHING, QUARTER])
+    shares = [one.recomputed for one in found.values()]
+    assert shares == pytest.approx([0, 1, 0.25], abs=0.01)
+
+
+def test_plain_reuse_is_measured_the_same_way_whatever_the_codec_and_context(engine, scorer, prompt_of):
+    plain = quality(engine, scorer).score(prompt_of(0), [PLAIN_REUSE, QUARTER])
+    other = quality(engine, scorer, "int4", ContextKind.ISOLATED).score(prompt_of(0), [PLAIN_REUSE, QUARTER])
+    assert plain["reuse @ 0"] == other["reuse @ 0"]
+    assert plain["question @ 0.25"] != other["question @ 0.25"]
+
+
+def test_full_prefill_follows_its_own_greedy_answer(engine, scorer, prompt_of):
+    outcome = scorer.outcome(FullPrefill(), prompt_of(0))
+    assert outcome.along.shape == (ANSWER_TOKENS, engine.decoder.config.vocab_size)
+    assert outcome.along.argmax(-1).tolist() == list(outcome.answer)
+    assert outcome.nll is None
+
+
+def test_the_gold_answers_likelihood_is_its_mean_nats(engine, scorer, prompt_of):
+    gold = engine.tokenizer.encode("the river")
+    outcome = scorer.outcome(FullPrefill(), prompt_of(0), gold, gold)
+    expected = -sum(float(row.log_softmax(-1)[token]) for row, token in zip(outcome.along, gold, strict=True))
+    assert outcome.nll == pytest.approx(expected / len(gold), rel=1e-5)
+
+
+def test_blocks_are_free_again(engine, scorer, prompt_of):
+    before = engine.pool.num_free
+    scorer.outcome(FullPrefill(), prompt_of(0))
+    assert engine.pool.num_free == before

@@ -1,0 +1,18 @@
+"""Reading MuSiQue."""
+
+from __future__ import annotations
+
+import json
+
+from ragkit.bench.musique import musique_items
+
+
+def test_items_whose_answer_stands_in_no_passage_are_left_out(tmp_path):
+    passages = [{"title": "A", "text": "He studied at The Exeter College, Oxford."}, {"title": "B", "text": "Other."}]
+    items = [
+        {"question": "Where?", "answers": ["Cambridge"], "ctxs": passages},
+        {"question": "Where then?", "answers": ["exeter college"], "ctxs": passages},
+    ]
+    (tmp_path / "musique_s.json").write_text(json.dumps(items), encoding="utf-8")
+    [item] = musique_items(tmp_path)
+    assert (item.index, item.question, len(item.passages)) == (1, "Where then?", 2)
