@@ -15,11 +15,12 @@ from html import unescape
 from ragkit.types import Metadata
 
 PATH_SEPARATOR = " > "
+_LONGEST_TITLE = 120  # code points of a title that a path shows
 
 _FENCE = re.compile(r"^[ ]{0,3}(?P<mark>`{3,}|~{3,})[^\n]*$", re.MULTILINE)
 _HEADING = re.compile(
     r"""
-      ^[ ]{0,3}(?P<hashes>\#{1,6})[ \t]+(?P<hashed>[^\n]*?)[ \t]*(?:\#+[ \t]*)?$
+      ^[ ]{0,3}(?P<hashes>\#{1,6})[ \t]+(?P<hashed>[^\n]*)$
     | ^(?P<underlined>[^\s|\#>\-=*+<][^\n]{0,200})\n[ ]{0,3}(?P<line>={3,}|-{3,})[ \t]*$
     | ^[ ]?(?P<equals>=(?:[ ]?=){0,5})[ ]*(?P<wiki>[^=\s][^\n=]{0,200}?)[ ]*(?P=equals)[ ]?$
     | <[hH](?P<html_level>[1-6])\b[^<>]{0,300}>(?P<html>[^\n]{0,400}?)</[hH](?P=html_level)\s*>
@@ -59,6 +60,8 @@ def outline(text: str) -> list[Heading]:
         title = text[match.start(group) : match.end(group)]
         if group == "html":
             title = unescape(_TAG.sub("", title))
+        elif group == "hashed":
+            title = _without_closing_hashes(title)
         title = " ".join(title.split())
         if title:
             found.append(Heading(level, title, match.start(), match.end()))
@@ -94,7 +97,19 @@ def heading_paths(headings: Sequence[Heading], chars: Sequence[int]) -> list[tup
 
 def heading_metadata(path: Sequence[str]) -> Metadata:
     """Return `{"heading_path": "Guide > Install"}`, or nothing where there is no heading above."""
-    return {"heading_path": PATH_SEPARATOR.join(path)} if path else {}
+    return {"heading_path": PATH_SEPARATOR.join(map(_shown, path))} if path else {}
+
+
+def _shown(title: str) -> str:
+    """Return a title as paths show it: a heading of one endless line must not be repeated with every chunk."""
+    return title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1].rstrip()}…"
+
+
+def _without_closing_hashes(title: str) -> str:
+    """Return the title of `# title ##` without the hashes behind it; those of `C#` are the title's own."""
+    bare = title.rstrip()
+    inner = bare.rstrip("#")
+    return inner if inner[-1:] in (" ", "\t", "") else bare
 
 
 def _with_title_case(text: str) -> str:

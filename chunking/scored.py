@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ragkit.chunking.assembly import Assembler, Span
 from ragkit.chunking.length_constrained import Indices, LengthPrior, Scores, UniformPrior, best_cuts
+from ragkit.chunking.metadata import with_metadata
 from ragkit.chunking.units import Units, sentence_units
 from ragkit.chunking.words import WordCounter
 from ragkit.config import ChunkingConfig
@@ -80,6 +81,7 @@ class ScoredChunker:
         paragraph_log_odds: added to the log-odds of boundaries where a paragraph starts.
         boundaries: offsets of a text, ascending, where a unit starts even inside a sentence.
         repeat_sentence: the last sentence of a chunk opens the next one too.
+        describe: the chunks' metadata hold what `ragkit.chunking.metadata` finds.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class ScoredChunker:
         boundaries: Callable[[str], Sequence[int]] | None = None,
         *,
         repeat_sentence: bool = False,
+        describe: bool = False,
     ) -> None:
         self._scorer = scorer
         self._max_tokens = config.max_tokens
@@ -100,6 +103,7 @@ class ScoredChunker:
         self._paragraph_log_odds = paragraph_log_odds
         self._boundaries = boundaries
         self._repeat_sentence = repeat_sentence
+        self._describe = describe
         self._counter = WordCounter(tokenizer)
         self._assembler = Assembler(tokenizer, self._counter, config.max_tokens)
         rules = [scorer.name, _RULES_VERSION, config.max_tokens, config.overlap_tokens, tokenizer.tokenizer_id]
@@ -168,4 +172,5 @@ class ScoredChunker:
         return spans[:1] + [(start, stop) for start, (_, stop) in zip(starts, spans[1:], strict=True)]
 
     def _chunks(self, document: Document, spans: list[Span]) -> list[Chunk]:
-        return list(self._assembler.chunks(document, self._assembler.counted(document, spans)))
+        chunks = list(self._assembler.chunks(document, self._assembler.counted(document, spans)))
+        return with_metadata(document, chunks) if self._describe else chunks

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ragkit.chunking.length_constrained import LengthPrior, Scores
-from ragkit.chunking.outline import Heading, heading_metadata, heading_paths, outline
+from ragkit.chunking.outline import Heading, outline
 from ragkit.chunking.scored import BoundaryScores, ScoredChunker
-from ragkit.chunking.tables import Table, find_tables, table_header
+from ragkit.chunking.tables import find_tables
 from ragkit.chunking.units import Units
 from ragkit.config import ChunkingConfig
 from ragkit.errors import UsageError
-from ragkit.types import Metadata, TextTokenizer
+from ragkit.types import TextTokenizer
 
 # Log-odds of a cut. Each kind costs more than the one before, so the cap is held by few cuts at strong places.
 _SPLIT = 5.0
@@ -88,24 +88,4 @@ def structural_chunker(
 ) -> ScoredChunker:
     """Return a chunker that cuts at the structure of the text and holds the cap."""
     scorer = StructureScorer(options or StructuralOptions())
-    return ScoredChunker(scorer, config, tokenizer, prior, boundaries=scorer.boundaries)
-
-
-def structural_metadata(text: str, char_starts: Sequence[int]) -> list[Metadata]:
-    """Return, for chunks of `text` that start at `char_starts` (ascending), what their place says of them.
-
-    `heading_path` holds the headings above the chunk, `table_header` the column names where the chunk starts inside
-    a table whose header lies in an earlier chunk. Keys that do not apply are left out.
-    """
-    tables = find_tables(text)
-    # A chunk that starts with a heading (or white space before it) is below that heading.
-    firsts = [start + len(text[start : start + 200]) - len(text[start : start + 200].lstrip()) for start in char_starts]
-    paths = heading_paths(outline(text), firsts)
-    return [
-        {**heading_metadata(path), **_header_metadata(tables, first)} for path, first in zip(paths, firsts, strict=True)
-    ]
-
-
-def _header_metadata(tables: Sequence[Table], char: int) -> Metadata:
-    header = table_header(tables, char)
-    return {} if header is None else {"table_header": header}
+    return ScoredChunker(scorer, config, tokenizer, prior, boundaries=scorer.boundaries, describe=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from html import unescape
 
 _PIPE_TABLE = re.compile(
-    r"^(?P<header>[ \t]*\|?[^\n|]*\|[^\n]*)\n"
-    r"[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*(?:\n|\Z)"
+    r"^(?P<header>[^\n|]*+\|[^\n]*)\n"
+    r"[ \t]*+\|?[ \t]*+:?-++:?[ \t]*+(?:\|[ \t]*+:?-++:?[ \t]*+)*+\|?[ \t]*+(?:\n|\Z)"
     r"(?P<rows>(?:[^\n]*\|[^\n]*(?:\n|\Z))*)",
     re.MULTILINE,
 )
@@ -85,4 +85,4 @@ def _html_tables(text: str) -> list[Table]:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return " | ".join(" ".join(cell.split()) for cell in cells)
+    return " | ".join(" ".join(cell.split()) for cell in cells)[:_LONGEST_HEADER]

@@ -15,7 +15,7 @@ from ragkit.config import Strategy
 from ragkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from ragkit.types import Answer, Citation
+    from ragkit.types import Answer, Citation, Metadata
 
 
 def register(app: typer.Typer) -> None:
@@ -149,6 +149,12 @@ def place_of(uri: str, page: int | None) -> str:
     here = f"{Path.cwd()}/"
     place = one_line(uri.removeprefix(here))
     return place if page is None else f"{place}, page {page}"
+
+
+def heading_of(metadata: Metadata) -> str:
+    """Return the headings above a chunk, for people: `  Guide > Install`, or nothing."""
+    path = metadata.get("heading_path")
+    return f"  {one_line(str(path))}" if path else ""
 
 
 def timings_line(timings_ms: dict[str, float]) -> str:

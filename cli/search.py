@@ -10,7 +10,7 @@ import typer
 
 from ragkit.cli.common import Session, command, flag
 from ragkit.cli.output import bold, one_line
-from ragkit.cli.query import FilterOption, TopKOption, parse_filters, place_of, require_text, timings_line
+from ragkit.cli.query import FilterOption, TopKOption, heading_of, parse_filters, place_of, require_text, timings_line
 from ragkit.config import SearchMode
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _hit_json(hit: Hit) -> dict[str, Any]:
         "char_stop": hit.char_stop,
         "text": hit.text,
         "chunk_id": hit.chunk_id,
+        "metadata": dict(hit.metadata),
     }
 
 
@@ -71,6 +72,6 @@ def _lines(result: SearchResult) -> Iterator[str]:
     if not result.hits:
         yield "nothing found"
     for hit in result.hits:
-        span = f"[{hit.char_start}:{hit.char_stop}]"
-        yield f"{bold(f'{hit.rank:>2}.', sys.stdout)} {hit.score:.4f}  {place_of(hit.uri, hit.page)} {span}"
+        place = f"{place_of(hit.uri, hit.page)} [{hit.char_start}:{hit.char_stop}]"
+        yield f"{bold(f'{hit.rank:>2}.', sys.stdout)} {hit.score:.4f}  {place}{heading_of(hit.metadata)}"
         yield f"    {one_line(hit.text, EXCERPT_CHARS)}"

@@ -46,7 +46,7 @@ Keys may be added, never renamed. Character offsets are half-open and count Unic
 | any that fails | `error`: {`code`, `message`} |
 | `ingest` | `added`, `updated`, `unchanged`, `relinked`, `removed`, `skipped`, `failed`: [{`uri`, `stage`, `code`, `message`}], `chunks`, `tokens`, `seconds`, `dry_run`, `interrupted`, `warnings`, `timings_s`, `kv`: {`computed`, `present`, `bytes`}; null without `--kv` |
 | `query` | `answer`, `found`, `citations`: [{`uri`, `page`, `char_start`, `char_stop`, `quote`, `score`, `doc_id`}], `strategy`, `model`, `tokens`: {`prompt`, `reused`, `recomputed`, `generated`}, `dropped_chunks`, `warnings`, `kv`: {`hits`, `misses`, `holes`, `bytes_by_tier`}, `draft`: {`mode`, `drafted`, `accepted`, `ms_per_step`}, `timings_ms`: {`load_models`, `retrieve`, `load_kv`, `prefill`, `first_token`, `total`; where chunks were blended also `compute_kv`, `select`, `blend`, parts of `prefill` as `load_kv` is} |
-| `search` | `hits`: [{`rank`, `score`, `uri`, `page`, `char_start`, `char_stop`, `text`, `chunk_id`}], `timings_ms`, `warnings` |
+| `search` | `hits`: [{`rank`, `score`, `uri`, `page`, `char_start`, `char_stop`, `text`, `chunk_id`, `metadata`: {`heading_path`, `table_header`; where they apply}}], `timings_ms`, `warnings` |
 | `chunk` | `chunker`, `chunks`: [{`index`, `char_start`, `char_stop`, `token_count`, `text`, `page`, `uri`, `chunk_id`}] |
 | `ls` | `sources`: [{`uri`, `status`, `documents`, `chunks`, `bytes`, `sha256`, `media_type`, `reader`, `failure`}] |
 | `rm` | `removed`: [uri], `erased` |

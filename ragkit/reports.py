@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ragkit.types import Metadata
+
 
 @dataclass(frozen=True, slots=True)
 class FailedSource:
@@ -74,7 +76,7 @@ class IngestReport:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One search result with its text and place."""
+    """One search result with its text and place; `metadata` holds the chunk's `heading_path` and `table_header`."""
 
     rank: int
     score: float
@@ -84,6 +86,7 @@ class Hit:
     char_stop: int
     text: str
     chunk_id: str
+    metadata: Metadata = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

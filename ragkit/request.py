@@ -277,4 +277,5 @@ def _hit(found: RetrievedChunk) -> Hit:
         char_stop=chunk.char_stop,
         text=chunk.text,
         chunk_id=chunk.chunk_id,
+        metadata=chunk.metadata,
     )

@@ -70,6 +70,8 @@ class Chunk:
         char_start, char_stop: half-open span in the document's text.
         token_count: the generator's tokens of `text` alone, without special tokens.
         page: page of the first code point, or None where the source has no pages.
+        metadata: what its place says of it: `heading_path` ("Guide > Install") below headings, `table_header`
+            ("name | size") for rows of a table whose header lies in an earlier chunk.
     """
 
     chunk_id: str
@@ -80,6 +82,7 @@ class Chunk:
     char_stop: int
     token_count: int
     page: int | None = None
+    metadata: Metadata = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

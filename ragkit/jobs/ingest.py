@@ -15,13 +15,15 @@ from threading import Event
 import numpy as np
 
 from ragkit.chunking.base import Chunker, check_chunks
+from ragkit.chunking.metadata import with_metadata
 from ragkit.errors import ChunkingError, ReadError, RetrievalError
 from ragkit.jobs.plan import Action, IngestPlan, PlannedSource, Recipes
 from ragkit.progress import Progress
 from ragkit.readers import ReaderPool, ReadFailure, ReadLimits, ReadResult
 from ragkit.reports import FailedSource, IngestReport
-from ragkit.retrieval.base import Embedder, FloatMatrix
+from ragkit.retrieval.base import ChunkEmbedder, FloatMatrix
 from ragkit.store.base import (
+    DocumentSpans,
     IndexedDocument,
     KnownDocument,
     SourceFailure,
@@ -42,7 +44,7 @@ class IngestTools:
     """What an ingest works with."""
 
     chunker: Chunker
-    embedder: Embedder
+    embedder: ChunkEmbedder
     max_tokens: int
     recipes: Recipes
     limits: ReadLimits
@@ -199,7 +201,7 @@ class Ingest:
             return None
         chunks = self._pending_documents.get(document.doc_id)
         if chunks is None:
-            chunks = self._tools.chunker.chunk(document)
+            chunks = with_metadata(document, self._tools.chunker.chunk(document))
             check_chunks(document, chunks, self._tools.max_tokens)
             self._pending_documents[document.doc_id] = chunks
             self._pending_chunks += len(chunks)
@@ -233,7 +235,7 @@ class Ingest:
         self._progress.advance(documents=len(pending), bytes=sum(one.item.source.size for one in pending))
 
     def _embed(self, pending: list[_Pending]) -> list[SourceUpdate]:
-        vectors = self._vectors_of({d.doc_id: chunks for one in pending for d, chunks in one.documents if chunks})
+        vectors = self._vectors_of({d.doc_id: (d, chunks) for one in pending for d, chunks in one.documents if chunks})
         none = np.empty((0, self._tools.embedder.dim), np.float32)
         updates = []
         for one in pending:
@@ -246,10 +248,9 @@ class Ingest:
             updates.append(replace(self._update_of(one.item, one.result), documents=tuple(documents)))
         return updates
 
-    def _vectors_of(self, documents: dict[str, list[Chunk]]) -> dict[str, FloatMatrix]:
+    def _vectors_of(self, documents: dict[str, tuple[Document, list[Chunk]]]) -> dict[str, FloatMatrix]:
         """Return the vectors (chunks, dim) of each document, all embedded in one call: long batches pad less."""
-        chunks = [chunk for some in documents.values() for chunk in some]
-        if not chunks:
+        if not documents:
             return {}
         started, started_cpu = time.perf_counter(), time.process_time()
 
@@ -257,11 +258,15 @@ class Ingest:
             self._progress.advance(tokens=tokens)
             self._check_stop()
 
-        vectors = self._tools.embedder.encode([chunk.text for chunk in chunks], on_tokens=on_tokens)
+        whole = [
+            DocumentSpans(document.text, [(chunk.char_start, chunk.char_stop) for chunk in chunks])
+            for document, chunks in documents.values()
+        ]
+        vectors = self._tools.embedder.encode_chunks(whole, on_tokens=on_tokens)
         self._tally.seconds["embed"] += time.perf_counter() - started
         self._tally.seconds["embed_cpu"] += time.process_time() - started_cpu
-        self._tally.tokens += sum(chunk.token_count for chunk in chunks)
-        stops = np.cumsum([len(some) for some in documents.values()])
+        self._tally.tokens += sum(chunk.token_count for _, chunks in documents.values() for chunk in chunks)
+        stops = np.cumsum([len(chunks) for _, chunks in documents.values()])
         return dict(zip(documents, np.split(vectors, stops[:-1]), strict=True))
 
     def _update_of(self, item: PlannedSource, result: ReadResult) -> SourceUpdate:

@@ -189,14 +189,15 @@ class Changes:
         rows, texts = [], []
         for row_id, chunk in enumerate(chunks, first_row):
             place = (chunk.char_start, chunk.char_stop, chunk.token_count, chunk.page)
-            spans = (chunk.chunk_id, doc_key, chunk.index, *place)
+            metadata = metadata_to_json(f"chunk {chunk.index}", chunk.metadata) if chunk.metadata else ""
+            facts = (chunk.chunk_id, doc_key, chunk.index, *place, metadata)
             encoded = chunk.text.encode("utf-8", "surrogatepass")
-            crc = chunk_crc(row_id, spans, encoded)
+            crc = chunk_crc(row_id, facts, encoded)
             self._kv.came(chunk.chunk_id, encoded, chunk.char_stop - chunk.char_start)
             text = to_sql(chunk.text)
-            rows.append((row_id, *spans, text, crc))
+            rows.append((row_id, *facts, text, crc))
             texts.append((row_id, text))
-        sql = f"INSERT INTO chunks ({CHUNK_COLUMNS}, text, crc) VALUES (?,?,?,?,?,?,?,?,?,?)"  # noqa: S608
+        sql = f"INSERT INTO chunks ({CHUNK_COLUMNS}, text, crc) VALUES (?,?,?,?,?,?,?,?,?,?,?)"  # noqa: S608
         self.connection.executemany(sql, rows)
         self.connection.executemany("INSERT INTO chunk_fts (rowid, text) VALUES (?,?)", texts)
 
@@ -204,9 +205,9 @@ class Changes:
         sql = f"SELECT {CHUNK_COLUMNS}, CAST(text AS BLOB), crc FROM chunks WHERE doc_key = ?"  # noqa: S608
         texts: list[tuple[int, bytes]] = []
         for row in self.connection.execute(sql, (doc_key,)):
-            texts.append((row[0], row[8]))
-            if chunk_crc(row[0], tuple(row[1:8]), row[8]) == row[9]:
-                self._kv.went(row[1], row[8], row[5] - row[4])
+            texts.append((row[0], row[9]))
+            if chunk_crc(row[0], tuple(row[1:9]), row[9]) == row[10]:
+                self._kv.went(row[1], row[9], row[5] - row[4])
             else:
                 self._kv.went(row[1], b"", 0)  # nobody inherits from what rotted
                 self._full_text_lost = True  # deleting other words than were indexed would leave the index wrong

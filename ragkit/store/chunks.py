@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 _BATCH = 5_000  # bound parameters of one statement
 _SELECT = """
-SELECT c.row_id, c.chunk_id, c.doc_key, c.idx, c.char_start, c.char_stop, c.token_count, c.page, CAST(c.text AS BLOB),
-       c.crc, d.doc_key, d.doc_id, d.recipe, d.characters, d.chunks, d.tokens, d.pages, d.damaged, d.generation, d.crc,
+SELECT c.row_id, c.chunk_id, c.doc_key, c.idx, c.char_start, c.char_stop, c.token_count, c.page, c.metadata,
+       CAST(c.text AS BLOB), c.crc,
+       d.doc_key, d.doc_id, d.recipe, d.characters, d.chunks, d.tokens, d.pages, d.damaged, d.generation, d.crc,
        l.link_id, l.source_id, l.position, l.doc_key, l.uri, l.metadata, l.crc
 FROM chunks c JOIN documents d ON d.doc_key = c.doc_key
 JOIN links l ON l.link_id = (SELECT min(link_id) FROM links WHERE doc_key = c.doc_key)
@@ -75,8 +76,9 @@ def read_row_ids(connection: sqlite3.Connection) -> RowIds:
 
 
 def _stored_chunk(row: Sequence[Any]) -> StoredChunk:
-    text = checked_chunk_text(row[:10])
-    check_document(row[10:20])
-    checked("link", row[20], row[26], row_crc(*row[20:26]))
-    chunk = Chunk(row[1], row[11], row[3], text, row[4], row[5], row[6], row[7])
-    return StoredChunk(row[0], chunk, from_sql(row[24]), json.loads(row[25]))
+    text = checked_chunk_text(row[:11])
+    check_document(row[11:21])
+    checked("link", row[21], row[27], row_crc(*row[21:27]))
+    metadata = json.loads(row[8]) if row[8] else {}
+    chunk = Chunk(row[1], row[12], row[3], text, row[4], row[5], row[6], row[7], metadata)
+    return StoredChunk(row[0], chunk, from_sql(row[25]), json.loads(row[26]))

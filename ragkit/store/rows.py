@@ -23,9 +23,12 @@ def row_crc(*values: object) -> int:
     return zlib.crc32(ascii(values).encode("ascii"))
 
 
-def chunk_crc(row_id: int, spans: tuple[object, ...], text: bytes) -> int:
-    """Return the CRC-32 of a chunk row: its text, and everything that says where the text belongs."""
-    return zlib.crc32(text, row_crc(row_id, *spans))
+def chunk_crc(row_id: int, facts: tuple[object, ...], text: bytes) -> int:
+    """Return the CRC-32 of a chunk row: its text, and the facts that say where it belongs, its metadata last.
+
+    Without metadata they do not count, so that the rows of formats 1 and 2, which had none, keep their checksums.
+    """
+    return zlib.crc32(text, row_crc(row_id, *(facts if facts[-1] else facts[:-1])))
 
 
 def to_sql(text: str) -> str | bytes:
@@ -52,7 +55,7 @@ def checked(table: str, name: object, stored_crc: object, actual_crc: int) -> No
 
 
 def metadata_to_json(uri: str, metadata: Metadata) -> str:
-    """Return metadata as JSON.
+    """Return metadata as JSON, in ASCII.
 
     Raises:
         UsageError: a value is not flat.

@@ -12,7 +12,7 @@ import sqlite3
 from ragkit.errors import UsageError
 from ragkit.store.rows import row_crc
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 APPLICATION_ID = 0x7261676B  # "ragk"; tells a store from any other SQLite file
 PAGE_SIZE = 8192
 
@@ -23,6 +23,7 @@ FTS_TOKENIZERS = {
 }
 DEFAULT_FTS_TOKENIZER = "porter unicode61"
 
+# The definition of `chunks` is, to the letter, what SQLite makes of that of format 2 when the column is added.
 _TABLES = """
 CREATE TABLE meta (key TEXT NOT NULL UNIQUE, value TEXT NOT NULL, crc INTEGER NOT NULL);
 
@@ -53,7 +54,8 @@ CREATE INDEX link_values_by_value ON link_values (key, value);
 CREATE TABLE chunks (
     row_id INTEGER PRIMARY KEY AUTOINCREMENT, chunk_id TEXT NOT NULL UNIQUE,
     doc_key INTEGER NOT NULL REFERENCES documents, idx INTEGER NOT NULL, char_start INTEGER NOT NULL,
-    char_stop INTEGER NOT NULL, token_count INTEGER NOT NULL, page INTEGER, text TEXT NOT NULL, crc INTEGER NOT NULL,
+    char_stop INTEGER NOT NULL, token_count INTEGER NOT NULL, page INTEGER, text TEXT NOT NULL, crc INTEGER NOT NULL\
+, metadata TEXT NOT NULL DEFAULT '',
     UNIQUE (doc_key, idx));
 
 CREATE TABLE segments (

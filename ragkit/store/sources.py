@@ -18,7 +18,7 @@ SOURCE_COLUMNS = (
 )
 DOCUMENT_COLUMNS = "doc_key, doc_id, recipe, characters, chunks, tokens, pages, damaged, generation"
 LINK_COLUMNS = "link_id, source_id, position, doc_key, uri, metadata"
-CHUNK_COLUMNS = "row_id, chunk_id, doc_key, idx, char_start, char_stop, token_count, page"
+CHUNK_COLUMNS = "row_id, chunk_id, doc_key, idx, char_start, char_stop, token_count, page, metadata"
 
 
 def read_sources(connection: sqlite3.Connection, where: str = "1", values: Sequence[object] = ()) -> list[SourceRecord]:
@@ -111,8 +111,8 @@ def joined_text(connection: sqlite3.Connection, doc_key: int) -> str:
 
 def checked_chunk_text(row: Sequence[Any]) -> str:
     """Return the text of a chunk row (`CHUNK_COLUMNS`, text as bytes, crc) after checking its checksum."""
-    spans, text, crc = tuple(row[1:8]), row[8], row[9]
-    checked("chunk", row[0], crc, chunk_crc(row[0], spans, text))
+    facts, text, crc = tuple(row[1:9]), row[9], row[10]
+    checked("chunk", row[0], crc, chunk_crc(row[0], facts, text))
     return str(text, "utf-8", "surrogatepass")
 
 

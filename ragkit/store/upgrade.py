@@ -1,6 +1,7 @@
 """Upgrades of the catalogue's format, one step a version, each a single transaction.
 
-Version 1 had neither KV references nor the content that a source's visible documents come from.
+Version 1 had neither KV references nor the content that a source's visible documents come from; version 2 had no
+metadata of chunks, and its chunks have none until their document is read again.
 """
 
 from __future__ import annotations
@@ -93,4 +94,9 @@ def _from_1_to_2(connection: sqlite3.Connection) -> None:
         connection.execute(f"INSERT INTO sources ({SOURCE_COLUMNS}, crc) VALUES ({marks})", (*row, row_crc(*row)))  # noqa: S608
 
 
-_STEPS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _from_1_to_2}
+def _from_2_to_3(connection: sqlite3.Connection) -> None:
+    """Add the metadata of chunks. No row is rewritten: `chunk_crc` leaves out metadata that is empty."""
+    connection.execute("ALTER TABLE chunks ADD COLUMN metadata TEXT NOT NULL DEFAULT ''")
+
+
+_STEPS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _from_1_to_2, 2: _from_2_to_3}

@@ -97,3 +97,12 @@ def test_the_search_is_linear_on_text_made_to_hurt_it(unit):
     started = time.process_time()
     outline(unit * (200_000 // len(unit)))
     assert time.process_time() - started < 5
+
+
+def test_hashes_behind_a_title_are_the_titles_own_unless_a_space_parts_them():
+    assert [heading.title for heading in outline("# About C#\n\n## Use ##\n")] == ["About C#", "Use"]
+
+
+def test_a_heading_line_of_many_spaces_is_read_in_linear_time():
+    title = "a" + " " * 200_000 + "b"
+    assert [heading.title for heading in outline(f"# {title}\n")] == ["a b"]

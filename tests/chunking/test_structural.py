@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ragkit.chunking.structural import StructuralOptions, structural_chunker, structural_metadata
+from ragkit.chunking.structural import StructuralOptions, structural_chunker
 from ragkit.config import ChunkingConfig
 from ragkit.errors import UsageError
 from ragkit.types import Document
@@ -54,20 +54,6 @@ def test_a_table_is_cut_between_rows_and_its_header_stays_with_the_first(word_to
     assert len(pieces) > 3
     assert all(piece.startswith("| item") for piece in pieces[1:])
     assert "| item0" in pieces[0]
-
-
-def test_metadata_holds_the_heading_path_and_the_header_of_rows(word_tokenizer):
-    text = GUIDE + "\n" + TABLE
-    chunker = structural_chunker(ChunkingConfig(max_tokens=50), word_tokenizer)
-    found = chunker.chunk(Document.from_text(text))
-    metadata = structural_metadata(text, [chunk.char_start for chunk in found])
-    assert metadata[0] == {"heading_path": "Guide"}
-    assert metadata[1] == {"heading_path": "Guide > Install"}
-    assert metadata[-1] == {"heading_path": "Guide > Use", "table_header": "name | size"}
-
-
-def test_text_without_structure_has_no_metadata():
-    assert structural_metadata("Plain text. More.", [0, 12]) == [{}, {}]
 
 
 def test_a_split_level_below_zero_is_refused():

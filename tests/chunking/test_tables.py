@@ -39,3 +39,8 @@ def test_the_header_applies_to_rows_alone():
 @pytest.mark.parametrize("text", ["", "a | b\n", "<table>", "</table>", "|---|\n", "<table></table>"])
 def test_text_without_a_whole_table_has_none(text):
     assert find_tables(text) == []
+
+
+def test_lines_of_many_spaces_around_pipes_are_read_in_linear_time():
+    blank = " " * 100_000
+    assert find_tables(f"{blank}\n|\n---{blank}x\n{blank}y\n") == []

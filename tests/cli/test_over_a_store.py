@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,3 +97,16 @@ def test_a_damaged_catalogue_is_exit_code_4(run, docs):
     Path(".ragkit/ragkit.db").write_bytes(b"\0" * 100_000)
     code, out, err = run("ls")
     assert (code, out, err.count("\n")) == (4, "", 1)
+
+
+@pytest.mark.parametrize("chunker", ["recursive", "structural"])
+def test_heading_path_and_table_header_come_through_to_the_hits(run, docs, chunker):
+    rows = "".join(f"| newt{n} | {n} grams |\n" for n in range(20))
+    (docs / "newts.md").write_text(f"# Newts\n\nIntro.\n\n## Weights\n\n| name | weight |\n|---|---|\n{rows}")
+    assert run("ingest", "docs", "--chunker", chunker, "--max-tokens", "40")[0] == 0
+    code, out, _ = run("search", "newt19 19 grams", "-k", "1", "--json")
+    hit = json.loads(out)["hits"][0]
+    assert code == 0
+    assert "newt19" in hit["text"]
+    assert hit["metadata"] == {"heading_path": "Newts > Weights", "table_header": "name | weight"}
+    assert "  Newts > Weights\n" in run("search", "newt19 19 grams", "-k", "1")[1]

@@ -31,6 +31,7 @@ def test_the_json_has_the_keys_that_other_tools_rely_on(run):
                 "char_stop": 400,
                 "text": "A tower.\nThe tower is 330 metres tall.",
                 "chunk_id": "c" * 32,
+                "metadata": {},
             }
         ],
         "timings_ms": {"retrieve": 12.0, "total": 12.5},

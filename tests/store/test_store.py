@@ -1,5 +1,6 @@
 import sqlite3
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -530,3 +531,19 @@ def test_segments_are_plain_arrow_files(store):
     assert table.schema.to_string() == "row_id: int64\nvector: fixed_size_list<item: float>[8]\n  child 0, item: float"
     assert table["row_id"].to_pylist() == store.row_ids().tolist()
     assert table["vector"].to_pylist() == store.vectors().parts[0].vectors.tolist()
+
+
+def test_metadata_of_chunks_come_back_and_are_covered_by_the_checksum(store):
+    item = update("guide.md", "# Guide of foxes and dogs\nThey live apart, mostly.")
+    (document,) = item.documents
+    chunks = [replace(chunk, metadata={"heading_path": f"Guide \ud800 {chunk.index}"}) for chunk in document.chunks]
+    commit(store, replace(item, documents=(replace(document, chunks=chunks),)))
+    found = store.chunks_by_id([chunk.chunk_id for chunk in chunks])
+    assert [stored.chunk for stored in found] == chunks
+    assert [stored.chunk.metadata["heading_path"] for stored in found] == [f"Guide \ud800 {n}" for n in range(3)]
+    connection = sqlite3.connect(store.folder / "ragkit.db")
+    connection.execute("UPDATE chunks SET metadata = '' WHERE idx = 1")
+    connection.commit()
+    connection.close()
+    with pytest.raises(StoreCorruptError, match="chunk row"):
+        store.chunks_by_id([chunks[1].chunk_id])

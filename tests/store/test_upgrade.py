@@ -20,6 +20,13 @@ CREATE TABLE sources (
     status TEXT NOT NULL, error_code TEXT NOT NULL, error_stage TEXT NOT NULL, error_message TEXT NOT NULL,
     attempts INTEGER NOT NULL, generation INTEGER NOT NULL, crc INTEGER NOT NULL)
 """
+# What version 2 wrote, frozen: chunks without metadata.
+CHUNKS_2 = """\
+CREATE TABLE chunks (
+    row_id INTEGER PRIMARY KEY AUTOINCREMENT, chunk_id TEXT NOT NULL UNIQUE,
+    doc_key INTEGER NOT NULL REFERENCES documents, idx INTEGER NOT NULL, char_start INTEGER NOT NULL,
+    char_stop INTEGER NOT NULL, token_count INTEGER NOT NULL, page INTEGER, text TEXT NOT NULL, crc INTEGER NOT NULL,
+    UNIQUE (doc_key, idx))"""
 COLUMNS_1 = (
     "source_id, uri, content_sha256, size, mtime_ns, media_type, reader, recipe, status, error_code, error_stage, "
     "error_message, attempts, generation"
@@ -35,12 +42,27 @@ def make_version_1(folder):
         before = contents(store)
     connection = sqlite3.connect(folder / "ragkit.db", isolation_level=None)
     rows = connection.execute(f"SELECT {COLUMNS_1} FROM sources").fetchall()
+    connection.execute("ALTER TABLE chunks DROP COLUMN metadata")
     connection.execute("DROP TABLE kv")
     connection.execute("DROP TABLE sources")
     connection.execute(SOURCES_1)
     for row in rows:
         connection.execute(f"INSERT INTO sources VALUES ({','.join('?' * 15)})", (*row, row_crc(*row)))
     set_meta(connection, "format_version", "1")
+    connection.close()
+    return before
+
+
+def make_version_2(folder):
+    """Fill a store and turn its catalogue into what version 2 would have written: chunks had no metadata."""
+    with Store.create(folder) as store, store.writer() as writer:
+        configure(writer)
+        writer.commit([update(f"{n}.txt", f"text {n} about foxes", metadata={"n": n}) for n in range(3)])
+        before = contents(store)
+    connection = sqlite3.connect(folder / "ragkit.db", isolation_level=None)
+    connection.execute("ALTER TABLE chunks DROP COLUMN metadata")
+    assert connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'chunks'").fetchone() == (CHUNKS_2,)
+    set_meta(connection, "format_version", "2")
     connection.close()
     return before
 
@@ -56,7 +78,7 @@ def test_opening_a_version_1_store_upgrades_it_and_keeps_everything(tmp_path):
     before = make_version_1(tmp_path / "s")
     assert version_on_disk(tmp_path / "s") == 1
     with Store.open(tmp_path / "s") as store:
-        assert store.meta.format_version == FORMAT_VERSION == 2
+        assert store.meta.format_version == FORMAT_VERSION == 3
         assert contents(store) == before
         assert store.source("0.txt").indexed_sha256 == store.source("0.txt").content_sha256
         assert store.source("bad.pdf").indexed_sha256 == ""
@@ -65,7 +87,19 @@ def test_opening_a_version_1_store_upgrades_it_and_keeps_everything(tmp_path):
         with store.writer() as writer:
             writer.commit([update("new.txt", "added after the upgrade")])
         assert texts_of(store)["new.txt"] == ["added after the upgrade"]
-    assert version_on_disk(tmp_path / "s") == 2
+    assert version_on_disk(tmp_path / "s") == 3
+
+
+def test_opening_a_version_2_store_upgrades_it_and_keeps_everything(tmp_path):
+    before = make_version_2(tmp_path / "s")
+    with Store.open(tmp_path / "s") as store:
+        assert store.meta.format_version == 3
+        assert contents(store) == before
+        assert [chunk.chunk.metadata for chunk in store.chunks(store.row_ids())] == [{}] * 3
+        assert store.verify().problems == ()
+        with store.writer() as writer:
+            writer.commit([update("0.txt", "another text")])
+        assert texts_of(store)["0.txt"] == ["another text"]
 
 
 @pytest.mark.crash
@@ -110,7 +144,7 @@ def test_an_upgrade_does_not_carry_damage_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "message"), [(3, "format 3, this ragkit writes format 2: upgrade"), (0, "impossible")]
+    ("version", "message"), [(4, "format 4, this ragkit writes format 3: upgrade"), (0, "impossible")]
 )
 def test_a_store_of_an_unknown_format_is_refused(tmp_path, version, message):
     Store.create(tmp_path / "s").close()
