@@ -30,6 +30,7 @@ from ragkit.bench.recovery import Share, recoveries
 from ragkit.generation.blend_pass import Propagation
 from ragkit.generation.engine import Engine
 from ragkit.kvcache.kv_key import ContextKind
+from ragkit.kvcache.selectors_cache_craft import CacheCraft
 from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf, GradualFiltering
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, RandomTokens
@@ -98,6 +99,7 @@ def make_variants(num_layers: int, ratios: Sequence[float], only: str) -> Iterat
         DeviationAtOneLayer(DeviationOf.KEYS),
         DeviationAtOneLayer(DeviationOf.BOTH),
         GradualFiltering(num_layers),
+        CacheCraft(),
     ]
     wanted = [one for one in only.split(",") if one]
     yield PLAIN_REUSE

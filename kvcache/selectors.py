@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ragkit.config import SelectorName
 from ragkit.errors import KVCacheError
+from ragkit.kvcache.selectors_cache_craft import CacheCraft
 from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf, GradualFiltering
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, NoTokens, RandomTokens
@@ -21,6 +22,7 @@ SELECTORS: dict[SelectorName, Callable[[int], TokenSelector]] = {
     SelectorName.VALUE_DEVIATION: lambda num_layers: DeviationAtOneLayer(DeviationOf.VALUES),
     SelectorName.KV_DEVIATION: lambda num_layers: DeviationAtOneLayer(DeviationOf.BOTH),
     SelectorName.GRADUAL: GradualFiltering,
+    SelectorName.CACHE_CRAFT: lambda num_layers: CacheCraft(),
     SelectorName.QUESTION: lambda num_layers: QuestionAttention(),
     SelectorName.TWO_ROUNDS: lambda num_layers: TwoRounds(),
 }

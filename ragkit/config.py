@@ -97,6 +97,7 @@ class SelectorName(StrEnum):
     VALUE_DEVIATION = "v-deviation"
     KV_DEVIATION = "kv-deviation"
     GRADUAL = "gradual"
+    CACHE_CRAFT = "cache-craft"
     QUESTION = "question"
     TWO_ROUNDS = "two-rounds"
 

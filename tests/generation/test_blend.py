@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.memory_tier import MemoryTier
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.selectors_cache_craft import CacheCraft
 from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf, GradualFiltering
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, NoTokens, RandomTokens
@@ -45,6 +47,7 @@ SELECTORS = {
     "values": DeviationAtOneLayer(DeviationOf.VALUES),
     "keys": DeviationAtOneLayer(DeviationOf.KEYS),
     "gradual": GradualFiltering(3, layers=2),
+    "cache-craft": CacheCraft(),
 }
 
 
@@ -252,6 +255,80 @@ def test_the_questions_mass_is_the_sum_of_its_attention_weights(decoder):
         attended = torch.einsum("hqk,khd->qhd", weights, all_values.repeat_interleave(group, 1))
         activations = decoder.complete(layer, attended, residual)
     torch.testing.assert_close(mass, expected, rtol=0, atol=1e-4)
+
+
+class Watching(CacheCraft):
+    """Cache-Craft's selector, with what it measured and kept."""
+
+    def narrow(self, scene, layer, chosen, fresh):
+        if layer == 1:
+            self.measured = fresh.chunk_attention()
+        kept = super().narrow(scene, layer, chosen, fresh)
+        if kept is not None:
+            self.kept = chosen[kept]
+        return kept
+
+
+def _attention_of_full_prefill(decoder, table, ids):
+    """The weights of layer 1 of full prefill, summed over heads: the whole matrix, (tokens, tokens)."""
+    positions, found = torch.arange(len(ids), device=DEVICE), []
+
+    def attend(layer, queries, keys, values):
+        group = queries.shape[1] // keys.shape[1]
+        turned = table.rotate(keys, positions).repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", table.rotate(queries, positions), turned) * decoder.scale
+        weights = scores.masked_fill(positions > positions[:, None], -torch.inf).softmax(-1)
+        found.append(weights.sum(0))
+        return torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1))
+
+    decoder.run(list(ids), attend)
+    return found[1]
+
+
+@torch.inference_mode()
+def test_the_attention_among_chunks_is_that_of_full_prefill_at_the_check_layer(decoder):
+    bench = Bench(decoder)
+    selector = Watching()
+    result, _ = bench.blend(ratio=0.2, selector=selector, propagation=CHOOSE_ONLY)
+    weights = _attention_of_full_prefill(decoder, bench.rotary.table(256, len(PROMPT)), PROMPT.token_ids)
+    stop, bounds = len(PROMPT) - len(ENDING), (12, 52, 85, 142)
+    inter, density, intra = torch.zeros((3, stop - 12), device=DEVICE)
+    for own, (start, end) in enumerate(pairwise(bounds)):
+        rows = slice(start - 12, end - 12)
+        intra[rows] = weights[start:end, start:end].sum(1)
+        for earlier, behind in tuple(pairwise(bounds))[:own]:
+            inter[rows] += weights[start:end, earlier:behind].sum(1)
+            density[rows] += weights[start:end, earlier:behind].mean(1)
+    for got, expected in zip(selector.measured, (inter, density, intra), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    # And the second and third chunk get their parts of the budget, spent where that attention is highest.
+    impacts = [
+        1 / (1 + math.exp(-float(density[a - 12 : b - 12].mean() * (b - a) ** 2 / intra[a - 12 : b - 12].sum())))
+        for a, b in pairwise(bounds[1:])
+    ]
+    second = round(26 * 33 * impacts[0] / (33 * impacts[0] + 57 * impacts[1]))
+    best = (40 + inter[40:73].topk(second).indices, 73 + inter[73:].topk(26 - second).indices)
+    assert selector.kept.tolist() == (12 + torch.cat(best).sort().values).tolist()
+    assert result.recomputed == len(ENDING) + round((130 + 130 + 26) / 3)
+
+
+def test_cache_craft_without_a_budget_is_plain_reuse(llama):
+    bench = Bench(llama)
+    result, rows = bench.blend(ratio=0.0, selector=CacheCraft())
+    plain, expected = bench.blend(ratio=0.0, selector=NoTokens())
+    assert torch.equal(result.logits, plain.logits)
+    assert result.recomputed == len(ENDING)
+    _close(rows, expected, 0)
+
+
+def test_cache_craft_measures_the_chunks_of_any_context(llama):
+    bench = Bench(llama, context=ContextKind.ISOLATED)
+    selector = Watching()
+    bench.blend(ratio=0.2, selector=selector)
+    first = selector.kept[selector.kept < 52].tolist()
+    # The first chunk is not exact; it has no chunk before it, so its tokens are taken from the start.
+    assert first == list(range(12, 12 + len(first)))
+    assert first
 
 
 def test_found_and_computed_kv_give_the_same_logits(llama):
