@@ -14,6 +14,7 @@ import numpy as np
 
 from ragkit.chunking.length_constrained import LogNormalPrior
 from ragkit.chunking.scored import BoundaryScores, ScoredChunker
+from ragkit.chunking.signals import LOG_ODDS
 from ragkit.chunking.units import Units
 from ragkit.config import ChunkingConfig
 from ragkit.errors import UsageError
@@ -50,12 +51,13 @@ class EvenScorer:
 
     name = "balanced"
     fingerprint = "even"
+    measure = LOG_ODDS
 
     def score(self, texts: Sequence[str], units: Sequence[Units]) -> list[BoundaryScores]:
         """Return even odds."""
         del texts
         even = [np.zeros(max(0, len(some) - 1)) for some in units]
-        return [BoundaryScores(odds, odds, 0.0) for odds in even]
+        return [BoundaryScores(odds, None) for odds in even]
 
 
 def balanced_chunker(

@@ -128,6 +128,7 @@ class BoundaryHeadScorer:
     """Scores boundaries by the head's probability that two sentences belong together."""
 
     name = "boundary_head"
+    measure = "probability of one paragraph"
 
     def __init__(self, embedder: SentenceEmbedder, head: BoundaryHead, options: BoundaryHeadOptions) -> None:
         if embedder.embedder_id != head.embedder_id:

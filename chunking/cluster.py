@@ -19,6 +19,7 @@ import numpy as np
 from ragkit.chunking.assembly import Assembler
 from ragkit.chunking.length_constrained import Indices, Scores, first_starts, viterbi
 from ragkit.chunking.sentence_vectors import SentenceEmbedder, Vectors, VectorStream
+from ragkit.chunking.signals import BoundarySignals
 from ragkit.chunking.units import Units, packed_units
 from ragkit.chunking.words import WordCounter
 from ragkit.config import ChunkingConfig
@@ -26,6 +27,7 @@ from ragkit.errors import UsageError
 from ragkit.types import Chunk, Document, TextTokenizer
 
 _RULES_VERSION = 1  # raised when the cuts change
+_MEASURE = "cosine similarity of the pieces before and behind"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +76,30 @@ class ClusterChunker:
             ChunkingError: a single code point has more tokens than the cap, or the embedder returned a vector that
                 is not finite.
         """
-        units = packed_units(document.text, self._counter, self._piece_tokens)
-        spans = units.spans(self._cuts(document.text, units), self._overlap_tokens)
-        return list(self._assembler.chunks(document, self._assembler.counted(document, spans)))
+        return self.chunk_with_signals(document)[0]
 
-    def _cuts(self, text: str, units: Units) -> Indices:
+    def chunk_with_signals(self, document: Document) -> tuple[list[Chunk], BoundarySignals]:
+        """Return the chunks of `document` and the boundaries between its pieces; the threshold is the mean similarity.
+
+        A boundary between pieces that no chunk can hold together has the mean as its value.
+        """
+        units = packed_units(document.text, self._counter, self._piece_tokens)
+        cuts, similarity, mean = self._cuts(document.text, units)
+        cut = np.zeros(len(units), dtype=np.bool_)
+        cut[cuts] = True
+        spans = units.spans(cuts, self._overlap_tokens)
+        chunks = list(self._assembler.chunks(document, self._assembler.counted(document, spans)))
+        return chunks, BoundarySignals(_MEASURE, units.starts[1:-1], similarity, mean, cut[1:])
+
+    def _cuts(self, text: str, units: Units) -> tuple[Indices, Scores, float]:
+        """Return the units that open a chunk, the similarity across each boundary, and the mean of all pairs."""
         if len(units) < 2:
-            return np.zeros(0, dtype=np.int64)
+            return np.zeros(0, dtype=np.int64), np.zeros(max(0, len(units) - 1)), 0.0
         first = first_starts(units.tokens_before, units.tokens_after, self._room)
         pieces = VectorStream(self._embedder, [text], [units]).take(len(units))
         band, mean = banded_similarity(pieces, first)
-        return viterbi(first, _rewards(band, first, mean))
+        across = np.array([float(row[-1]) if len(row) else mean for row in band[1:]])
+        return viterbi(first, _rewards(band, first, mean)), across, mean
 
 
 def banded_similarity(pieces: Iterable[Vectors], first: Indices) -> tuple[list[Vectors], float]:

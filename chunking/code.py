@@ -19,6 +19,7 @@ import numpy as np
 
 from ragkit.chunking.length_constrained import LengthPrior, Scores
 from ragkit.chunking.scored import BoundaryScores, ScoredChunker
+from ragkit.chunking.signals import LOG_ODDS
 from ragkit.chunking.structural import StructuralOptions, StructureScorer
 from ragkit.chunking.units import Units
 from ragkit.config import ChunkingConfig
@@ -69,6 +70,7 @@ class SyntaxScorer:
     """Scores line starts by what the syntax tree has there."""
 
     name = "code"
+    measure = LOG_ODDS
 
     def __init__(self, options: CodeOptions) -> None:
         import_parser()  # a missing package shows when the chunker is made, not at the first document
@@ -83,7 +85,7 @@ class SyntaxScorer:
         return _line_starts(text)
 
     def score(self, texts: Sequence[str], units: Sequence[Units]) -> list[BoundaryScores]:
-        """Return the scores of each text; the signal is the score itself."""
+        """Return the scores of each text."""
         return [self._score(text, some) for text, some in zip(texts, units, strict=True)]
 
     def _language(self, text: str) -> str | None:
@@ -97,7 +99,7 @@ class SyntaxScorer:
         at_line = _line_scores(text, language)
         starts = units.starts[1:-1].tolist()
         odds = np.fromiter((at_line.get(start, _OTHER) for start in starts), np.float64, len(starts))
-        return BoundaryScores(odds, odds)
+        return BoundaryScores(odds, None)
 
 
 @lru_cache(maxsize=1)  # asked twice for each text, once for its units and once for its scores

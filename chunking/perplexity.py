@@ -78,6 +78,7 @@ class PerplexityScorer:
     """
 
     name = "perplexity"
+    measure = "mean loss of the sentence before, in nats a token"
 
     def __init__(self, model: LossModel, tokenizer: TextTokenizer, model_id: str, options: PerplexityOptions) -> None:
         self._model = model

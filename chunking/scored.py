@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ragkit.chunking.assembly import Assembler, Span
 from ragkit.chunking.length_constrained import Indices, LengthPrior, Scores, UniformPrior, best_cuts
 from ragkit.chunking.metadata import with_metadata
+from ragkit.chunking.signals import BoundarySignals
 from ragkit.chunking.units import Units, sentence_units
 from ragkit.chunking.words import WordCounter
 from ragkit.config import ChunkingConfig
@@ -34,12 +34,13 @@ class BoundaryScores:
 
     Attributes:
         log_odds: (units - 1,) log P - log(1 - P) that a chunk ends there; above 0 means cut.
-        signal: (units - 1,) what the odds were made from, in the scorer's own measure: for previews and plots.
+        signal: (units - 1,) what the odds were made from, in the scorer's own measure; None where there is nothing
+            but the odds.
         threshold: the value of `signal` at which the odds are even, where there is one.
     """
 
     log_odds: Scores
-    signal: Scores
+    signal: Scores | None
     threshold: float | None = None
 
 
@@ -56,18 +57,14 @@ class BoundaryScorer(Protocol):
         """Everything that changes the scores, models included."""
         ...
 
+    @property
+    def measure(self) -> str:
+        """What the signal is, in words, with its unit; `LOG_ODDS` where there is none."""
+        ...
+
     def score(self, texts: Sequence[str], units: Sequence[Units]) -> list[BoundaryScores]:
         """Return the scores of each text; texts given together may share batches, never information."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """Why a text was cut where it was: offsets (boundaries,), signal and log-odds of each, and which were cut."""
-
-    offsets: Indices
-    scores: BoundaryScores
-    cut: NDArray[np.bool_]
 
 
 class ScoredChunker:
@@ -137,13 +134,18 @@ class ScoredChunker:
             for document, some, given in zip(documents, units, scores, strict=True)
         ]
 
-    def preview(self, document: Document) -> Preview:
-        """Return the boundaries of `document` with their scores, and which of them the search cuts at."""
+    def chunk_with_signals(self, document: Document) -> tuple[list[Chunk], BoundarySignals]:
+        """Return the chunks of `document` and the boundaries between its units, with what the scorer says of them."""
         units = self._units(document)
         scores = self._scorer.score([document.text], [units])[0]
+        cuts = self._cuts(units, scores)
         cut = np.zeros(len(units), dtype=np.bool_)
-        cut[self._cuts(units, scores)] = True
-        return Preview(units.starts[1:-1], scores, cut[1:])
+        cut[cuts] = True
+        signal, threshold = scores.signal, scores.threshold
+        if signal is None:
+            signal, threshold = self._odds(units, scores), 0.0
+        signals = BoundarySignals(self._scorer.measure, units.starts[1:-1], signal, threshold, cut[1:])
+        return self._chunks(document, self._spans(units, cuts)), signals
 
     def _units(self, document: Document) -> Units:
         extra = self._boundaries(document.text) if self._boundaries else ()
@@ -155,12 +157,15 @@ class ScoredChunker:
         return self._max_tokens - self._overlap_tokens
 
     def _cuts(self, units: Units, scores: BoundaryScores) -> Indices:
-        odds = scores.log_odds + self._paragraph_log_odds * units.opens_paragraph[1:]
-        odds = np.where(units.opens_sentence[1:], odds, np.minimum(odds, 0) + _INSIDE_SENTENCE)
         after = units.tokens_after
         if self._repeat_sentence and len(units):
             after = np.append(after[:1], after[:-1])
-        return best_cuts(odds, units.tokens_before, after, self._room, self._prior)
+        return best_cuts(self._odds(units, scores), units.tokens_before, after, self._room, self._prior)
+
+    def _odds(self, units: Units, scores: BoundaryScores) -> Scores:
+        """Return the log-odds of each boundary, the layout's share included."""
+        odds = scores.log_odds + self._paragraph_log_odds * units.opens_paragraph[1:]
+        return np.where(units.opens_sentence[1:], odds, np.minimum(odds, 0) + _INSIDE_SENTENCE)
 
     def _spans(self, units: Units, cuts: Indices) -> list[Span]:
         if not self._repeat_sentence:

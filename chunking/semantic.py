@@ -53,6 +53,7 @@ class SimilarityScorer:
     """Scores boundaries by the cosine distance of the sentences before and behind them."""
 
     name = "semantic"
+    measure = "cosine distance of the sentences before and behind"
 
     def __init__(self, embedder: SentenceEmbedder, options: SemanticOptions) -> None:
         self._embedder = embedder

@@ -15,6 +15,7 @@ import numpy as np
 from ragkit.chunking.length_constrained import LengthPrior, Scores
 from ragkit.chunking.outline import Heading, outline
 from ragkit.chunking.scored import BoundaryScores, ScoredChunker
+from ragkit.chunking.signals import LOG_ODDS
 from ragkit.chunking.tables import find_tables
 from ragkit.chunking.units import Units
 from ragkit.config import ChunkingConfig
@@ -43,6 +44,7 @@ class StructureScorer:
     """Scores boundaries by the kind of place that they are."""
 
     name = "structural"
+    measure = LOG_ODDS
 
     def __init__(self, options: StructuralOptions) -> None:
         self._options = options
@@ -56,9 +58,9 @@ class StructureScorer:
         return sorted(starts)
 
     def score(self, texts: Sequence[str], units: Sequence[Units]) -> list[BoundaryScores]:
-        """Return the scores of each text; the signal is the score itself."""
+        """Return the scores of each text."""
         scores = [self._score(text, some) for text, some in zip(texts, units, strict=True)]
-        return [BoundaryScores(odds, odds, 0.0) for odds in scores]
+        return [BoundaryScores(odds, None) for odds in scores]
 
     def _score(self, text: str, units: Units) -> Scores:
         odds = np.where(units.opens_paragraph, _PARAGRAPH, _SENTENCE)

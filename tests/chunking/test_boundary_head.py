@@ -60,9 +60,9 @@ def test_boundaries_below_the_threshold_are_cut_and_no_others(word_tokenizer):
         chunker = boundary_head_chunker(
             ChunkingConfig(max_tokens=100_000), word_tokenizer, TopicEmbedder(), product_head(), options
         )
-        preview = chunker.preview(document)
-        assert (preview.cut == (preview.scores.signal < threshold)).all()
-        assert len(preview.cut) == 899
+        _, signals = chunker.chunk_with_signals(document)
+        assert (signals.cut == (signals.values < threshold)).all()
+        assert len(signals.cut) == 899
 
 
 def test_every_sentence_is_embedded_once(word_tokenizer):

@@ -18,6 +18,7 @@ from ragkit.chunking.code import CodeOptions, code_chunker
 from ragkit.chunking.margin import margin_chunker
 from ragkit.chunking.perplexity import PerplexityOptions, PerplexityScorer, perplexity_chunker
 from ragkit.chunking.semantic import SemanticOptions, semantic_chunker
+from ragkit.chunking.signals import SignalChunker
 from ragkit.chunking.structural import structural_chunker
 from ragkit.config import ChunkingConfig
 from ragkit.types import Document, PageSpan
@@ -111,6 +112,23 @@ def test_chunks_keep_the_contract_on_any_text(name, doubles, text, double, cap, 
     assert starts == sorted(set(starts))
     if not overlap:
         assert "".join(chunk.text for chunk in chunks) == text
+
+
+@every_chunker
+@PROPERTY
+@given(text=TEXTS, cap=st.integers(5, 80))
+def test_signals_are_finite_and_say_where_the_text_was_cut(name, doubles, text, cap):
+    document = Document.from_text(text)
+    chunker = CHUNKERS[name](ChunkingConfig(max_tokens=cap), doubles["byte"]())
+    assert isinstance(chunker, SignalChunker)
+    chunks, signals = chunker.chunk_with_signals(document)
+    assert chunks == chunker.chunk(document)
+    assert len(signals.offsets) == len(signals.values) == len(signals.cut)
+    assert np.isfinite(signals.values).all()
+    assert signals.measure
+    offsets = signals.offsets.tolist()
+    assert offsets == sorted(set(offsets) - {0, len(text)})
+    assert set(signals.offsets[signals.cut].tolist()) <= {chunk.char_start for chunk in chunks[1:]}
 
 
 @every_chunker

@@ -56,9 +56,9 @@ def test_the_chunks_of_a_text_with_three_topics_are_the_topics(word_tokenizer, r
 def test_the_gradient_rule_cuts_where_the_distance_rises_fastest(word_tokenizer):
     options = SemanticOptions(BreakpointRule.GRADIENT, 85, window=1)
     chunker = semantic_chunker(ChunkingConfig(max_tokens=200), word_tokenizer, TopicEmbedder(), options)
-    preview = chunker.preview(Document.from_text(topic_text()))
-    steepest = np.argsort(np.gradient(preview.scores.signal))[-2:]
-    assert set(steepest.tolist()) <= set(np.flatnonzero(preview.cut).tolist())
+    _, signals = chunker.chunk_with_signals(Document.from_text(topic_text()))
+    steepest = np.argsort(np.gradient(signals.values))[-2:]
+    assert set(steepest.tolist()) <= set(np.flatnonzero(signals.cut).tolist())
 
 
 def test_every_sentence_is_embedded_once(word_tokenizer):
