@@ -23,6 +23,7 @@ from torch.nn import functional
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tiles_of_rows, tl
 from ragkit.kernels.merge_splits import merge_splits
+from ragkit.kernels.row_scores import padded_rows, row_scores
 
 _CPU_QUERY_BLOCK = 64  # queries at once on a CPU: fewer multiply too slowly, more waste work on what is masked
 _LOG2_E = 1.4426950408889634  # the kernel works with powers of two
@@ -93,24 +94,38 @@ def selected_attention_torch(
 
 
 def _wide_scores(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """Return the same in bf16, scores in fp32: without AMX this takes three quarters of the time of torch's SDPA."""
+    """Return the same in bf16, scores in fp32: without AMX this takes less than half of the time of torch's SDPA."""
     out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    if len(queries) == 0:
+        return out
     group = queries.shape[1] // keys.shape[1]
-    stored, content = keys.permute(1, 2, 0).float(), values.transpose(0, 1)
-    row = torch.arange(len(keys), dtype=positions.dtype)
+    written = int(positions[-1]) + 1
+    stored = _head_after_head(keys[:written], torch.float32)
+    content = _head_after_head(values[:written], values.dtype)
+    row = torch.arange(stored.shape[1], dtype=positions.dtype)
     for start in range(0, queries.shape[0], _CPU_QUERY_BLOCK):
         block = slice(start, start + _CPU_QUERY_BLOCK)
         at = positions[block]
-        seen, reach = int(at[0]) + 1, int(at[-1]) + 1  # rows that all of the block's queries see, and that any does
-        later = (row[seen:reach] > at.unsqueeze(1)).unsqueeze(1)
+        # Rows that all of the block's queries see, and a few more than any does.
+        seen, reach = int(at[0]) + 1, padded_rows(int(at[-1]) + 1)
+        later = torch.zeros(len(at), 1, reach - seen)
+        later.masked_fill_((row[seen:reach] > at.unsqueeze(1)).unsqueeze(1), float("-inf"))
         for kv_head in range(keys.shape[1]):  # one after the other: the scores stay in the cache
             heads = slice(kv_head * group, (kv_head + 1) * group)
             part = queries[block, heads].float().mul_(scale).flatten(0, 1)
-            scores = part @ stored[kv_head, :, :reach]
-            scores.view(len(at), group, reach)[..., seen:].masked_fill_(later, float("-inf"))
+            scores = row_scores(part, stored[kv_head, :reach])
+            scores.view(len(at), group, reach)[..., seen:].add_(later)
             shares = torch.softmax(scores, dim=-1, out=scores).to(values.dtype)
             out[block, heads] = (shares @ content[kv_head, :reach]).view(len(at), group, -1)
     return out
+
+
+def _head_after_head(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (heads, padded rows, head_dim), zeros behind the rows."""
+    written, heads, head_dim = rows.shape
+    copy = torch.empty((heads, padded_rows(written), head_dim), dtype=dtype)
+    copy[:, :written], copy[:, written:] = rows.transpose(0, 1), 0
+    return copy
 
 
 def attention_tile(head_dim: int, dtype: torch.dtype, device: torch.device) -> AttentionTile:

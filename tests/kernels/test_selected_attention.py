@@ -174,6 +174,16 @@ def test_bf16_on_a_cpu_keeps_scores_apart_that_bf16_does_not(rng):
     assert abs(float(got[0, 0, 0]) - 0.7311) < 0.003
 
 
+@pytest.mark.parametrize("last", [62, 63, 64, 127, 128])
+def test_bf16_on_a_cpu_sees_rows_up_to_the_last_query_at_the_edges_of_its_padding(last):
+    rng, positions = torch.Generator().manual_seed(0), torch.tensor([0, last // 2, last]).int()
+    inputs = _inputs(positions, 200, 6, 2, 64, torch.bfloat16, rng.device, rng)
+    inputs[1][last + 1 :], inputs[2][last + 1 :] = math.nan, math.nan
+    got = selected_attention(*inputs, scale=0.125, backend=Backend.TORCH)
+    seen = [inputs[0], inputs[1][: last + 1], inputs[2][: last + 1], inputs[3]]
+    assert_matches(got, _plain_attention(*seen, 0.125), reduced=4)
+
+
 @pytest.mark.parametrize("backend", list(Backend))
 def test_no_queries_give_no_rows(backend, device, rng):
     inputs = _inputs(_chosen(0, 20, rng), 20, 4, 2, 64, torch.float32, device, rng)
