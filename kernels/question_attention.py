@@ -22,6 +22,7 @@ from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.rotation import rotate_into
+from ragkit.kernels.row_scores import row_scores
 
 _TORCH_SCORES = 1 << 24  # scores that the torch definition holds at a time: 64 MB
 
@@ -77,7 +78,10 @@ def question_attention_torch(
     scale: float,
     with_mass: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `question_attention` returns: the definition, in fp32, head after head, some tokens at a time."""
+    """Return what `question_attention` returns: the definition, head after head, some tokens at a time.
+
+    Scores are fp32; as in the kernel the shares meet the values in the values' type.
+    """
     tokens, q_heads, head_dim = queries.shape
     rows, kv_heads, _ = keys.shape
     end, group = first_position + tokens, q_heads // kv_heads
@@ -87,18 +91,18 @@ def question_attention_torch(
     at_once = max(1, _TORCH_SCORES // max(1, group * end))
     for head in range(kv_heads):
         rotate_into(turned, keys[:end, head : head + 1], cos[:end], sin[:end])
-        plain, heads = values[:end, head].float(), slice(head * group, (head + 1) * group)
+        plain, heads = values[:end, head].contiguous(), slice(head * group, (head + 1) * group)
         for start in range(0, tokens, at_once):
             part = queries[start : start + at_once, heads].float() * scale
             count, seen = len(part), first_position + start + len(part)
-            scores = part.flatten(0, 1) @ turned[:seen, 0].T
+            scores = row_scores(part.flatten(0, 1), turned[:seen, 0])
             # Only the last `count` rows are hidden from some of these queries.
             hidden = torch.ones(count, count, dtype=torch.bool, device=queries.device).triu(1).unsqueeze(1)
             scores.unflatten(0, (count, group))[..., seen - count :].masked_fill_(hidden, float("-inf"))
-            weights = scores.softmax(dim=-1)
+            weights = torch.softmax(scores, dim=-1, out=scores)
             if with_mass:
                 mass[:seen] += weights.sum(dim=0)
-            out[start : start + count, heads] = (weights @ plain[:seen]).unflatten(0, (count, group)).to(out.dtype)
+            out[start : start + count, heads] = (weights.to(values.dtype) @ plain[:seen]).unflatten(0, (count, group))
     return out, mass
 
 
