@@ -122,14 +122,22 @@ class ChunkingConfig:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingConfig:
-    """Which embedder, and how it runs. `batch_tokens` bounds the padded tokens of one forward."""
+    """Which embedder, and how it runs. `batch_tokens` bounds the padded tokens of one forward.
+
+    With `late_chunking` the encoder reads whole documents, and a chunk's vector is the mean of its tokens there; a long
+    document is read in windows, each of which repeats `window_overlap` of the one before.
+    """
 
     model: str = "all-minilm-l6-v2"
     backend: EncoderBackend = EncoderBackend.AUTO
     batch_tokens: int = 8192
+    late_chunking: bool = False
+    window_overlap: float = 0.25
 
     def __post_init__(self) -> None:
         _at_least("embedding.batch_tokens", self.batch_tokens, 1)
+        if not 0 <= self.window_overlap <= 0.5:
+            raise ConfigError(f"embedding.window_overlap must lie in [0, 0.5], got {self.window_overlap!r}")
 
 
 @dataclass(frozen=True, slots=True)

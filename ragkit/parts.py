@@ -19,7 +19,7 @@ from ragkit.types import TextTokenizer
 if TYPE_CHECKING:
     from ragkit.generation.blending import Blending
     from ragkit.generation.engine import Engine
-    from ragkit.retrieval.base import Embedder
+    from ragkit.retrieval.base import ChunkEmbedder, Embedder
     from ragkit.retrieval.retriever import Retriever
 
 _Part = TypeVar("_Part")
@@ -94,6 +94,21 @@ class Parts:
         return self._part("embedder", load, is_model=True)
 
     @property
+    def chunk_embedder(self) -> ChunkEmbedder:
+        """What embeds chunks with the embedder, as the configuration says.
+
+        Raises:
+            UsageError: the embedder cannot embed them so.
+        """
+
+        def load() -> ChunkEmbedder:
+            from ragkit.retrieval.chunk_vectors import chunk_embedder
+
+            return chunk_embedder(self.embedder, self.config.embedding)
+
+        return self._part("chunk_embedder", load, is_model=True)
+
+    @property
     def tokenizer(self) -> TextTokenizer:
         """The generator's tokenizer."""
 
@@ -152,7 +167,7 @@ class Parts:
         def load() -> Retriever:
             from ragkit.retrieval.retriever import Retriever
 
-            self.check_embedder()
+            self.check_question_embedder()
             # Only on request: exact search over what fits a CPU takes milliseconds, a copy on the GPU seconds.
             device = "cuda" if self.config.device is Device.CUDA else "cpu"
             return Retriever(self.store, self.embedder, self.config.retrieval, device)
@@ -160,13 +175,24 @@ class Parts:
         return self._part("retriever", load, is_model=True)
 
     def check_embedder(self) -> None:
-        """Raise `EmbedderMismatchError` where the store's vectors are not of the configured embedder."""
-        meta = self.store.meta
-        if meta.embedder_id and meta.embedder_id != self.embedder.embedder_id:
+        """Raise `EmbedderMismatchError` where the store's vectors are not made as the configuration says."""
+        self._check_embedder(self.store.meta.embedder_id, self.chunk_embedder.embedder_id)
+
+    def check_question_embedder(self) -> None:
+        """Raise `EmbedderMismatchError` where questions cannot be compared with the store's vectors.
+
+        How chunks are embedded does not count: questions are embedded the same way for all.
+        """
+        from ragkit.retrieval.chunk_vectors import question_embedder_id
+
+        self._check_embedder(question_embedder_id(self.store.meta.embedder_id), self.embedder.embedder_id)
+
+    def _check_embedder(self, stored: str, configured: str) -> None:
+        if stored and stored != configured:
             raise EmbedderMismatchError(
-                f"{self.folder} was built with the embedder {meta.embedder_id} ({meta.dim} dimensions), but "
-                f"{self.embedder.embedder_id} ({self.embedder.dim}) is configured; name the store's embedder, or run "
-                "`ragkit ingest --reembed` to replace its vectors"
+                f"{self.folder} was built with the embedder {stored} ({self.store.meta.dim} dimensions), but "
+                f"{configured} ({self.embedder.dim}) is configured; name the store's embedder and its way of embedding "
+                "chunks, or run `ragkit ingest --reembed` to replace its vectors"
             )
 
     def load_seconds(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from ragkit.types import MetadataValue
 
 if TYPE_CHECKING:
-    from ragkit.store.base import IndexRecord, StoredChunk, VectorTable
+    from torch import Tensor
+
+    from ragkit.store.base import DocumentSpans, IndexRecord, StoredChunk, VectorTable
 
 FloatMatrix = NDArray[np.float32]
 IdVector = NDArray[np.int64]
@@ -49,6 +51,58 @@ class Embedder(Protocol):
 
     def encode_queries(self, texts: Sequence[str]) -> FloatMatrix:
         """Return what `encode` returns, for questions: models with a prompt for queries get it."""
+        ...
+
+
+@runtime_checkable
+class TokenEmbedder(Embedder, Protocol):
+    """An embedder that also gives the states of its tokens: what late chunking pools."""
+
+    @property
+    def averages_tokens(self) -> bool:
+        """Whether its vector of a text is the mean of the text's token states, brought to length one."""
+        ...
+
+    @property
+    def document_prompt(self) -> str:
+        """The text that `encode` puts before a document."""
+        ...
+
+    @property
+    def special_ids(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The special ids before and behind a text."""
+        ...
+
+    def token_ids(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Return the ids of each text, prompt and special ids left out."""
+        ...
+
+    def token_states(self, windows: Sequence[IdVector], on_tokens: Callable[[int], None] | None = None) -> Tensor:
+        """Return (tokens, dim): the states of windows of ids, special ids included, one behind the other."""
+        ...
+
+
+class ChunkEmbedder(Protocol):
+    """Turns the chunks of documents into unit vectors: what an ingest runs. Questions are embedded by an `Embedder`."""
+
+    @property
+    def embedder_id(self) -> str:
+        """Identity of everything that changes the vectors: the embedder's own, and how chunks are embedded."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        ...
+
+    def encode_chunks(
+        self, documents: Sequence[DocumentSpans], on_tokens: Callable[[int], None] | None = None
+    ) -> FloatMatrix:
+        """Return (chunks, dim) fp32 rows of unit length: the chunks of all documents in order.
+
+        Raises:
+            RetrievalError: the model gave a vector that is not finite.
+        """
         ...
 
 

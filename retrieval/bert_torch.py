@@ -51,6 +51,11 @@ class TorchBert:
     @torch.inference_mode()
     def pooled(self, token_ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> FloatMatrix:
         """Return (sequences, hidden), not normalised; arguments as for `NumpyBert.pooled`."""
+        return pool_tokens(self.token_states(token_ids, lengths).float().cpu().numpy(), lengths, self._pooling)
+
+    @torch.inference_mode()
+    def token_states(self, token_ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> Tensor:
+        """Return (tokens, hidden) on the device; arguments as for `pooled`."""
         starts = np.cumsum(lengths) - lengths
         positions = np.arange(len(token_ids)) - np.repeat(starts, lengths)
         ids = torch.from_numpy(token_ids).to(self._device)
@@ -63,7 +68,7 @@ class TorchBert:
             states = F.layer_norm(layer.out(context, states), states.shape[-1:], *layer.attention_norm, self._epsilon)
             inner = layer.up(states)
             states = F.layer_norm(layer.down(inner, states), states.shape[-1:], *layer.output_norm, self._epsilon)
-        return pool_tokens(states[: len(token_ids)].float().cpu().numpy(), lengths, self._pooling)
+        return states[: len(token_ids)]
 
     def return_memory(self) -> None:
         """Give free heap memory back to the system.

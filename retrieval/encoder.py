@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ragkit.errors import ModelError
-from ragkit.retrieval.base import FloatMatrix
+from ragkit.retrieval.base import FloatMatrix, IdVector
 from ragkit.retrieval.bert_numpy import NumpyBert
 from ragkit.retrieval.bert_weights import load_bert_weights
 from ragkit.retrieval.model_folder import ModelFolder
+from ragkit.retrieval.token_states import batches, states_in_order
 from ragkit.retrieval.windows import pool_windows, split_windows, unit_rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ragkit.retrieval.bert_torch import TorchBert
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,7 @@ class _Windows:
 
 
 class BertEncoder:
-    """Embeds texts with a BERT-type sentence-transformers folder. Implements `Embedder`; safe to use from threads.
+    """Embeds texts with a BERT-type sentence-transformers folder. Implements `TokenEmbedder`; safe to use from threads.
 
     Args:
         folder: what `read_model_folder` returned.
@@ -124,6 +127,30 @@ class BertEncoder:
         return self._embed(windows, len(texts), self._forward_for(int(windows.weights.sum())), None)
 
     @property
+    def averages_tokens(self) -> bool:
+        """Whether a text's vector is the mean of its token states. See `TokenEmbedder`."""
+        return self._folder.averages_tokens
+
+    @property
+    def document_prompt(self) -> str:
+        """The text put before a document."""
+        return self._folder.document_prompt
+
+    @property
+    def special_ids(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The special ids before and behind a text."""
+        return self._prefix, self._suffix
+
+    def token_ids(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Return the ids of each text without special ones. See `TokenEmbedder.token_ids`."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def token_states(self, windows: Sequence[IdVector], on_tokens: Callable[[int], None] | None = None) -> Tensor:
+        """Return (tokens, dim) of all windows, from torch on the encoder's device. See `TokenEmbedder.token_states`."""
+        forward = self._torch_forward()
+        return states_in_order(windows, forward.token_states, self._batch_tokens, on_tokens)
+
+    @property
     def _capacity(self) -> int:
         return self.max_tokens - len(self._prefix) - len(self._suffix)
 
@@ -150,7 +177,7 @@ class BertEncoder:
     ) -> FloatMatrix:
         vectors = np.empty((len(windows.token_ids), self.dim), dtype=np.float32)
         lengths = np.fromiter((len(ids) for ids in windows.token_ids), dtype=np.int64, count=len(windows.token_ids))
-        for rows in _batches(lengths, self._batch_tokens):
+        for rows in batches(lengths, self._batch_tokens):
             packed = np.concatenate([np.asarray(windows.token_ids[row], dtype=np.int64) for row in rows])
             vectors[rows] = unit_rows(forward.pooled(packed, lengths[rows]))
             if on_tokens is not None:
@@ -162,23 +189,15 @@ class BertEncoder:
         least = TORCH_CALL_PAYS_TOKENS if "torch" in sys.modules else TORCH_PAYS_TOKENS
         if self._device == "cpu" and tokens < least:
             return self._numpy
+        return self._torch_forward()
+
+    def _torch_forward(self) -> TorchBert:
         if self._torch is None:
             from ragkit.retrieval.bert_torch import TorchBert
 
             self._torch = TorchBert(self._weights, self._device)
             logger.info("documents are embedded by %s", self.backend)
         return self._torch
-
-
-def _batches(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
-    """Yield rows from the longest to the shortest, at most `batch_tokens` tokens together (one row at least)."""
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        ends = np.cumsum(lengths[order[start:]])
-        count = max(1, int(np.searchsorted(ends, batch_tokens, side="right")))
-        yield order[start : start + count]
-        start += count
 
 
 def _load_tokenizer(path: Path) -> tuple[Any, list[int], list[int]]:

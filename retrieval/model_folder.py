@@ -68,6 +68,12 @@ class ModelFolder:
         """The text put before a document."""
         return self._prompt(_DOCUMENT_PROMPTS)
 
+    @property
+    def averages_tokens(self) -> bool:
+        """Whether a text's vector is the mean of its token states, but for its length."""
+        only_pooling = self.modules in (("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize"))
+        return only_pooling and self.pooling in (("mean",), ("mean_sqrt_len_tokens",))
+
     @cached_property
     def embedder_id(self) -> str:
         """`TYPE-DIM@DIGEST` over the content of weights, tokenizer, configs, pooling, window and prompts.

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ragkit.errors import ModelError, RetrievalError
-from ragkit.retrieval.base import FloatMatrix
+from ragkit.retrieval.base import FloatMatrix, IdVector
 from ragkit.retrieval.model_folder import ModelFolder
+from ragkit.retrieval.token_states import states_in_order
 from ragkit.retrieval.windows import pool_windows, split_windows, unit_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +25,7 @@ _BATCH_PADDED_TOKENS = 256  # what a row of a batch is taken to hold when batch_
 
 
 class SentenceTransformerEmbedder:
-    """Embeds texts through sentence-transformers. Implements `Embedder`.
+    """Embeds texts through sentence-transformers. Implements `TokenEmbedder`.
 
     Texts over the model's window are cut at words and pooled as in `BertEncoder`, where sentence-transformers itself
     would truncate them.
@@ -40,6 +45,7 @@ class SentenceTransformerEmbedder:
         from sentence_transformers import SentenceTransformer
 
         self._folder = folder
+        self._batch_tokens = batch_tokens
         self._batch_rows = max(1, batch_tokens // _BATCH_PADDED_TOKENS)
         try:
             self._model: Any = SentenceTransformer(
@@ -52,7 +58,7 @@ class SentenceTransformerEmbedder:
             self._tokenizer: Any = self._model.tokenizer
             self._dim = int(self._model.get_embedding_dimension() or 0)
             self._window = int(self._model.max_seq_length or _UNBOUNDED)
-            self._special = len(self._tokenizer("a")["input_ids"]) - len(self._ids("a"))
+            self._prefix, self._suffix = self._surrounding_ids()
         except Exception as error:  # whatever the model's own modules raise
             raise ModelError(f"sentence-transformers cannot load {folder.path}: {error}") from error
         if not self._dim:
@@ -85,6 +91,44 @@ class SentenceTransformerEmbedder:
     def encode_queries(self, texts: Sequence[str]) -> FloatMatrix:
         """Return (texts, dim) unit rows for questions. See `Embedder.encode_queries`."""
         return self._embed([self._folder.query_prompt + text for text in texts], None)
+
+    @property
+    def averages_tokens(self) -> bool:
+        """Whether a text's vector is the mean of its token states. See `TokenEmbedder`."""
+        return self._folder.averages_tokens
+
+    @property
+    def document_prompt(self) -> str:
+        """The text put before a document."""
+        return self._folder.document_prompt
+
+    @property
+    def special_ids(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The special ids before and behind a text."""
+        return self._prefix, self._suffix
+
+    def token_ids(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Return the ids of each text without special ones. See `TokenEmbedder.token_ids`."""
+        return [self._ids(text) for text in texts]
+
+    def token_states(self, windows: Sequence[IdVector], on_tokens: Callable[[int], None] | None = None) -> Tensor:
+        """Return (tokens, dim) of all windows on the model's device. See `TokenEmbedder.token_states`."""
+        return states_in_order(windows, self._padded_states, self._batch_tokens, on_tokens)
+
+    def _padded_states(self, token_ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> Tensor:
+        """Return (tokens, dim) of packed sequences, run as one padded batch."""
+        import torch
+
+        inside = torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None]
+        ids = torch.full(inside.shape, self._tokenizer.pad_token_id or 0)
+        ids[inside] = torch.from_numpy(token_ids)
+        features = {"input_ids": ids.to(self._model.device), "attention_mask": inside.long().to(self._model.device)}
+        try:
+            with torch.inference_mode():
+                states: Tensor = self._model[0](features)["token_embeddings"]
+        except RuntimeError as error:
+            raise RetrievalError(f"sentence-transformers could not embed {len(token_ids)} tokens: {error}") from error
+        return states[inside.to(states.device)]
 
     def _embed(self, texts: list[str], on_tokens: Callable[[int], None] | None) -> FloatMatrix:
         if not texts:
@@ -135,6 +179,18 @@ class SentenceTransformerEmbedder:
             return [(text, count)]
         middle = len(text) // 2
         return self._fitting(text[:middle], limit) + self._fitting(text[middle:], limit)
+
+    @property
+    def _special(self) -> int:
+        return len(self._prefix) + len(self._suffix)
+
+    def _surrounding_ids(self) -> tuple[list[int], list[int]]:
+        """Return the special ids that the tokenizer puts before and behind a text."""
+        plain, special = self._ids("a"), list(self._tokenizer("a")["input_ids"])
+        for start in range(len(special) - len(plain) + 1):
+            if special[start : start + len(plain)] == plain:
+                return special[:start], special[start + len(plain) :]
+        raise ModelError("its special tokens do not surround a text")
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

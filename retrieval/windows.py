@@ -2,11 +2,14 @@
 
 A long text is cut into the fewest windows, of equal size within a token or so, at the starts of words; its vector is
 the mean of the windows' unit vectors weighted by their tokens, brought back to unit length. Nothing is truncated.
+Late chunking keeps token states instead and lets windows overlap; every token is then taken from one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +42,33 @@ def split_windows(word_of_token: Sequence[int | None], limit: int) -> list[tuple
         start = stop
     spans.append((start, total))
     return spans
+
+
+class Window(NamedTuple):
+    """Tokens `start` to `stop` of a text; the states of `own_start` to `own_stop` are taken from this window."""
+
+    start: int
+    stop: int
+    own_start: int
+    own_stop: int
+
+
+def overlapping_windows(total: int, limit: int, overlap: int) -> list[Window]:
+    """Return windows over `total` tokens, each of `limit` tokens where the text has that many.
+
+    Neighbours share `overlap` tokens at least, spread evenly. Each half of what two share belongs to the window in
+    which it stands further from an edge, so a state has seen overlap / 2 tokens on both sides of it. Averaging the two
+    windows' states instead would mix in those that have seen next to nothing on one side, and blur both.
+    """
+    if limit < 1 or not 0 <= overlap < limit:
+        raise RetrievalError(f"windows of {limit} tokens cannot overlap by {overlap}")
+    if total <= limit:
+        return [Window(0, total, 0, total)]
+    count = -(-(total - overlap) // (limit - overlap))
+    starts = [index * (total - limit) // (count - 1) for index in range(count)]
+    cuts = [(start + limit + following) // 2 for start, following in pairwise(starts)]
+    edges = pairwise([0, *cuts, total])
+    return [Window(start, start + limit, first, last) for start, (first, last) in zip(starts, edges, strict=True)]
 
 
 def pool_windows(

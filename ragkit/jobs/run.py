@@ -53,9 +53,9 @@ def run_ingest(
     with store.writer(lock_timeout_s=config.ingest.lock_timeout_s) as writer:
         # The plan is made under the lock: two ingests of the same folder must not both embed it.
         plan = plan_ingest(store, found, recipes, retry_failed=retry_failed, prune_roots=roots)
-        embedder = parts.embedder
+        embedder = parts.chunk_embedder
         if reembed and store.meta.embedder_id not in ("", embedder.embedder_id):
-            writer.reset_embeddings(embedder_id=embedder.embedder_id, dim=embedder.dim, embed=embedder.encode)
+            writer.reset_embeddings(embedder_id=embedder.embedder_id, dim=embedder.dim, embed=embedder.encode_chunks)
         writer.configure(
             embedder_id=embedder.embedder_id,
             dim=embedder.dim,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from ragkit.store.records import (
     CommitReport,
     DocumentLink,
+    DocumentSpans,
     GcReport,
     IndexedDocument,
     IndexRecord,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CommitReport",
     "DocumentLink",
+    "DocumentSpans",
     "GcReport",
     "IndexRecord",
     "IndexedDocument",
@@ -259,9 +261,12 @@ class StoreWriter(Protocol):
         ...
 
     def reset_embeddings(
-        self, *, embedder_id: str, dim: int, embed: Callable[[Sequence[str]], Vectors], batch_rows: int = 4096
+        self, *, embedder_id: str, dim: int, embed: Callable[[Sequence[DocumentSpans]], Vectors], batch_rows: int = 4096
     ) -> int:
-        """Replace every vector by `embed(texts)` and the embedder's identity in one transaction; return the rows."""
+        """Replace every vector and the embedder's identity in one transaction; return the rows.
+
+        `embed` gets whole documents and returns the vectors of all their chunks in order.
+        """
         ...
 
     def set_index(

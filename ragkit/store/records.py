@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ragkit.types import Chunk, Document, Metadata, MetadataValue
 
@@ -81,6 +81,13 @@ class SourceRecord:
     generation: int
     documents: int
     chunks: int
+
+
+class DocumentSpans(NamedTuple):
+    """A document's text and the half-open spans of its chunks, in order: what chunks are embedded from."""
+
+    text: str
+    spans: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from ragkit.store.groups import check_group, group_bytes
 from ragkit.store.locks import WriterLock
 from ragkit.store.records import (
     CommitReport,
+    DocumentSpans,
     GcReport,
     IndexedDocument,
     IndexRecord,
@@ -166,7 +167,7 @@ class Writer:
             cleaning.scrub(self._folder, self._connection, self._transactions, timeout_s)
 
     def reset_embeddings(
-        self, *, embedder_id: str, dim: int, embed: Callable[[Sequence[str]], Vectors], batch_rows: int = 4096
+        self, *, embedder_id: str, dim: int, embed: Callable[[Sequence[DocumentSpans]], Vectors], batch_rows: int = 4096
     ) -> int:
         """Replace every vector and the embedder's identity in one transaction; return the number of rows."""
         return embeddings.replace_vectors(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ragkit.errors import RetrievalError
-from ragkit.retrieval.windows import pool_windows, split_windows, unit_rows
+from ragkit.retrieval.windows import overlapping_windows, pool_windows, split_windows, unit_rows
 
 
 @given(st.lists(st.integers(1, 6), max_size=40), st.integers(1, 20))
@@ -46,3 +46,23 @@ def test_pooling_weighs_windows_by_tokens_and_renormalises() -> None:
 def test_a_row_that_is_not_finite_is_named() -> None:
     with pytest.raises(RetrievalError, match="text 1 of 2"):
         unit_rows(np.array([[1, 0], [np.inf, 0]], dtype=np.float32))
+
+
+@given(st.integers(0, 400), st.integers(1, 60), st.floats(0, 0.5))
+def test_overlapping_windows_own_every_token_once_and_share_what_was_asked(
+    total: int, limit: int, share: float
+) -> None:
+    overlap = int(share * limit)
+    windows = overlapping_windows(total, limit, overlap)
+    owned = [token for window in windows for token in range(window.own_start, window.own_stop)]
+    assert owned == list(range(total))
+    assert {window.stop - window.start for window in windows} == {min(total, limit)}
+    for one, other in itertools.pairwise(windows):
+        assert one.stop - other.start >= overlap
+        assert one.own_stop >= other.start + overlap // 2
+        assert other.own_start <= one.stop - overlap // 2
+
+
+def test_an_overlap_of_a_whole_window_is_refused() -> None:
+    with pytest.raises(RetrievalError, match="windows of 4 tokens cannot overlap by 4"):
+        overlapping_windows(9, 4, 4)

@@ -18,7 +18,9 @@ def vector_of(text, salt="", dim=DIM):
 
 
 def embed(salt="", dim=DIM):
-    return lambda texts: np.stack([vector_of(text, salt, dim) for text in texts])
+    return lambda documents: np.stack(
+        [vector_of(text[start:stop], salt, dim) for text, spans in documents for start, stop in spans]
+    )
 
 
 def indexed(text, uri, metadata=None, *, step=24, overlap=0, pages=(), salt="", dim=DIM):

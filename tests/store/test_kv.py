@@ -1,7 +1,8 @@
 import zlib
 
+import numpy as np
 import pytest
-from store_samples import add_kv, configure, digest, embed, indexed, kv_key, kv_texts, update
+from store_samples import add_kv, configure, digest, indexed, kv_key, kv_texts, update, vector_of
 
 from ragkit.store import IndexedDocument, KVEntry, SourceUpdate
 from ragkit.store.records import KVTotals
@@ -51,7 +52,8 @@ def cut(uri, texts):
         chunk_id = chunk_id_of(document.doc_id, start, stop)
         chunks.append(Chunk(chunk_id, document.doc_id, index, text, start, stop, 7))
         start = stop
-    item = IndexedDocument(document, chunks, embed()(texts))
+    vectors = np.stack([vector_of(text) for text in texts])
+    item = IndexedDocument(document, chunks, vectors)
     return SourceUpdate(uri, digest(*texts), start, 1_000, documents=(item,))
 
 
