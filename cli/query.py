@@ -133,6 +133,7 @@ def answer_json(answer: Answer) -> dict[str, Any]:
             "misses": answer.kv.misses,
             "holes": answer.kv.holes,
             "bytes_by_tier": dict(answer.kv.bytes_by_tier),
+            "recomputed": answer.kv.recomputed,
         },
         "draft": {
             "mode": "none",
@@ -176,7 +177,7 @@ def _show_rest(answer: Answer, output: Output) -> None:
     output.note(
         f"{timings_line(dict(answer.timings_ms))}; {tokens.prompt:,} prompt and {tokens.generated:,} new tokens"
     )
-    if answer.kv.hits or answer.kv.misses:
+    if answer.kv.hits or answer.kv.misses or answer.kv.recomputed:
         output.note(_reuse_line(answer))
 
 
@@ -184,7 +185,8 @@ def _reuse_line(answer: Answer) -> str:
     tokens, kv = answer.tokens, answer.kv
     tiers = ", ".join(f"{human_bytes(count)} from {name}" for name, count in kv.bytes_by_tier.items())
     found = f"{kv.hits:,} found ({tiers})" if tiers else f"{kv.hits:,} found"
-    return f"{tokens.reused:,} prompt tokens reused; KV of chunks: {found}, {kv.misses:,} computed"
+    sooner = f", {kv.recomputed:,} computed because that is sooner than loading" if kv.recomputed else ""
+    return f"{tokens.reused:,} prompt tokens reused; KV of chunks: {found}, {kv.misses:,} computed{sooner}"
 
 
 def _citation_lines(citations: Sequence[Citation]) -> Iterator[str]:

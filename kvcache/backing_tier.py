@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.kv_segment import RecordReader
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRecord:
+    """What a tier knows of a record without reading it.
+
+    Attributes:
+        nbytes: its size.
+        is_cached: whether the operating system has it in memory.
+    """
+
+    nbytes: int
+    is_cached: bool = False
 
 
 class BackingTier(Protocol):
@@ -34,6 +48,13 @@ class BackingTier(Protocol):
 
         Raises:
             KVCacheError: the tier cannot be asked.
+        """
+        ...
+
+    def known(self, keys: Sequence[KVKey]) -> Mapping[KVKey, KnownRecord]:
+        """Return what is known of the records of these keys without asking another machine; maybe not of all.
+
+        Nothing where that cannot be said now; `open` says why.
         """
         ...
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ RECORD_ALIGNMENT = 4096  # a page of memory and of a disk
 PAGE_BYTES = 16384  # one CRC each: small enough to read one layer alone, large enough to check at memory speed
 RECORD_OVERHEAD = 4 * RECORD_ALIGNMENT  # bytes that a record of the usual size takes beside its data, at most
 
+_CACHE_PROBES = 3
 _MAGIC = b"RAGKITKV"
 _PRELUDE = Struct("<8sIIII")
 
@@ -105,6 +107,17 @@ class FileSource:
         except OSError as error:
             raise KVMissError(MissReason.UNREADABLE, f"a KV segment cannot be read: {error.strerror}") from error
         return done
+
+    def is_cached(self) -> bool:
+        """Return whether the record seems to be in the page cache; False where the file system does not say."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        # A probe that fails has the system read what lies around it, so the same places cannot be asked twice.
+        places = [random.randrange(max(self.size, 1)) for _ in range(_CACHE_PROBES)]
+        try:
+            return all(os.preadv(self._descriptor, [bytearray(1)], self._offset + at, os.RWF_NOWAIT) for at in places)
+        except OSError:  # EAGAIN: it would have to be read
+            return False
 
     def __enter__(self) -> FileSource:
         return self

@@ -16,6 +16,7 @@ class KVStoreStats:
         hits: hits by tier.
         misses: why chunks were missing from the tiers below memory, by tier and reason.
         computed: chunks that were computed.
+        recomputed: those of them that a tier had, and that were computed because that was sooner than loading them.
         saved: chunks written to each tier; `not_saved` those that it refused or failed to write.
         prefetched: chunks brought into memory before they were asked for.
     """
@@ -23,6 +24,7 @@ class KVStoreStats:
     hits: Counter[str] = field(default_factory=Counter)
     misses: Counter[tuple[str, MissReason]] = field(default_factory=Counter)
     computed: int = 0
+    recomputed: int = 0
     saved: Counter[str] = field(default_factory=Counter)
     not_saved: Counter[str] = field(default_factory=Counter)
     prefetched: int = 0

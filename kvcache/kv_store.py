@@ -13,62 +13,39 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef, EncodedKV
 from ragkit.kvcache.codec import KVCodec, decode_chunk, encode_chunk
+from ragkit.kvcache.fetch import Compute, Fetch, FetchedKV
 from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.kv_saver import KVSaver
 from ragkit.kvcache.kv_segment import KVMissError, MissReason
 from ragkit.kvcache.kv_stats import KVStoreStats
-from ragkit.kvcache.memory_tier import MemoryTier, PinnedKV
-from ragkit.kvcache.pool_tier import PinnedBlocks, PoolTier
-
-COMPUTED = "computed"  # the origin of what no tier had
+from ragkit.kvcache.load_and_compute import RECOMPUTED
+from ragkit.kvcache.load_controller import LoadController, StoredChunk
+from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.pool_tier import PoolTier
 
 _log = logging.getLogger(__name__)
 
-Compute = Callable[[Sequence[ChunkRef]], Sequence[ChunkKV]]
 _Brought = tuple[EncodedKV, str]  # a chunk, and the tier that it comes from
 
 
-@dataclass(frozen=True, slots=True)
-class FetchReport:
-    """Where the chunks of one request came from.
+class InFlight(Future[_Brought]):
+    """A chunk that somebody is bringing.
 
     Attributes:
-        hits: chunks found in some tier.
-        misses: chunks that had to be computed.
-        holes: misses that stand before the last hit: a store that reuses prefixes only would end there.
-        bytes_by_tier: bytes taken from each tier.
-        load_ms, compute_ms: time spent in finding and loading, and in computing.
+        is_prefetch: whether it is only loaded, with nobody waiting for it yet.
     """
 
-    hits: int
-    misses: int
-    holes: int
-    bytes_by_tier: Mapping[str, int]
-    load_ms: float
-    compute_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class FetchedKV:
-    """The KV of a request's chunks, pinned until the block ends; in the order of the request.
-
-    Attributes:
-        chunks: each as its codec stores it, or decoded in blocks of the pool.
-        report: where they came from.
-    """
-
-    chunks: tuple[EncodedKV | PinnedBlocks, ...]
-    report: FetchReport
+    def __init__(self, is_prefetch: bool) -> None:
+        super().__init__()
+        self.is_prefetch = is_prefetch
 
 
 class KVStore:
@@ -83,6 +60,7 @@ class KVStore:
         backing: where else to look, in this order, and where computed chunks are kept.
         pool: decoded chunks on the GPU; looked into first.
         load_threads: how many chunks are loaded at once.
+        controller: decides which stored chunks are computed because that is sooner; None loads all of them.
     """
 
     def __init__(
@@ -93,6 +71,7 @@ class KVStore:
         *,
         pool: PoolTier | None = None,
         load_threads: int = 4,
+        controller: LoadController | None = None,
     ) -> None:
         self.codec = codec
         self.memory = memory
@@ -100,8 +79,10 @@ class KVStore:
         self.pool = pool
         self.stats = KVStoreStats()
         self._lock = threading.Lock()
-        self._in_flight: dict[ChunkRef, Future[_Brought]] = {}
-        self._loaders = ThreadPoolExecutor(load_threads, thread_name_prefix="ragkit-kv-load")
+        self.controller = controller
+        self.load_threads = load_threads
+        self._in_flight: dict[ChunkRef, InFlight] = {}
+        self.loaders = ThreadPoolExecutor(load_threads, thread_name_prefix="ragkit-kv-load")
         self._saver = KVSaver(self.backing, self.stats)
         self._closed = False
 
@@ -118,7 +99,7 @@ class KVStore:
         """
         if self._closed:
             raise KVCacheError("the KV store is closed")
-        request = _Request(self, compute)
+        request = Fetch(self, compute)
         try:
             chunks = request.run(refs)
             yield FetchedKV(chunks, request.report(refs))
@@ -132,11 +113,17 @@ class KVStore:
     def prefetch(self, refs: Sequence[ChunkRef]) -> None:
         """Start to bring chunks into memory and return at once: call it while the question is still being ranked.
 
-        Chunks that are nowhere are left alone.
+        Chunks that are nowhere are left alone, and so are those that are computed sooner than loaded.
         """
+        wanted = self.missing(refs)
+        stored = self.stored(wanted)
+        declined: set[ChunkRef] = set()
+        if self.controller is not None:
+            declined = {chunk.ref for chunk in self.controller.plan(list(stored.values())).compute}
         with contextlib.suppress(RuntimeError):  # the store was closed: nothing is to be expected any more
-            for ref in self.missing(refs):
-                self._loaders.submit(self._prefetch_one, ref)
+            for ref in wanted:
+                if ref not in declined:
+                    self.loaders.submit(self._prefetch_one, ref, stored.get(ref))
 
     def missing(self, refs: Sequence[ChunkRef]) -> list[ChunkRef]:
         """Return those of `refs` that are not in memory."""
@@ -208,7 +195,7 @@ class KVStore:
         if self._closed:
             return
         self._closed = True
-        self._loaders.shutdown(wait=True, cancel_futures=True)
+        self.loaders.shutdown(wait=True, cancel_futures=True)
         self._saver.close()
         if self.pool is not None:
             self.pool.close()
@@ -221,26 +208,49 @@ class KVStore:
     ) -> None:
         self.close()
 
-    def load(self, ref: ChunkRef) -> tuple[EncodedKV, str] | None:
-        """Return a chunk from the first backing tier that has it, with the tier's name, or None."""
+    def stored(self, refs: Sequence[ChunkRef]) -> dict[ChunkRef, StoredChunk]:
+        """Return those of `refs` that a backing tier says it has, by what is known without asking other machines.
+
+        Nothing without a controller: nobody else needs to know.
+        """
+        found: dict[ChunkRef, StoredChunk] = {}
+        for tier in self.backing if self.controller is not None else ():
+            wanted = [ref for ref in refs if ref not in found]
+            records = tier.known([ref.key for ref in wanted])
+            for ref in wanted:
+                record = records.get(ref.key)
+                if record is not None:
+                    found[ref] = StoredChunk(ref, tier.name, record.nbytes, record.is_cached)
+        return found
+
+    def load(self, ref: ChunkRef, expected: StoredChunk | None = None) -> _Brought | None:
+        """Return a chunk from the first backing tier that has it, with the tier's name, or None.
+
+        What it took is measured if the chunk was where it was expected.
+        """
+        started = time.perf_counter()
         for tier in self.backing:
             try:
                 with tier.open(ref, self.codec.codec_id, self.codec.layout.num_layers) as reader:
-                    return reader.load(self.memory.allocate), tier.name
+                    encoded = reader.load(self.memory.allocate)
             except KVMissError as error:
                 with self._lock:
                     self.stats.misses[tier.name, error.reason] += 1
                 if error.reason is not MissReason.ABSENT:
                     _log.warning("%s: it is computed again", error)
+                continue
+            if self.controller is not None and expected is not None and expected.tier == tier.name:
+                self.controller.loaded(expected, started, time.perf_counter())
+            return encoded, tier.name
         return None
 
-    def lead(self, ref: ChunkRef) -> tuple[Future[_Brought], bool]:
+    def lead(self, ref: ChunkRef, *, is_prefetch: bool = False) -> tuple[InFlight, bool]:
         """Return the future of a chunk that is being brought, and whether the caller is the one to bring it."""
         with self._lock:
             future = self._in_flight.get(ref)
             if future is not None:
                 return future, False
-            future = self._in_flight[ref] = Future()
+            future = self._in_flight[ref] = InFlight(is_prefetch)
             return future, True
 
     def settle(self, ref: ChunkRef, encoded: EncodedKV | None, origin: str) -> None:
@@ -255,16 +265,14 @@ class KVStore:
         else:
             future.set_result((encoded, origin))
 
-    def load_all(self, refs: Sequence[ChunkRef]) -> list[tuple[EncodedKV, str] | None]:
-        """Return what `load` finds for each, several at once."""
-        if len(refs) <= 1 or not self.backing:
-            return [self.load(ref) for ref in refs]
-        return list(self._loaders.map(self.load, refs))
-
-    def keep(self, chunk: ChunkKV, ref: ChunkRef, recompute_ms: float) -> EncodedKV:
-        """Return a computed chunk as the codec stores it, and have it written to the backing tiers."""
+    def keep(self, chunk: ChunkKV, ref: ChunkRef, recompute_ms: float, origin: str) -> EncodedKV:
+        """Return a computed chunk as the codec stores it, and have it written to the backing tiers if none had it."""
         encoded = self.encode(chunk, ref, recompute_ms)
-        self._saver.enqueue(encoded)
+        if origin != RECOMPUTED:
+            self._saver.enqueue(encoded)
+            return encoded
+        with self._lock:
+            self.stats.recomputed += 1
         return encoded
 
     def count_hit(self, tier: str) -> None:
@@ -272,128 +280,18 @@ class KVStore:
         with self._lock:
             self.stats.hits[tier] += 1
 
-    def _prefetch_one(self, ref: ChunkRef) -> None:
+    def _prefetch_one(self, ref: ChunkRef, expected: StoredChunk | None) -> None:
         if self.memory.holds(ref):
             return
-        _, mine = self.lead(ref)
+        _, mine = self.lead(ref, is_prefetch=True)
         if not mine:
             return
         found = None
         try:
-            found = self.load(ref)
+            found = self.load(ref, expected)
             if found is not None:
                 self.memory.add(found[0]).release()
                 with self._lock:
                     self.stats.prefetched += 1
         finally:
             self.settle(ref, *(found or (None, "")))
-
-
-class _Request:
-    """One `fetch`: what it holds, and what it counted."""
-
-    def __init__(self, store: KVStore, compute: Compute) -> None:
-        self._store = store
-        self._compute = compute
-        self._pins: dict[ChunkRef, PinnedKV | PinnedBlocks] = {}
-        self._origin: dict[ChunkRef, str] = {}
-        self._load_s = 0.0
-        self._compute_s = 0.0
-
-    def run(self, refs: Sequence[ChunkRef]) -> tuple[EncodedKV | PinnedBlocks, ...]:
-        """Return the chunks, pinned."""
-        wanted = list(dict.fromkeys(refs))
-        while open_refs := [ref for ref in wanted if ref not in self._pins]:
-            started = time.perf_counter()
-            led, awaited = self._take_or_lead(open_refs)
-            try:
-                self._bring(led, started)
-            finally:
-                for ref in led:  # whatever happened, nobody waits for us any longer
-                    pin = self._pins.get(ref)
-                    encoded = pin.encoded if isinstance(pin, PinnedKV) else None
-                    self._store.settle(ref, encoded, self._store.memory.name)
-            self._wait(awaited)
-        pins = (self._pins[ref] for ref in refs)
-        return tuple(pin.encoded if isinstance(pin, PinnedKV) else pin for pin in pins)
-
-    def release(self) -> None:
-        """Unpin everything."""
-        for pin in self._pins.values():
-            pin.release()
-
-    def report(self, refs: Sequence[ChunkRef]) -> FetchReport:
-        """Return where the chunks came from."""
-        bytes_by_tier: Counter[str] = Counter()
-        for ref, origin in self._origin.items():
-            if origin != COMPUTED:
-                bytes_by_tier[origin] += self._pins[ref].nbytes
-        misses = sum(origin == COMPUTED for origin in self._origin.values())
-        hits = len(self._origin) - misses
-        was_hit = [self._origin[ref] != COMPUTED for ref in dict.fromkeys(refs)]
-        last_hit = max((index for index, hit in enumerate(was_hit) if hit), default=0)
-        holes = was_hit[:last_hit].count(False)
-        return FetchReport(hits, misses, holes, dict(bytes_by_tier), self._load_s * 1e3, self._compute_s * 1e3)
-
-    def _take_or_lead(self, refs: Sequence[ChunkRef]) -> tuple[list[ChunkRef], dict[ChunkRef, Future[_Brought]]]:
-        """Pin what is in memory; return what this request has to bring, and what others are bringing."""
-        led: list[ChunkRef] = []
-        awaited: dict[ChunkRef, Future[_Brought]] = {}
-        for ref in refs:
-            if self._pin(ref):
-                continue
-            future, mine = self._store.lead(ref)
-            if mine:
-                led.append(ref)
-            else:
-                awaited[ref] = future
-        # Another request may have brought a chunk between the look into memory and the lead.
-        for ref in led:
-            self._pin(ref)
-        return led, awaited
-
-    def _pin(self, ref: ChunkRef) -> bool:
-        for tier in self._store.near:
-            pin = tier.pin(ref)
-            if pin is not None:
-                self._hold(ref, pin, tier.name)
-                return True
-        return False
-
-    def _hold(self, ref: ChunkRef, pin: PinnedKV | PinnedBlocks, origin: str) -> None:
-        self._pins[ref] = pin
-        self._origin[ref] = origin
-        if origin != COMPUTED:
-            self._store.count_hit(origin)
-
-    def _bring(self, led: Sequence[ChunkRef], started: float) -> None:
-        """Load or compute the chunks that this request leads."""
-        todo = [ref for ref in led if ref not in self._pins]
-        for ref, found in zip(todo, self._store.load_all(todo), strict=True):
-            if found is not None:
-                self._hold(ref, self._store.memory.add(found[0]), found[1])
-        loaded = time.perf_counter()
-        self._load_s += loaded - started
-        todo = [ref for ref in todo if ref not in self._pins]
-        if not todo:
-            return
-        computed = self._compute(todo)
-        if len(computed) != len(todo):
-            raise KVCacheError(f"{len(todo)} chunks were to be computed, {len(computed)} came back")
-        took_ms = (time.perf_counter() - loaded) * 1e3
-        tokens = max(sum(len(ref.token_ids) for ref in todo), 1)
-        for ref, chunk in zip(todo, computed, strict=True):
-            encoded = self._store.keep(chunk, ref, took_ms * len(ref.token_ids) / tokens)
-            self._hold(ref, self._store.memory.add(encoded), COMPUTED)
-        self._compute_s += time.perf_counter() - loaded
-
-    def _wait(self, awaited: Mapping[ChunkRef, Future[_Brought]]) -> None:
-        """Wait for chunks that other requests bring; what they could not bring is tried again by the caller."""
-        started = time.perf_counter()
-        for ref, future in awaited.items():
-            try:
-                encoded, origin = future.result()
-            except CancelledError:
-                continue
-            self._hold(ref, self._store.memory.add(encoded), origin)
-        self._load_s += time.perf_counter() - started

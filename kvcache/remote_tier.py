@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ragkit.errors import KVCacheError, MissingExtraError
+from ragkit.kvcache.backing_tier import KnownRecord
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
@@ -57,6 +58,11 @@ class RemoteTier:
             return {key for key in keys if self._files.exists(self._path(key))}
         except Exception as error:  # every file system has errors of its own
             raise KVCacheError(f"{self.name} cannot be asked for chunk KV: {error}") from error
+
+    def known(self, keys: Sequence[KVKey]) -> dict[KVKey, KnownRecord]:
+        """Return the sizes of objects that were there at the start, or that this process wrote."""
+        with self._lock:
+            return {key: KnownRecord(self._sizes[key]) for key in keys if key in self._sizes}
 
     @contextlib.contextmanager
     def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:

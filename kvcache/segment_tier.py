@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ragkit.errors import KVCacheError, StoreError
+from ragkit.kvcache.backing_tier import KnownRecord
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
@@ -89,6 +90,14 @@ class SegmentTier:
             return {KVKey(key) for key in self._catalogue.kv_entries([key.digest for key in keys])}
         except StoreError as error:
             raise KVCacheError(f"the catalogue cannot name chunk KV: {error}") from error
+
+    def known(self, keys: Sequence[KVKey]) -> dict[KVKey, KnownRecord]:
+        """Return the sizes of these records, and whether the page cache has them."""
+        try:
+            places = self._catalogue.kv_entries([key.digest for key in keys])
+        except StoreError:
+            return {}
+        return {KVKey(key): KnownRecord(entry.bytes, _is_cached(path, entry)) for key, (path, entry) in places.items()}
 
     @contextlib.contextmanager
     def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:
@@ -229,6 +238,14 @@ def _groups(chunks: Sequence[EncodedKV], limit: int = _SEGMENT_BYTES) -> Iterato
         group.append(chunk)
     if group:
         yield group
+
+
+def _is_cached(path: Path, entry: KVEntry) -> bool:
+    try:
+        with FileSource(path, entry.offset, entry.bytes) as source:
+            return source.is_cached()
+    except KVMissError:
+        return False
 
 
 def _file_bytes(path: Path) -> int:

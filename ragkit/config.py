@@ -79,6 +79,13 @@ class PolicyName(StrEnum):
     LRU = "lru"
 
 
+class LoadingMode(StrEnum):
+    """Whether chunk KV that is stored is computed anew where that is sooner than loading it."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+
+
 class ChunkContextName(StrEnum):
     """What a chunk's KV is computed behind: nothing, or the model's canonical prompt prefix."""
 
@@ -196,7 +203,9 @@ class KVConfig:
 
     `gpu_mb`, `memory_mb`, `disk_mb` and `remote_mb` bound the tiers; on a GPU chunks take at most `gpu_mb` of the KV
     pool, and leave when requests need it; with a `disk_mb` of 0 the store keeps no KV. `remote` is an fsspec URL, or
-    empty. KV of another codec or context is never mistaken for what is configured now: it is a miss.
+    empty. KV of another codec or context is never mistaken for what is configured now: it is a miss. With a `loading`
+    of `auto`, measured rates decide which chunks are loaded from disk or remote and which are computed beside that;
+    `always` loads whatever is stored.
     """
 
     codec: CodecName = CodecName.BF16
@@ -207,6 +216,7 @@ class KVConfig:
     remote: str = ""
     remote_mb: int = 65536
     policy: PolicyName = PolicyName.COST
+    loading: LoadingMode = LoadingMode.AUTO
 
     def __post_init__(self) -> None:
         _at_least("kv.gpu_mb", self.gpu_mb, 0)

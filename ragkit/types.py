@@ -151,12 +151,14 @@ class KVUse:
         hits, misses: chunks found in some tier, and chunks that had to be computed.
         holes: misses among hits: chunks that were missing before the last one that was found.
         bytes_by_tier: bytes taken from each tier.
+        recomputed: chunks that a tier had, and that were computed because that was sooner than loading them.
     """
 
     hits: int = 0
     misses: int = 0
     holes: int = 0
     bytes_by_tier: Mapping[str, int] = field(default_factory=dict)
+    recomputed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

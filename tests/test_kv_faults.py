@@ -18,10 +18,12 @@ from blended_pipeline import CONFIG, QUESTIONS, kv_files, open_blended, write_do
 from tiny_generator import write_generator
 
 from ragkit import Answer, Pipeline
+from ragkit.config import LoadingMode
 from ragkit.generation.engine import Engine
 from ragkit.generation.steps import Finished
 from ragkit.kvcache.kv_key import KVKey, KVRecipe
 from ragkit.kvcache.kv_segment import MissReason, RecordReader
+from ragkit.kvcache.load_controller import LoadController, LoadPlan
 from ragkit.store import faults
 
 SCRIPT = Path(__file__).parent / "support" / "blend_script.py"
@@ -290,6 +292,50 @@ def test_damaged_objects_of_a_remote_place_change_no_answer(
         answers = [recorder.ask(pipeline, question) for question in QUESTIONS]
     assert [tokens for _, tokens in answers] == cold
     assert sum(answer.kv.misses for answer, _ in answers) >= len(objects) // 3
+
+
+class _Tossing(LoadController):
+    """Decides by tossing a coin what is loaded and what is computed."""
+
+    coin = random.Random(9)
+
+    def plan(self, stored, lacking_tokens=()):
+        mixed = self.coin.sample(list(stored), len(stored))
+        cut = self.coin.randrange(len(mixed) + 1)
+        return LoadPlan(tuple(mixed[:cut]), tuple(mixed[cut:]), 0.0)
+
+
+@pytest.mark.parametrize("damage", [None, "truncated", "swapped"])
+def test_no_answer_depends_on_what_was_loaded_and_what_computed(
+    place: Path,
+    engine: Engine,
+    recorder: Recorder,
+    cold: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str | None,
+) -> None:
+    monkeypatch.setattr("ragkit.generation.blending.LoadController", _Tossing)
+    if damage is not None:
+        DAMAGES[damage][0](kv_files(place))
+    recomputed = 0
+    for _ in range(4):
+        with open_blended(place, engine, loading=LoadingMode.AUTO) as pipeline:
+            assert recorder.tokens(pipeline) == cold
+            recomputed += pipeline.parts.blending.kv_store.stats.recomputed
+    assert recomputed > 0
+
+
+def test_a_hundred_requests_at_once_with_rates_that_decide_get_the_answers_they_get_alone(
+    place: Path, engine: Engine, recorder: Recorder, cold: list[tuple[int, ...]]
+) -> None:
+    with open_blended(place, engine, loading=LoadingMode.AUTO, memory_mb=1) as pipeline:
+        pipeline.parts.blending.kv_store.memory.budget_bytes = 150_000
+        with ThreadPoolExecutor(20) as pool:
+            asked = [QUESTIONS[number % len(QUESTIONS)] for number in range(100)]
+            answers = list(pool.map(lambda question: recorder.ask(pipeline, question), asked))
+        expected = dict(zip(QUESTIONS, cold, strict=True))
+        assert [tokens for _, tokens in answers] == [expected[question] for question in asked]
+        assert all(answer.kv.hits + answer.kv.misses + answer.kv.recomputed == 5 for answer, _ in answers)
 
 
 @pytest.mark.crash

@@ -29,7 +29,8 @@ from ragkit.generation.streamed_rows import StreamedChunks
 from ragkit.kernels.host_copy import to_device
 from ragkit.kvcache.chunk_kv import EncodedKV
 from ragkit.kvcache.codec import LayerKV
-from ragkit.kvcache.kv_store import FetchReport, KVStore
+from ragkit.kvcache.fetch import FetchReport
+from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.pool_tier import PinnedBlocks
 from ragkit.kvcache.selectors_question import QuestionAttention
 from ragkit.kvcache.token_selection import ChunkSpan, TokenSelector
@@ -184,7 +185,7 @@ def require_ratio(ratio: float) -> float:
 
 def kv_use(report: FetchReport) -> KVUse:
     """Return what a fetch found, as answers tell it."""
-    return KVUse(report.hits, report.misses, report.holes, dict(report.bytes_by_tier))
+    return KVUse(report.hits, report.misses, report.holes, dict(report.bytes_by_tier), report.recomputed)
 
 
 def with_computing(timings: Mapping[str, float], report: FetchReport) -> dict[str, float]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from ragkit.config import BlendConfig, KVConfig
+from ragkit.config import BlendConfig, KVConfig, LoadingMode
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
-from ragkit.generation.chunk_prefill import ChunkPrefill
+from ragkit.generation.chunk_prefill import ChunkPrefill, expected_cost
 from ragkit.generation.engine import Engine
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef
@@ -15,6 +15,7 @@ from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import ContextKind, KVRecipe
 from ragkit.kvcache.kv_store import KVStore
+from ragkit.kvcache.load_controller import LoadController
 from ragkit.kvcache.memory_tier import MemoryTier
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.pool_tier import PoolTier
@@ -69,7 +70,9 @@ class Blending:
         on_gpu = decoder.device.type == "cuda"
         memory = MemoryTier(MEMORY, _megabytes(kv.memory_mb), make_policy(kv.policy), page_locked=on_gpu)
         backing = _backing_tiers(kv, store) if weights_are_named else ()
-        self.kv_store = KVStore(codec, memory, backing, pool=_pool_tier(kv, engine.pool) if on_gpu else None)
+        pool = _pool_tier(kv, engine.pool) if on_gpu else None
+        controller = LoadController(expected_cost(decoder)) if kv.loading is LoadingMode.AUTO else None
+        self.kv_store = KVStore(codec, memory, backing, pool=pool, controller=controller)
         selector = make_selector(blend.selector, decoder.config.num_layers)
         self.prefill = BlendPrefill(self.kv_store, self.chunks, BlendOptions(blend.ratio, selector))
         self._store = store

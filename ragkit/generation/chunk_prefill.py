@@ -13,10 +13,15 @@ from ragkit.generation.decoder import Decoder
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef
 from ragkit.kvcache.codec import LayerKV
+from ragkit.kvcache.cost_model import Cost
 from ragkit.kvcache.kv_key import ChunkContext, ContextKind, KVRecipe
 from ragkit.types import Segment
 
 _KEPT_PREFIXES = 8  # of different system prompts; each takes a few dozen rows
+
+# What a device may do before it was measured: FLOP/s in matrix products, and seconds until a pass is launched.
+_FLOPS = {"cpu": 1e11, "cuda": 3e14}
+_LAUNCH_S = {"cpu": 1e-3, "cuda": 1e-2}
 
 Neighbours = Callable[[str], Sequence[Segment]]
 
@@ -111,3 +116,12 @@ class ChunkPrefill:
             return ChunkContext.prefix(self.canonical_prefix)
         ids = [str(segment.chunk_id) for segment in self._between(chunk_id)]
         return ChunkContext.neighbours(self.canonical_prefix, ids)
+
+
+def expected_cost(decoder: Decoder) -> Cost:
+    """Return what computing a chunk's KV may take, in seconds a chunk and a token, before any was computed."""
+    sizes = decoder.config
+    heads = (2 * sizes.num_q_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
+    weights = sizes.num_layers * sizes.hidden_size * (heads + 3 * sizes.intermediate_size)
+    kind = decoder.device.type if decoder.device.type in _FLOPS else "cpu"
+    return Cost(_LAUNCH_S[kind], 2 * weights / _FLOPS[kind])

@@ -83,7 +83,7 @@ def test_the_json_has_the_keys_that_other_tools_rely_on(run):
         "tokens": {"prompt": 200, "reused": 0, "recomputed": 200, "generated": 5},
         "dropped_chunks": [],
         "warnings": [],
-        "kv": {"hits": 0, "misses": 0, "holes": 0, "bytes_by_tier": {}},
+        "kv": {"hits": 0, "misses": 0, "holes": 0, "bytes_by_tier": {}, "recomputed": 0},
         "draft": {"mode": "none", "drafted": 0, "accepted": 0, "ms_per_step": 10.0},
         "timings_ms": {
             "load_models": 900.0,
@@ -101,10 +101,11 @@ def test_the_json_says_what_was_reused(run, world):
         world.answer,
         strategy="blend",
         tokens=TokenUsage(prompt=200, reused=150, recomputed=50, generated=5),
-        kv=KVUse(hits=3, misses=1, holes=1, bytes_by_tier={"ram": 100, "disk": 2000}),
+        kv=KVUse(hits=3, misses=1, holes=1, bytes_by_tier={"ram": 100, "disk": 2000}, recomputed=2),
     )
     data = run("query", "q", "--json").json
-    assert data["kv"] == {"hits": 3, "misses": 1, "holes": 1, "bytes_by_tier": {"ram": 100, "disk": 2000}}
+    tiers = {"ram": 100, "disk": 2000}
+    assert data["kv"] == {"hits": 3, "misses": 1, "holes": 1, "bytes_by_tier": tiers, "recomputed": 2}
     assert (data["strategy"], data["tokens"]["reused"], data["tokens"]["recomputed"]) == ("blend", 150, 50)
 
 
@@ -114,6 +115,9 @@ def test_what_was_reused_is_said_in_a_line_of_its_own(run, world):
     assert run("query", "q").err.splitlines()[1] == (
         "150 prompt tokens reused; KV of chunks: 3 found (1.2 MB from ram, 2.5 MB from disk), 1 computed"
     )
+    world.answer = replace(world.answer, kv=KVUse(recomputed=4))
+    line = run("query", "q").err.splitlines()[1]
+    assert line.endswith("KV of chunks: 0 found, 0 computed, 4 computed because that is sooner than loading")
     assert run("query", "q", "-q").err == ""
 
 

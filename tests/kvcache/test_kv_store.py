@@ -14,9 +14,11 @@ from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import EncodedKV
 from ragkit.kvcache.codec import decode_chunk
 from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.cost_model import Cost
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_segment import MissReason
 from ragkit.kvcache.kv_store import KVStore
+from ragkit.kvcache.load_controller import COMPUTING, LoadController, LoadPlan
 from ragkit.kvcache.memory_tier import MemoryTier
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.pool_tier import PinnedBlocks, PoolTier
@@ -24,6 +26,24 @@ from ragkit.kvcache.remote_tier import RemoteTier
 from ragkit.kvcache.segment_tier import SegmentTier
 
 CODEC = make_codec("int4", LAYOUT)
+
+
+class Deciding(LoadController):
+    """Has the chunks that `declines` names computed, and expects loading to be done in no time otherwise."""
+
+    def __init__(self, declines):
+        super().__init__(Cost(1e-3, 0.0))
+        self.declines = declines
+
+    def plan(self, stored, lacking_tokens=()):
+        declined = tuple(chunk for chunk in stored if self.declines(chunk))
+        return LoadPlan(tuple(chunk for chunk in stored if chunk not in declined), declined, 0.0)
+
+    def load_seconds(self, chunks):
+        return sum(10.0 if self.declines(chunk) else 0.0 for chunk in chunks)
+
+    def compute_seconds(self, tokens):
+        return 1.0 * len(tokens)
 
 
 class Computer:
@@ -339,7 +359,8 @@ class Saboteur(threading.Thread):
                 continue
 
 
-def test_a_hundred_requests_among_collisions_eviction_and_damage_all_get_fresh_numbers(place):
+@pytest.mark.parametrize("decides", [False, True])
+def test_a_hundred_requests_among_collisions_eviction_and_damage_all_get_fresh_numbers(place, decides):
     store, ids = place
     refs = refs_of(ids, 24)
     # Every third chunk has the key of another one: a forced collision.
@@ -347,7 +368,9 @@ def test_a_hundred_requests_among_collisions_eviction_and_damage_all_get_fresh_n
     one = encoded_of(CODEC, refs[12]).nbytes
     fresh = {ref: decode_chunk(CODEC, encoded_of(CODEC, ref)) for ref in refs}
     compute = Computer()
-    with kv_store(store, budget=6 * one, disk=10 * 8192) as kv:
+    coin = random.Random(5)
+    controller = Deciding(lambda chunk: coin.random() < 0.3) if decides else None
+    with kv_store(store, budget=6 * one, disk=10 * 8192, controller=controller) as kv:
         with kv.fetch(refs, compute):
             pass
         kv.flush()
@@ -429,6 +452,114 @@ def test_chunks_are_written_where_there_is_room_and_nothing_leaves_for_them(plac
         assert kv.absent(refs) == refs[4:]
         assert kv.stats.saved["disk"] == 4
         assert len(kv.memory) == 0
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4", "entropy2", "int4+bf16"])
+def test_whether_a_chunk_is_loaded_or_computed_changes_none_of_its_bytes(place, compute, name):
+    store, ids = place
+    codec, refs = make_codec(name, LAYOUT), refs_of(ids, 6)
+    with kv_store(store, codec=codec) as kv, kv.fetch(refs, compute):
+        pass
+    found = {}
+    for declined in (0, 3, 6):
+        controller = Deciding(lambda chunk, declined=declined: chunk.ref in refs[:declined])
+        with (
+            kv_store(store, codec=codec, controller=controller) as kv,
+            kv.fetch(refs, compute) as got,
+        ):
+            assert (got.report.hits, got.report.recomputed, got.report.misses) == (6 - declined, declined, 0)
+            assert kv.stats.recomputed == kv.stats.computed == declined
+            found[declined] = [chunk.data.clone() for chunk in got.chunks]
+    for a, b, c in zip(*found.values(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_a_chunk_computed_although_it_is_stored_is_neither_miss_nor_hole_nor_written_again(place, compute):
+    store, ids = place
+    refs = refs_of(ids, 5)
+    with kv_store(store) as kv, kv.fetch(refs[1:], compute):
+        pass
+    with kv_store(store, controller=Deciding(lambda chunk: chunk.ref in refs[2:4])) as kv:
+        with kv.fetch(refs, compute) as got:
+            report = got.report
+            assert (report.hits, report.misses, report.holes, report.recomputed) == (2, 1, 1, 2)
+            assert report.bytes_by_tier == {"disk": got.chunks[1].nbytes + got.chunks[4].nbytes}
+        kv.flush()
+        assert kv.stats.saved == {"disk": 1}
+        with kv.fetch(refs, compute) as got:
+            assert (got.report.hits, got.report.recomputed, got.report.bytes_by_tier.keys()) == (5, 0, {"ram"})
+
+
+def test_a_damaged_chunk_is_a_miss_also_where_the_controller_would_load_it(place, compute):
+    store, ids = place
+    refs = refs_of(ids, 4)
+    with kv_store(store) as kv, kv.fetch(refs, compute):
+        pass
+    for path, _ in store.kv_listing():
+        path.write_bytes(bytes(path.stat().st_size))
+    with kv_store(store, controller=Deciding(lambda chunk: chunk.ref == refs[0])) as kv:
+        with kv.fetch(refs, compute) as got:
+            assert (got.report.hits, got.report.misses, got.report.recomputed) == (0, 3, 1)
+            assert all(is_right(chunk, ref) for chunk, ref in zip(got.chunks, refs, strict=True))
+        assert kv.stats.misses["disk", MissReason.HEADER] == 3
+
+
+def test_what_loading_and_computing_cost_is_measured_on_the_way(place, compute, tmp_path):
+    _, ids = place
+    refs = refs_of(ids, 6)
+    controller = Deciding(lambda chunk: False)
+    remote = RemoteTier((tmp_path / "remote").as_uri(), 10**9, make_policy("cost"))
+    memory = MemoryTier("ram", 10**8, make_policy("cost"))
+    with KVStore(CODEC, memory, [remote], controller=controller) as kv:
+        with kv.fetch(refs, compute):
+            kv.flush()
+        assert set(controller.costs()) == {COMPUTING}
+        kv.discard([ref.key for ref in refs])
+        with kv.fetch(refs, compute) as got:
+            assert got.report.hits == 6
+        assert set(controller.costs()) == {COMPUTING, "file"}
+        assert controller._computing.count > 0
+        assert controller._loading["file"]._model.count > 0
+
+
+def test_only_what_is_worth_loading_is_prefetched(place, compute):
+    store, ids = place
+    refs = refs_of(ids, 6)
+    with kv_store(store) as kv, kv.fetch(refs, compute):
+        pass
+    with kv_store(store, controller=Deciding(lambda chunk: chunk.ref in refs[:4])) as kv:
+        kv.prefetch(refs)
+        for _ in range(500):
+            if kv.stats.prefetched == 2:
+                break
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert kv.missing(refs) == refs[:4]
+
+
+def test_nobody_waits_for_a_prefetch_that_hangs(place, compute, monkeypatch):
+    store, ids = place
+    refs = refs_of(ids, 1)
+    with kv_store(store) as kv, kv.fetch(refs, compute):
+        pass
+    begun, go_on = threading.Event(), threading.Event()
+    with kv_store(store, controller=LoadController(Cost(0.01, 0.0))) as kv:
+        load = kv.load
+
+        def hanging(ref, expected=None):
+            begun.set()
+            go_on.wait(10)
+            return load(ref, expected)
+
+        monkeypatch.setattr(kv, "load", hanging)
+        kv.prefetch(refs)
+        assert begun.wait(5)
+        with kv.fetch(refs, compute) as got:
+            assert (got.report.recomputed, got.report.hits) == (1, 0)
+            assert is_right(got.chunks[0], refs[0])
+        go_on.set()
+    assert kv._in_flight == {}
 
 
 def pooled_store(refs):

@@ -18,6 +18,7 @@ from ragkit.config import (
     CodecName,
     GenerationConfig,
     KVConfig,
+    LoadingMode,
     PipelineConfig,
     RetrievalConfig,
     Strategy,
@@ -29,7 +30,7 @@ CONFIG = PipelineConfig(
     chunking=ChunkingConfig(max_tokens=60),  # a sentence of `text_of` a chunk
     retrieval=RetrievalConfig(k=5),
     generation=GenerationConfig(dtype="float32", max_new_tokens=12, strategy=Strategy.BLEND),
-    kv=KVConfig(codec=CodecName.FP32),
+    kv=KVConfig(codec=CodecName.FP32, loading=LoadingMode.ALWAYS),  # what is stored is found, for tests that count it
     blend=BlendConfig(ratio=0.15, min_tokens=200),
     answers=AnswerConfig(found_threshold=0.0),
 )
