@@ -312,6 +312,28 @@ def test_the_attention_among_chunks_is_that_of_full_prefill_at_the_check_layer(d
     assert result.recomputed == len(ENDING) + round((130 + 130 + 26) / 3)
 
 
+class Measuring(RandomTokens):
+    """Tokens by chance, with what can be measured of them in the second layer."""
+
+    def narrow(self, scene, layer, chosen, fresh):
+        if layer == 1:
+            self.chosen, self.deviation, self.attention = chosen, fresh.deviation(), fresh.chunk_attention()
+
+
+@torch.inference_mode()
+def test_what_is_measured_of_some_tokens_is_theirs(llama):
+    bench, selector = Bench(llama), Measuring()
+    _, blended = bench.blend(ratio=0.3, selector=selector, propagation=CHOOSE_ONLY)
+    _, reused = bench.blend(ratio=0.0, selector=NoTokens())
+    for got, fresh, old in zip(selector.deviation, blended[1], reused[1], strict=True):
+        expected = (fresh - old)[selector.chosen].square().sum((1, 2))
+        assert float(expected.max()) > 0.01
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+    assert [part.shape for part in selector.attention] == [(39,)] * 3
+    whole = selector.attention.inter + selector.attention.intra
+    assert 0 < float(whole.min()) < float(whole.max()) < llama.config.num_q_heads  # the prefix has the rest
+
+
 def test_cache_craft_without_a_budget_is_plain_reuse(llama):
     bench = Bench(llama)
     result, rows = bench.blend(ratio=0.0, selector=CacheCraft())
