@@ -60,7 +60,7 @@ class MarginScorer:
     """
 
     name = "margin"
-    measure = "probability of the same part less that of a new part"
+    measure = "margin of the same part over a new one, in probability"
 
     def __init__(self, model: CausalModel, model_id: str, max_tokens: int, options: MarginOptions) -> None:
         self._model = model

@@ -25,7 +25,7 @@ class BoundarySignals:
     """The boundaries of one text that a chunker chose from.
 
     Attributes:
-        measure: what `values` are, in words, with their unit.
+        measure: what `values` are, in words, with their unit; up to "of" it is a short name.
         offsets: (boundaries,) the code point that a chunk would start with, ascending.
         values: (boundaries,) the measure at each.
         threshold: the value that parts cuts from other boundaries where the cap and the prior leave it free; None
@@ -38,6 +38,11 @@ class BoundarySignals:
     values: Scores
     threshold: float | None
     cut: NDArray[np.bool_]
+
+    @property
+    def name(self) -> str:
+        """The first words of `measure`: "cosine distance", "mean loss", "log-odds"."""
+        return self.measure.partition(" of ")[0]
 
     def value_at(self, offset: int) -> float | None:
         """Return the value of the boundary before code point `offset`, or None where there is none."""

@@ -26,6 +26,7 @@ from ragkit.types import TextTokenizer
 _SPLIT = 5.0
 _HEADING, _HEADING_STEP = -1.0, 0.5  # below the split level; one step more for each level
 _PARAGRAPH, _ROW, _SENTENCE = -6.0, -8.0, -30.0
+_BLANK = 200  # code points of white space behind a heading that are looked past
 _TORN = -100.0  # between a heading and its text, inside the header of a table
 
 
@@ -48,7 +49,7 @@ class StructureScorer:
 
     def __init__(self, options: StructuralOptions) -> None:
         self._options = options
-        self.fingerprint = f"structure-2:{options.split_level}"
+        self.fingerprint = f"structure-3:{options.split_level}"
 
     def boundaries(self, text: str) -> list[int]:
         """Return where headings and table rows start: units end there whatever the sentences do."""
@@ -71,15 +72,21 @@ class StructureScorer:
             odds[np.isin(starts, table.rows[1:])] = _ROW
             odds[np.isin(starts, table.rows[:1])] = _TORN
         for heading in outline(text):
-            first, last = np.searchsorted(starts, [heading.char_start, heading.char_stop])
+            first, last = np.searchsorted(starts, [heading.char_start, _behind(text, heading) + 1])
             if first < len(starts) and starts[first] == heading.char_start:
                 odds[first] = self._heading_odds(heading)
-                odds[first + 1 : last + 1] = np.minimum(odds[first + 1 : last + 1], _TORN)
+                odds[first + 1 : last] = np.minimum(odds[first + 1 : last], _TORN)
         return odds[1:]
 
     def _heading_odds(self, heading: Heading) -> float:
         below = heading.level - self._options.split_level
         return _SPLIT if below <= 0 else _HEADING - _HEADING_STEP * below
+
+
+def _behind(text: str, heading: Heading) -> int:
+    """Return where the text behind a heading starts; the heading may share a unit with its first sentence."""
+    blank = text[heading.char_stop : heading.char_stop + _BLANK]
+    return heading.char_stop + len(blank) - len(blank.lstrip())
 
 
 def structural_chunker(

@@ -59,3 +59,13 @@ def test_a_table_is_cut_between_rows_and_its_header_stays_with_the_first(word_to
 def test_a_split_level_below_zero_is_refused():
     with pytest.raises(UsageError, match="at least 0, got -1"):
         StructuralOptions(split_level=-1)
+
+
+def test_a_section_may_be_cut_behind_its_first_sentence(word_tokenizer):
+    text = "# Title\n\nOne two three four. Five six. Seven eight nine ten.\n"
+    chunker = structural_chunker(ChunkingConfig(max_tokens=13), word_tokenizer)
+    chunks, signals = chunker.chunk_with_signals(Document.from_text(text))
+    assert signals.values.tolist() == [-30.0, -30.0]
+    assert len(chunks) == 2
+    apart = "<h1>Title</h1>\n\nOne two three four. Five six.\n"
+    assert chunker.chunk_with_signals(Document.from_text(apart))[1].values.tolist() == [-100.0, -30.0]

@@ -59,3 +59,100 @@ def test_a_file_that_cannot_be_read_fails_with_its_reason(run, tmp_path):
     assert (result.code, result.json["error"]["code"]) == (1, "empty")
     assert run("chunk", str(tmp_path / "gone.txt")).code == 2
     assert run("chunk", str(tmp_path)).code == 2
+
+
+GUIDE = "# Frogs\n\nFrogs live in ponds. They eat flies.\n\n## Stars\n\nStars shine at night. The Sun is a star.\n"
+
+
+@pytest.fixture
+def guide(tmp_path: Path) -> Path:
+    path = tmp_path / "guide.md"
+    path.write_text(GUIDE)
+    return path
+
+
+def test_each_boundary_has_its_kind_and_its_signal(run, guide):
+    data = run("chunk", str(guide), "--chunker", "structural", "--max-tokens", "16", "--json").json
+    assert [chunk["boundary"] for chunk in data["chunks"]] == [
+        None,
+        {"kind": "sentence", "signal": -30.0},
+        {"kind": "heading", "signal": 5.0},
+        {"kind": "sentence", "signal": -30.0},
+    ]
+    (signals,) = data["signals"]
+    assert (signals["uri"], signals["measure"], signals["threshold"]) == (str(guide), "log-odds of a cut", 0.0)
+    cuts = [offset for offset, cut in zip(signals["offsets"], signals["cut"], strict=True) if cut]
+    assert cuts == [chunk["char_start"] for chunk in data["chunks"][1:]]
+
+
+def test_a_chunker_without_a_signal_still_shows_the_kinds(run, guide):
+    data = run("chunk", str(guide), "--max-tokens", "16", "--json").json
+    assert [chunk["boundary"] for chunk in data["chunks"][1:]] == [
+        {"kind": kind, "signal": None} for kind in ("sentence", "heading", "sentence")
+    ]
+    assert data["signals"] == []
+
+
+def test_headings_stand_with_each_chunk(run, guide):
+    data = run("chunk", str(guide), "--json", "--max-tokens", "16").json
+    assert [chunk["metadata"] for chunk in data["chunks"]] == [
+        {"heading_path": path} for path in ["Frogs"] * 2 + ["Frogs > Stars"] * 2
+    ]
+    assert " tokens  Frogs > Stars\n" in run("chunk", str(guide), "--max-tokens", "16").out
+
+
+def test_statistics_say_how_long_the_chunks_are(run, guide):
+    data = run("chunk", str(guide), "--json", "--max-tokens", "16").json
+    counts = sorted(chunk["token_count"] for chunk in data["chunks"])
+    spread = {"min": counts[0], "median": (counts[1] + counts[2]) / 2, "max": counts[3]}
+    assert data["statistics"] == {"chunks": 4, "tokens": spread, "cap": 16, "over_cap": 0}
+    last = run("chunk", str(guide), "--max-tokens", "16").out.splitlines()[-1]
+    shown = f"tokens {counts[0]} / {spread['median']:g} / {counts[3]} (min / median / max)"
+    assert last == f"4 chunks, {shown}, over the cap of 16: 0"
+
+
+def test_people_see_the_boundaries_and_what_they_came_from(run, guide):
+    lines = run("chunk", str(guide), "--chunker", "structural", "--max-tokens", "16").out.splitlines()
+    assert [line.strip() for line in lines if "──" in line] == [
+        "── sentence, log-odds -30.000",
+        "── heading, log-odds 5.000",
+        "── sentence, log-odds -30.000",
+    ]
+    assert lines[-2] == "signal: log-odds of a cut, threshold 0.000; 3 of 3 boundaries cut"
+
+
+def test_the_signal_is_plotted_with_its_cuts(run, guide, tmp_path):
+    path = tmp_path / "signal.svg"
+    assert run("chunk", str(guide), "--chunker", "structural", "--max-tokens", "16", "--plot", str(path)).code == 0
+    svg = path.read_text()
+    assert svg.startswith("<?xml")
+    for text in ("guide.md, structural", "log-odds of a cut", "place in the text, characters", ">cut<", ">threshold<"):
+        assert text in svg
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--plot", "a.gif"), "give one of these endings, got 'a.gif'"),
+        (("--plot", "a.svg"), "the chunker 'recursive' goes by no signal that could be plotted"),
+        (("--plot", "gone/a.svg"), "the folder gone of the plot does not exist"),
+    ],
+)
+def test_a_plot_that_cannot_be_drawn_is_refused(run, guide, arguments, message):
+    result = run("chunk", str(guide), *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+
+
+def test_a_plot_of_several_documents_is_refused(run, tmp_path):
+    (tmp_path / "rows.csv").write_text("text\none\ntwo\n")
+    result = run("chunk", str(tmp_path / "rows.csv"), "--chunker", "balanced", "--plot", "a.svg")
+    assert result.code == 2
+    assert "--plot draws one document, and" in result.err
+
+
+def test_without_matplotlib_the_extra_is_named(run, guide, monkeypatch):
+    monkeypatch.setattr("ragkit.figures.find_spec", lambda name: None)
+    result = run("chunk", str(guide), "--chunker", "balanced", "--plot", "a.svg")
+    assert result.code == 1
+    assert result.err.strip().endswith("install it with: pip install 'ragkit[plots]'")
