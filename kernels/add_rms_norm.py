@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 
 
 def add_rms_norm(
@@ -74,7 +75,7 @@ def _check_inputs(hidden: Tensor, residual: Tensor | None, weight: Tensor) -> No
         )
 
 
-@jit
+@launched
 def _add_rms_norm_kernel(
     hidden_ptr, residual_ptr, weight_ptr, normed_ptr, summed_ptr,
     size, eps,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 from ragkit.kernels.quantize_kv import QuantizedHeads
 
 _TILE = 2048  # elements that one program holds of one half of a head
@@ -108,7 +109,7 @@ def _spread(of_group, CHANNEL_GROUP: tl.constexpr):
     return wide.reshape(of_group.shape[0], of_group.shape[1] * CHANNEL_GROUP)
 
 
-@jit
+@launched
 def _dequantize_kv_kernel(
     code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, tokens, num_heads,
     TOKEN_GROUP: tl.constexpr, CHANNEL_GROUP: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,

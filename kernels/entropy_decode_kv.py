@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, resolve_backend, tl
+from ragkit.kernels.launched import launched
 from ragkit.kernels.rans_tables import (
     CHANNELS_PER_STREAM,
     ESCAPE,
@@ -201,7 +202,7 @@ def next_levels(level, state, at, table, predictor, real, words_ptr, num_words, 
     return level, state, at
 
 
-@jit
+@launched
 def _entropy_decode_kv_kernel(
     words_ptr, start_ptr, table_ptr, mean_ptr, step_ptr, slots_ptr, steps_ptr, out_ptr,
     tokens, num_streams, num_words, streams_per_matrix, STREAMS: tl.constexpr,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 
 _TILE = 4096  # elements that one program holds of one tensor
 _COLUMNS = 1024  # of these, at most so many of one token
@@ -101,7 +102,7 @@ def _squared_distances(
     tl.store(out_ptr + token, total, mask=token < tokens)
 
 
-@jit(do_not_specialize=("tokens",))  # no request waits for another compilation
+@launched(do_not_specialize=("tokens",))  # no request waits for another compilation
 def _kv_deviation_kernel(
     fresh_key_ptr, fresh_value_ptr, cached_key_ptr, cached_value_ptr, of_keys_ptr, of_values_ptr, tokens,
     stride_fk, stride_fv, stride_ck, stride_cv,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 
 
 def merge_splits(
@@ -68,7 +69,7 @@ def merge_splits_torch(partial: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("ths,thsd->thd", share, partial)
 
 
-@jit(do_not_specialize=("splits",))
+@launched(do_not_specialize=("splits",))
 def _merge_splits_kernel(
     partial_ptr, weight_ptr, out_ptr, log_sum_ptr, splits,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr, WITH_LOG_SUMS: tl.constexpr,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.paged_rows import (
     FIELD_ROWS,
@@ -156,7 +157,7 @@ def num_splits(groups: int, max_entries: int, device: torch.device) -> int:
     return max(1, min(max_entries, 4 * processors // groups, 128))
 
 
-@jit
+@launched
 def _paged_decode_attention_kernel(
     query_ptr, key_ptr, value_ptr, table_ptr, row_position_ptr, num_entries_ptr, query_position_ptr, cos_ptr, sin_ptr,
     key_field_ptr, value_field_ptr, partial_ptr, weight_ptr,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.paged_rows import (
     FIELD_ROWS,
@@ -185,7 +186,7 @@ def _check_queries(queries: Tensor, positions: Tensor, cu_queries: Tensor) -> in
 
 
 # Sizes that differ from call to call are not specialised: no request waits for another compilation.
-@jit(do_not_specialize=("requests", "max_entries", "splits"))
+@launched(do_not_specialize=("requests", "max_entries", "splits"))
 def _paged_selected_attention_kernel(
     query_ptr, key_ptr, value_ptr, table_ptr, row_position_ptr, lowest_ptr, order_ptr, position_ptr, cu_query_ptr,
     cos_ptr, sin_ptr, key_field_ptr, value_field_ptr, out_ptr, weight_ptr,

@@ -23,6 +23,7 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.dequantize_kv import dequantize_kv_torch
+from ragkit.kernels.launched import launched
 from ragkit.kernels.place_streams import launch_place_streams, place_streams_torch
 from ragkit.kernels.placement_table import (
     SECTION_ALIGNMENT,
@@ -181,7 +182,7 @@ def _aligned(count):
 
 
 # The layer and the number of chunks differ from call to call: no request waits for another compilation.
-@jit(do_not_specialize=("layer", "num_chunks"))
+@launched(do_not_specialize=("layer", "num_chunks"))
 def _place_numbers_kernel(
     number_ptr, start_ptr, chunk_ptr, tile_ptr, key_ptr, value_ptr, slot_ptr, layer, num_chunks,
     ITEM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
@@ -208,7 +209,7 @@ def _place_numbers_kernel(
     tl.store(out_ptr + row[:, None] * WIDTH + column, numbers.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=("layer", "num_chunks"))
+@launched(do_not_specialize=("layer", "num_chunks"))
 def _place_codes_kernel(
     code_ptr, half_ptr, start_ptr, chunk_ptr, tile_ptr, key_ptr, value_ptr, slot_ptr, layer, num_chunks,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import ceil_div, jit, next_power_of_2, tl
+from ragkit.kernels.backend import ceil_div, next_power_of_2, tl
 from ragkit.kernels.entropy_decode_kv import EntropyStreams, device_tables, entropy_decode_kv_torch, next_levels
+from ragkit.kernels.launched import launched
 from ragkit.kernels.placement_table import SECTION_ALIGNMENT, ChunkFormat, PlacementTable
 from ragkit.kernels.rans_tables import CHANNELS_PER_STREAM
 
@@ -75,7 +76,7 @@ def _aligned(count: int) -> int:
 
 
 # Sizes that differ from call to call are not specialised: no request waits for another compilation.
-@jit(do_not_specialize=("layer", "num_chunks", "num_words"))
+@launched(do_not_specialize=("layer", "num_chunks", "num_words"))
 def _place_streams_kernel(
     byte_ptr, word_ptr, start_ptr, chunk_ptr, slots_ptr, steps_ptr, key_ptr, value_ptr, row_ptr,
     layer, num_chunks, num_words,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 from ragkit.kernels.propagation_plan import TILE_ROWS, PropagationPlan
 from ragkit.kernels.rotation import rotate_into
 
@@ -209,7 +210,7 @@ def _check_copies(
             )
 
 
-@jit(do_not_specialize=("first_position",))  # no request waits for another compilation
+@launched(do_not_specialize=("first_position",))  # no request waits for another compilation
 def _propagate_change_kernel(
     cached_ptr, fresh_ptr, selected_ptr, entry_ptr, tile_ptr, slot_ptr, strength_ptr, cos_ptr, sin_ptr,
     pool_ptr, copy_ptr,

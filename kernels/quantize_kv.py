@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 
 _TILE = 2048  # elements that one program holds of one half of a head
 
@@ -139,7 +140,7 @@ def _quantized(x_ptr, scale_ptr, zero_ptr, token, row, group, channel, seen, sto
     return tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), LARGEST).to(tl.uint8)
 
 
-@jit
+@launched
 def _quantize_kv_kernel(
     x_ptr, code_ptr, scale_ptr, zero_ptr, tokens, stride_t, num_heads,
     HALF: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, CHANNEL_GROUP: tl.constexpr,

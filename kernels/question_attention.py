@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.rotation import rotate_into
 from ragkit.kernels.row_scores import row_scores
@@ -218,7 +219,7 @@ def _turned_keys(key_ptr, cos, sin, row, mask, half, kv_head, KV_HEADS: tl.const
 
 
 # Sizes that differ from question to question are not specialised: no question waits for another compilation.
-@jit(do_not_specialize=("packed", "first_position", "end", "splits"))
+@launched(do_not_specialize=("packed", "first_position", "end", "splits"))
 def _attend_part_kernel(
     query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, partial_ptr, weight_ptr,
     scale_log2, packed, first_position, end, splits, stride_qt,
@@ -278,7 +279,7 @@ def _attend_part_kernel(
     tl.store(partial_ptr + out_at[:, None] * HEAD_DIM + dim[None, :], summed / safe[:, None], mask=out_mask)
 
 
-@jit(do_not_specialize=("packed", "first_position", "end"))
+@launched(do_not_specialize=("packed", "first_position", "end"))
 def _row_mass_kernel(
     query_ptr, key_ptr, cos_ptr, sin_ptr, log_sum_ptr, mass_ptr,
     scale_log2, packed, first_position, end, stride_qt,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 from ragkit.kernels.rotation import rotate_into
 
 
@@ -120,7 +121,7 @@ def _check_inputs(
             )
 
 
-@jit
+@launched
 def _rope_write_kv_kernel(
     query_ptr, key_ptr, value_ptr, position_ptr, slot_ptr, cos_ptr, sin_ptr, key_pool_ptr, value_pool_ptr,
     stride_qt, stride_kt, stride_vt,

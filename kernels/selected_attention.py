@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tiles_of_rows, tl
+from ragkit.kernels.launched import launched
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.row_scores import padded_rows, row_scores
 
@@ -212,7 +213,7 @@ def _check_inputs(queries: Tensor, keys: Tensor, values: Tensor, positions: Tens
 
 
 # Sizes that differ from call to call are not specialised: no request waits for another compilation.
-@jit(do_not_specialize=("tokens", "splits"))
+@launched(do_not_specialize=("tokens", "splits"))
 def _selected_attention_kernel(
     query_ptr, keys, values, position_ptr, out_ptr, weight_ptr, scale_log2, tokens, splits, stride_qt,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr,

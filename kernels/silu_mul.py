@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 
 
 def silu_mul(gate_up: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -47,7 +48,7 @@ def silu_mul_torch(gate_up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-@jit
+@launched
 def _silu_mul_kernel(gate_up_ptr, out_ptr, size, stride_gt, stride_ot, BLOCK: tl.constexpr):
     # This program computes BLOCK columns of one token.
     token = tl.program_id(0).to(tl.int64)

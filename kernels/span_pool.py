@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
 
 LEAST_NORM = 1e-12
 _TILE = 8192  # elements that one program loads at once
@@ -79,7 +80,7 @@ def _check_inputs(states: Tensor, starts: Tensor, stops: Tensor) -> None:
             raise KernelInputError(f"{name} must be on {states.device} like states, got {ends.device}")
 
 
-@jit(do_not_specialize=("stride_st",))
+@launched(do_not_specialize=("stride_st",))
 def _span_pool_kernel(
     states_ptr, starts_ptr, stops_ptr, out_ptr, dim, stride_st, least_norm,
     NORMALISE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
