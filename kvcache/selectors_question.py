@@ -9,24 +9,28 @@ from ragkit.kvcache.token_selection import ChosenOnce, SelectionScene, evenly_sp
 
 
 class QuestionAttention(ChosenOnce):
-    """The tokens that the question attends to most over the reused KV, and a share evenly spaced.
+    """The tokens that the question attends to most over the reused KV, and others evenly spaced.
 
     The evenly spaced ones measure how the KV changes everywhere: change propagation moves the rest by what they show.
+    One for every `even_spacing` tokens is enough, as long as propagation reaches from one to the next.
 
     Source: query-guided selection of FusionRAG, arXiv 2601.12904; the evenly spaced share is ours.
 
     Args:
-        even_share: part of the budget that is spaced evenly, from 0 to 1.
+        even_spacing: tokens for each that is spaced evenly.
+        most_even: most of the budget that is spaced evenly, from 0 to 1.
     """
 
     name = "question"
 
-    def __init__(self, even_share: float = 0.25) -> None:
-        self._even_share = even_share
+    def __init__(self, even_spacing: float = 32.0, most_even: float = 0.5) -> None:
+        self._even_spacing = even_spacing
+        self._most_even = most_even
 
     def choose(self, scene: SelectionScene) -> Tensor:
         """Return the budget's positions."""
-        even = evenly_spaced(scene, round(scene.budget * self._even_share))
+        tokens = scene.spans[-1].stop - scene.spans[0].start
+        even = evenly_spaced(scene, round(min(tokens / self._even_spacing, scene.budget * self._most_even)))
         if len(even) == scene.budget:
             return even
         return highest(scene, scene.question_mass(), scene.budget, even)
@@ -36,14 +40,13 @@ class TwoRounds(ChosenOnce):
     """Half of the budget by the question's attention over the reused KV, the rest over the KV repaired by the first.
 
     Args:
-        even_share: part of the budget that is spaced evenly and belongs to the first round.
-        first_share: part of the budget that the first round takes.
+        first_share: part of the budget that the first round takes, the evenly spaced ones with it.
     """
 
     name = "two-rounds"
 
-    def __init__(self, even_share: float = 0.25, first_share: float = 0.5) -> None:
-        self._first = QuestionAttention(even_share / first_share)
+    def __init__(self, first_share: float = 0.5) -> None:
+        self._first = QuestionAttention()
         self._first_share = first_share
 
     def choose(self, scene: SelectionScene) -> Tensor:

@@ -50,10 +50,22 @@ class PrefillAttention:
         start: position of the first fresh token.
         tokens: number of fresh tokens.
         scale: factor on the scores.
+        last_only_in: the layer in which only the last token attends, for who wants its logits alone: above the last
+            layer's keys and values nobody looks at the others.
     """
 
-    def __init__(self, request: RequestKV, rotary: RotaryTable, start: int, tokens: int, scale: float) -> None:
+    def __init__(
+        self,
+        request: RequestKV,
+        rotary: RotaryTable,
+        start: int,
+        tokens: int,
+        scale: float,
+        *,
+        last_only_in: int | None = None,
+    ) -> None:
         device = request.pool.device
+        self._last_only_in = last_only_in
         self._pool = request.pool
         self._rotary = rotary
         self._scale = scale
@@ -71,6 +83,8 @@ class PrefillAttention:
             earlier_keys, earlier_values = self._pool.rows(layer, self._past.slots)
             keys = torch.cat((self._rotary.rotate(earlier_keys, self._past.positions), keys))
             values = torch.cat((earlier_values, values))
+        if layer == self._last_only_in:
+            queries = queries[-1:]
         return causal_attention(queries, keys, values, self._scale)
 
 

@@ -125,9 +125,12 @@ class BlendPass:
                 rows = torch.cat((keep.nonzero().squeeze(1), torch.arange(len(keep), len(queries), device=keep.device)))
                 queries, residual = queries[rows], residual[rows]
                 active = self._activate(active.chosen[keep], sink)
-            attended = selected_attention(queries, *scratch, active.positions_int32, scale=decoder.scale)
+            positions = active.positions_int32
+            if layer + 1 == decoder.config.num_layers:  # all keys and values are there: only the last token goes on
+                queries, residual, positions = queries[-1:], residual[-1:], positions[-1:]
+            attended = selected_attention(queries, *scratch, positions, scale=decoder.scale)
             activations = decoder.complete(layer, attended, residual)
-        return decoder.logits(activations.rows(slice(-1, None)))[0]
+        return decoder.logits(activations)[0]
 
     def _activate(self, chosen: Tensor, sink: RowSink) -> _Active:
         positions = torch.cat((chosen, self._ending))

@@ -27,7 +27,7 @@ class Attend(Protocol):
     """Attention of one forward pass, called once a layer in order."""
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Return (tokens, q_heads, head_dim), the attention output of the pass's tokens.
+        """Return (tokens, q_heads, head_dim), the attention output of the pass's tokens, or of the last ones only.
 
         Args:
             layer: index of the layer.
@@ -110,10 +110,10 @@ class Decoder:
         return Activations(functional.embedding(token_ids, self.weights.embedding), None)
 
     def layer(self, index: int, activations: Activations, attend: Attend) -> Activations:
-        """Return the activations after layer `index`."""
+        """Return the activations after layer `index`, of the tokens that `attend` answers for."""
         projected = self.project(index, activations)
         attended = attend(index, projected.queries, projected.keys, projected.values)
-        return self.complete(index, attended, projected.residual)
+        return self.complete(index, attended, projected.residual[len(projected.residual) - len(attended) :])
 
     def project(self, index: int, activations: Activations) -> Projected:
         """Return what layer `index` gives attention: the first half of the layer."""

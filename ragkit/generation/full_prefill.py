@@ -46,9 +46,12 @@ class FullPrefill:
             CacheCapacityError: the pool has too few free blocks.
         """
         kv.reserve(kv.num_tokens + len(token_ids))
+        last_layer = decoder.config.num_layers - 1
         activations: Activations | None = None
         for piece in token_ids.split(self.piece_tokens):
-            attend = PrefillAttention(kv, rotary, kv.num_tokens, len(piece), decoder.scale)
+            attend = PrefillAttention(
+                kv, rotary, kv.num_tokens, len(piece), decoder.scale, last_only_in=last_layer
+            )  # fmt: skip
             activations = decoder.run(piece, attend)
             kv.num_tokens += len(piece)
         assert activations is not None, "a prompt has at least one token"

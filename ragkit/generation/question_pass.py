@@ -11,28 +11,36 @@ from ragkit.kernels.question_attention import question_attention
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kvcache.rope import RotaryTable
 
-_LOWEST_SCORED = 1 / 3  # attention of the layers below is about the text, not about the question (measured)
+# Below, attention is about the text and not about the question; what is above adds nothing (both measured), and tokens
+# are chosen while its KV is still on the way.
+_SCORED = (1 / 2, 3 / 4)
 
 
 def question_mass(
-    decoder: Decoder, rotary: RotaryTable, rows: RowSource, ending: Tensor, lowest_scored: float = _LOWEST_SCORED
+    decoder: Decoder,
+    rotary: RotaryTable,
+    rows: RowSource,
+    ending: Tensor,
+    scored: tuple[float, float] = _SCORED,
 ) -> Tensor:
     """Return (positions,) fp32: attention weights that each position receives, over the ending's tokens and heads.
 
-    Layers from `lowest_scored` of the model's depth up are summed. The ending's rows are written into `rows`.
+    The layers between two parts of the model's depth are summed, and none above is run. The ending's rows are written
+    into `rows`.
 
     Args:
         decoder: the model.
         rotary: the request's rotary table.
         rows: the KV of all positions; those of the ending are overwritten.
         ending: (tokens,) int64 ids of the prompt's last tokens.
-        lowest_scored: part of the layers that are not summed, from the bottom.
+        scored: from which part of the depth up to which, from 0 to 1.
     """
     first = rows.num_tokens - len(ending)
     positions = torch.arange(first, rows.num_tokens, device=decoder.device)
     mass = torch.zeros(rows.num_tokens, dtype=torch.float32, device=decoder.device)
     activations = decoder.embed(ending)
-    for layer in range(decoder.config.num_layers):
+    lowest, highest = (round(part * decoder.config.num_layers) for part in scored)
+    for layer in range(highest):
         queries, own_keys, own_values, residual = decoder.project(layer, activations)
         keys, values = rows.layer(layer)
         rope_write_kv(
@@ -41,10 +49,10 @@ def question_mass(
         )  # fmt: skip
         attended, received = question_attention(
             queries, keys, values, rotary.cos, rotary.sin,
-            first_position=first, scale=decoder.scale, with_mass=layer >= lowest_scored * decoder.config.num_layers,
+            first_position=first, scale=decoder.scale, with_mass=layer >= lowest,
         )  # fmt: skip
         if received.numel():
             mass += received
-        if layer + 1 < decoder.config.num_layers:  # what the last layer adds changes no attention
+        if layer + 1 < highest:  # what the last of them adds changes no attention
             activations = decoder.complete(layer, attended, residual)
     return mass

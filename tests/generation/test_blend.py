@@ -234,7 +234,7 @@ def test_the_questions_mass_is_the_sum_of_its_attention_weights(decoder):
         _, rows = bench.scene(kv)
     ids, stop = torch.tensor(PROMPT.token_ids, device=DEVICE), len(PROMPT) - len(ENDING)
     table = bench.rotary.table(256, len(ids))
-    mass = question_mass(decoder, table, rows, ids[stop:], lowest_scored=1 / 3)
+    mass = question_mass(decoder, table, rows, ids[stop:], scored=(1 / 3, 1))
     positions = torch.arange(len(ids), device=DEVICE)
     expected = torch.zeros(len(ids), device=DEVICE)
     activations = decoder.embed(ids[stop:])

@@ -144,3 +144,15 @@ def test_a_step_without_a_reserved_row_is_refused(decoder):
 def test_pieces_of_no_tokens_are_refused():
     with pytest.raises(ConfigError, match="piece_tokens"):
         FullPrefill(0)
+
+
+@torch.inference_mode()
+def test_in_the_last_layer_only_the_last_token_goes_on_behind_attention(decoder, monkeypatch):
+    completed = []
+    complete = decoder.complete
+    monkeypatch.setattr(
+        decoder, "complete", lambda layer, attended, residual: completed.append(len(attended))
+        or complete(layer, attended, residual)
+    )  # fmt: skip
+    _prefill(decoder, TOKENS)
+    assert completed == [200, 200, 1]

@@ -10,7 +10,7 @@ from ragkit.kvcache.token_selection import ChunkSpan, Deviation, evenly_spaced, 
 
 ALL = {
     "question": QuestionAttention(),
-    "question only": QuestionAttention(0.0),
+    "question only": QuestionAttention(most_even=0.0),
     "two rounds": TwoRounds(),
     "first": FirstTokens(),
     "random": RandomTokens(),
@@ -73,27 +73,36 @@ def test_the_question_chooses_what_it_looks_at():
     mass = torch.zeros(69)
     mass[[20, 33, 34, 50]] = torch.tensor([1.0, 3.0, 2.0, 4.0])
     mass[:15] = 9.0  # the prefix and the exact chunk
-    assert QuestionAttention(0.0).choose(Scene(3, mass=mass)).tolist() == [33, 34, 50]
+    assert QuestionAttention(most_even=0.0).choose(Scene(3, mass=mass)).tolist() == [33, 34, 50]
 
 
 def test_a_share_is_spaced_evenly_and_the_rest_is_added():
     scene = Scene(20)
     even = evenly_spaced(scene, 5)
     assert even.tolist() == [15, 25, 35, 45, 55]
-    chosen = QuestionAttention(0.25).choose(scene)
+    chosen = QuestionAttention(even_spacing=1.0, most_even=0.25).choose(scene)
     assert set(even.tolist()) <= set(chosen.tolist())
     assert scene.asked == [None]
 
 
+def test_no_more_are_spaced_evenly_than_reach_each_other():
+    scene = Scene(20)  # 65 tokens, 15 of them exact
+    chosen = QuestionAttention(even_spacing=13.0, most_even=1.0).choose(scene)
+    even = evenly_spaced(scene, 5)
+    by_mass = set(chosen.tolist()) - set(even.tolist())
+    assert set(even.tolist()) <= set(chosen.tolist())
+    assert len(by_mass) == 15
+
+
 def test_spacing_alone_asks_nothing():
     scene = Scene(20)
-    assert torch.equal(QuestionAttention(1.0).choose(scene), evenly_spaced(scene, 20))
+    assert torch.equal(QuestionAttention(even_spacing=1.0, most_even=1.0).choose(scene), evenly_spaced(scene, 20))
     assert scene.asked == []
 
 
 def test_the_second_round_scores_what_the_first_repaired():
     scene = Scene(20)
-    chosen = TwoRounds(even_share=0.2).choose(scene)
+    chosen = TwoRounds().choose(scene)
     assert scene.asked[0] is None
     assert len(scene.asked[1]) == 10
     assert set(scene.asked[1]) <= set(chosen.tolist())
