@@ -38,7 +38,7 @@ from ragkit.chunking.length_constrained import LogNormalPrior
 from ragkit.chunking.perplexity import PerplexityOptions, PerplexityScorer, perplexity_chunker
 from ragkit.chunking.registry import create_chunker
 from ragkit.chunking.semantic import SemanticOptions, semantic_chunker
-from ragkit.config import ChunkingConfig, EmbeddingConfig
+from ragkit.config import ChunkingConfig, EmbeddingConfig, LengthPriorName
 from ragkit.models.resolve import resolve
 from ragkit.models.tokenizer import ModelTokenizer
 from ragkit.retrieval.embedders import load_embedder
@@ -84,10 +84,23 @@ def head_to_length(config: ChunkingConfig, tokenizer: ModelTokenizer, embedder: 
     )
 
 
+def with_prior(name: str, prior: LengthPriorName) -> Build:
+    """Return the chunker `name` with its boundaries and chunk lengths solved together."""
+    return lambda config, tokenizer, _: create_chunker(
+        ChunkingConfig(name, config.max_tokens, length_prior=prior), tokenizer
+    )
+
+
 CHUNKERS: Mapping[str, Build] = {
     **{
         name: lambda config, tokenizer, _, name=name: create_chunker(ChunkingConfig(name, config.max_tokens), tokenizer)
         for name in ("recursive", "sentence", "token", "balanced", "structural", "code")
+    },
+    **{
+        f"{name}, {prior}": with_prior(name, prior)
+        for name in ("recursive", "sentence", "token")
+        for prior in LengthPriorName
+        if prior is not LengthPriorName.AUTO
     },
     **{f"semantic {rule.value}": by_rule(rule) for rule in BreakpointRule},
     "semantic + length": semantic_to_length,

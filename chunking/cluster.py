@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ragkit.chunking.assembly import Assembler
-from ragkit.chunking.length_constrained import Indices, Scores, first_starts, viterbi
+from ragkit.chunking.configured_prior import configured_prior
+from ragkit.chunking.length_constrained import Indices, LengthPrior, Scores, first_starts, viterbi
 from ragkit.chunking.sentence_vectors import SentenceEmbedder, Vectors, VectorStream
 from ragkit.chunking.signals import BoundarySignals
 from ragkit.chunking.units import Units, packed_units
@@ -58,10 +59,11 @@ class ClusterChunker:
         self._overlap_tokens = config.overlap_tokens
         self._room = config.max_tokens - config.overlap_tokens
         self._piece_tokens = min(options.piece_tokens, self._room)
+        self._prior = configured_prior(config)
         self._counter = WordCounter(tokenizer)
         self._assembler = Assembler(tokenizer, self._counter, config.max_tokens)
         rules = [self.name, _RULES_VERSION, config.max_tokens, config.overlap_tokens, tokenizer.tokenizer_id]
-        rules += [embedder.embedder_id, options.piece_tokens]
+        rules += [embedder.embedder_id, options.piece_tokens, *([repr(self._prior)] if self._prior else [])]
         self._fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     @property
@@ -99,7 +101,10 @@ class ClusterChunker:
         pieces = VectorStream(self._embedder, [text], [units]).take(len(units))
         band, mean = banded_similarity(pieces, first)
         across = np.array([float(row[-1]) if len(row) else mean for row in band[1:]])
-        return viterbi(first, _rewards(band, first, mean)), across, mean
+        rewards = _rewards(band, first, mean)
+        if self._prior is not None:
+            rewards = _with_prior(rewards, units, first, self._prior)
+        return viterbi(first, rewards), across, mean
 
 
 def banded_similarity(pieces: Iterable[Vectors], first: Indices) -> tuple[list[Vectors], float]:
@@ -127,6 +132,13 @@ def banded_similarity(pieces: Iterable[Vectors], first: Indices) -> tuple[list[V
         begin = keep
     pairs = len(first) * (len(first) - 1)
     return band, (float(np.dot(total, total)) - squares) / pairs if pairs else 0.0
+
+
+def _with_prior(rewards: Iterable[Scores], units: Units, first: Indices, prior: LengthPrior) -> Iterator[Scores]:
+    """Yield the rewards with the log prior of each chunk's length added."""
+    before, after = units.tokens_before, units.tokens_after
+    for last, (row, begin) in enumerate(zip(rewards, first.tolist(), strict=True)):
+        yield row + prior.log_prior(before[last] - after[begin : last + 1])
 
 
 def _rewards(band: list[Vectors], first: Indices, mean: float) -> Iterator[Scores]:

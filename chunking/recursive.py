@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from ragkit.chunking.boundaries import Boundary
+from ragkit.chunking.layout import layout_chunker
 from ragkit.chunking.packed import PackedChunker
+from ragkit.chunking.scored import ScoredChunker
 from ragkit.config import ChunkingConfig
 from ragkit.types import TextTokenizer
 
 
-def recursive_chunker(config: ChunkingConfig, tokenizer: TextTokenizer) -> PackedChunker:
+def recursive_chunker(config: ChunkingConfig, tokenizer: TextTokenizer) -> PackedChunker | ScoredChunker:
     """Return a chunker that packs whole paragraphs; what is over the cap is cut at lines, sentences, then words.
 
-    A paragraph, line or sentence that fits under the cap is never cut.
+    A paragraph, line or sentence that fits under the cap is never cut, unless a length prior wants it.
     """
     kinds = [Boundary.PARAGRAPH, Boundary.LINE, Boundary.SENTENCE, Boundary.WORD]
-    return PackedChunker("recursive", kinds, tokenizer, config.max_tokens, config.overlap_tokens)
+    return layout_chunker("recursive", kinds, config, tokenizer)

@@ -16,10 +16,11 @@ from typing import Protocol
 import numpy as np
 
 from ragkit.chunking.assembly import Assembler, Span
+from ragkit.chunking.configured_prior import configured_prior
 from ragkit.chunking.length_constrained import Indices, LengthPrior, Scores, UniformPrior, best_cuts
 from ragkit.chunking.metadata import with_metadata
 from ragkit.chunking.signals import BoundarySignals
-from ragkit.chunking.units import Units, sentence_units
+from ragkit.chunking.units import CutUnits, Units, sentence_units
 from ragkit.chunking.words import WordCounter
 from ragkit.config import ChunkingConfig
 from ragkit.types import Chunk, Document, TextTokenizer
@@ -72,11 +73,12 @@ class ScoredChunker:
 
     Args:
         scorer: where the scores come from.
-        config: cap and overlap. An overlap repeats whole sentences before the cut, inside the cap.
+        config: cap, overlap and length prior. An overlap repeats whole units before the cut, inside the cap.
         tokenizer: the generator's, which the cap counts in.
-        prior: how welcome a chunk length is; every length up to the cap where it is left out.
+        prior: how welcome a chunk length is where `config` names no prior; every length up to the cap if left out.
         paragraph_log_odds: added to the log-odds of boundaries where a paragraph starts.
         boundaries: offsets of a text, ascending, where a unit starts even inside a sentence.
+        cut_units: what the boundaries lie between; sentences where it is left out.
         repeat_sentence: the last sentence of a chunk opens the next one too.
         describe: the chunks' metadata hold what `ragkit.chunking.metadata` finds.
     """
@@ -89,6 +91,7 @@ class ScoredChunker:
         prior: LengthPrior | None = None,
         paragraph_log_odds: float = 0.0,
         boundaries: Callable[[str], Sequence[int]] | None = None,
+        cut_units: CutUnits = sentence_units,
         *,
         repeat_sentence: bool = False,
         describe: bool = False,
@@ -96,15 +99,18 @@ class ScoredChunker:
         self._scorer = scorer
         self._max_tokens = config.max_tokens
         self._overlap_tokens = config.overlap_tokens
-        self._prior = prior or UniformPrior()
+        self._prior = configured_prior(config) or prior or UniformPrior()
         self._paragraph_log_odds = paragraph_log_odds
         self._boundaries = boundaries
+        self._cut_units = cut_units
         self._repeat_sentence = repeat_sentence
         self._describe = describe
         self._counter = WordCounter(tokenizer)
         self._assembler = Assembler(tokenizer, self._counter, config.max_tokens)
         rules = [scorer.name, _RULES_VERSION, config.max_tokens, config.overlap_tokens, tokenizer.tokenizer_id]
         rules += [scorer.fingerprint, repr(self._prior), paragraph_log_odds, repeat_sentence]
+        if cut_units is not sentence_units:
+            rules.append(cut_units.__name__)
         self._fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     @property
@@ -149,7 +155,7 @@ class ScoredChunker:
 
     def _units(self, document: Document) -> Units:
         extra = self._boundaries(document.text) if self._boundaries else ()
-        return sentence_units(document.text, self._counter, self._room, extra)
+        return self._cut_units(document.text, self._counter, self._room, extra)
 
     @property
     def _room(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ragkit.chunking.boundaries import Boundary
+from ragkit.chunking.layout import layout_chunker
 from ragkit.chunking.packed import PackedChunker
+from ragkit.chunking.scored import ScoredChunker
 from ragkit.config import ChunkingConfig
 from ragkit.types import TextTokenizer
 
 
-def sentence_chunker(config: ChunkingConfig, tokenizer: TextTokenizer) -> PackedChunker:
+def sentence_chunker(config: ChunkingConfig, tokenizer: TextTokenizer) -> PackedChunker | ScoredChunker:
     """Return a chunker that packs whole sentences; only a sentence over the cap is cut, between words."""
-    kinds = [Boundary.SENTENCE, Boundary.WORD]
-    return PackedChunker("sentence", kinds, tokenizer, config.max_tokens, config.overlap_tokens)
+    return layout_chunker("sentence", [Boundary.SENTENCE, Boundary.WORD], config, tokenizer)

@@ -16,6 +16,8 @@ from ragkit.chunking.words import Offsets, WordCounter, Words
 
 # (block, its words, the starts of its stretches) -> starts of the units, which of them open a sentence
 _Cut = Callable[[str, Words, list[int]], tuple[list[int], list[bool]]]
+# (text, counter, most tokens of a unit, further offsets at which units start) -> its units
+CutUnits = Callable[[str, WordCounter, int, Sequence[int]], "Units"]
 _BLOCK = 1 << 20  # code points whose words are held at once
 
 
@@ -87,6 +89,17 @@ def _inner_cuts(sentence: str, counter: WordCounter, max_tokens: int) -> list[in
     words = counter.measure(sentence)
     levels = [level_of(words, boundary_offsets(sentence, Boundary.LINE)), word_level(words), piece_level(words)]
     return [packed.start for packed in pack(levels, max_tokens)][1:]
+
+
+def word_units(text: str, counter: WordCounter, max_tokens: int, boundaries: Sequence[int] = ()) -> Units:
+    """Return the words of `text` as units; those over 32 characters come in pieces. `boundaries` is not needed."""
+    del max_tokens, boundaries
+    lines = [0, *boundary_offsets(text, Boundary.LINE)] if text else []
+
+    def cut(_block: str, words: Words, _starts: list[int]) -> tuple[list[int], list[bool]]:
+        return words.starts[:-1].tolist(), words.opens_word.tolist()
+
+    return _units(text, lines, counter, cut)
 
 
 def packed_units(text: str, counter: WordCounter, max_tokens: int) -> Units:

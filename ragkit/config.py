@@ -43,6 +43,16 @@ class Strategy(StrEnum):
     BLEND = "blend"
 
 
+class LengthPriorName(StrEnum):
+    """How welcome the lengths under the cap are; `auto` leaves it to the chunker."""
+
+    AUTO = "auto"
+    UNIFORM = "uniform"
+    GAUSSIAN = "gaussian"
+    LOG_NORMAL = "log-normal"
+    POLYNOMIAL = "polynomial"
+
+
 class EncoderBackend(StrEnum):
     """How embeddings are computed; `auto` takes the thin encoder where the folder is of BERT type."""
 
@@ -111,11 +121,19 @@ class SelectorName(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ChunkingConfig:
-    """How documents are cut. `max_tokens` is a hard cap in the generator's tokens."""
+    """How documents are cut. `max_tokens` is a hard cap in the generator's tokens.
+
+    A `length_prior` makes every chunker weigh its boundaries against chunk lengths under the cap: it pulls towards
+    `length_target` tokens, the harder the smaller the `length_spread` (tokens; of the logarithm for log-normal). 0
+    takes two thirds of the cap, and a spread that fits the prior.
+    """
 
     chunker: str = "recursive"
     max_tokens: int = 256
     overlap_tokens: int = 0
+    length_prior: LengthPriorName = LengthPriorName.AUTO
+    length_target: int = 0
+    length_spread: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least("chunking.max_tokens", self.max_tokens, 1)
@@ -125,6 +143,13 @@ class ChunkingConfig:
                 f"chunking.overlap_tokens must be below chunking.max_tokens = {self.max_tokens}, "
                 f"got {self.overlap_tokens}"
             )
+        if not 0 <= self.length_target <= self.max_tokens:
+            raise ConfigError(
+                f"chunking.length_target must be at most chunking.max_tokens = {self.max_tokens}, or 0 for two thirds "
+                f"of it, got {self.length_target}"
+            )
+        if self.length_spread and not (math.isfinite(self.length_spread) and self.length_spread >= 0.01):
+            raise ConfigError(f"chunking.length_spread must be 0 or a number from 0.01, got {self.length_spread}")
 
 
 @dataclass(frozen=True, slots=True)
