@@ -17,6 +17,8 @@ _RAW = {CodecName.FP32: torch.float32, CodecName.BF16: torch.bfloat16, CodecName
 _QUANTIZED = {CodecName.INT8: (8, 64), CodecName.INT4: (4, 32)}  # bits and group; 32 is KIVI's for 4 bits
 _ENTROPY = {CodecName.ENTROPY1: 1, CodecName.ENTROPY2: 2, CodecName.ENTROPY3: 3}
 
+_ENTROPY_ENCODING_S = 2e-7  # a number, by one core; the others take next to nothing
+
 _DRAFTED = {  # the draft, and what is used
     CodecName.INT4_BF16: (CodecName.INT4, CodecName.BF16),
     CodecName.INT4_INT8: (CodecName.INT4, CodecName.INT8),
@@ -40,3 +42,8 @@ def make_codec(name: str, layout: KVLayout) -> KVCodec:
     if known in _DRAFTED:
         return DraftedCodec(*(make_codec(part, layout) for part in _DRAFTED[known]))
     return EntropyCodec(known.value, layout, _ENTROPY[known])
+
+
+def encoding_seconds(name: str) -> float:
+    """Return what the codec `name` may take to encode one number, before it was measured."""
+    return _ENTROPY_ENCODING_S if name in _ENTROPY else 0.0

@@ -13,9 +13,18 @@ from blended_pipeline import CONFIG, QUESTIONS, ask_all, open_blended, reused, w
 from tiny_generator import write_generator
 
 from ragkit import Pipeline
-from ragkit.config import BlendConfig, ChunkContextName, CodecName, PolicyName, SelectorName, Strategy
+from ragkit.config import (
+    BlendConfig,
+    ChunkContextName,
+    CodecName,
+    LoadingMode,
+    PolicyName,
+    SelectorName,
+    Strategy,
+)
 from ragkit.errors import ConfigError, UsageError
 from ragkit.generation.engine import Engine
+from ragkit.kvcache.load_controller import LoadController, LoadPlan
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +142,22 @@ def test_kv_is_loaded_while_the_question_is_judged(place: Path, engine: Engine, 
     assert loaded.is_set()
     assert set(answer.kv.bytes_by_tier) == {"ram"}
     assert answer.text == cold.text
+
+
+def test_chunks_that_are_computed_sooner_than_loaded_are_and_the_answer_says_so(
+    place: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_blended(place, engine, loading=LoadingMode.AUTO) as pipeline:
+        cold = pipeline.query(QUESTIONS[0])
+        assert pipeline.query(QUESTIONS[0]).kv.recomputed == 0  # memory is always sooner
+    monkeypatch.setattr(LoadController, "load_seconds", lambda controller, chunks: 100.0 * len(chunks))
+    monkeypatch.setattr(LoadController, "plan", lambda controller, stored: LoadPlan((), tuple(stored), 1.0))
+    with open_blended(place, engine, loading=LoadingMode.AUTO) as pipeline:
+        warm = pipeline.query(QUESTIONS[0])
+    assert (warm.kv.hits, warm.kv.misses, warm.kv.recomputed) == (0, 0, 5)
+    assert (warm.text, warm.tokens) == (cold.text, cold.tokens)
+    with open_blended(place, engine, loading=LoadingMode.ALWAYS) as pipeline:
+        assert reused(pipeline.query(QUESTIONS[0])) == (5, 0)
 
 
 def test_two_pipelines_share_an_engine_and_not_their_stores(tmp_path: Path, place: Path, engine: Engine) -> None:

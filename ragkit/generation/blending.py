@@ -11,7 +11,7 @@ from ragkit.generation.chunk_prefill import ChunkPrefill, expected_cost
 from ragkit.generation.engine import Engine
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef
-from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.codecs import encoding_seconds, make_codec
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import ContextKind, KVRecipe
 from ragkit.kvcache.kv_store import KVStore
@@ -71,7 +71,8 @@ class Blending:
         memory = MemoryTier(MEMORY, _megabytes(kv.memory_mb), make_policy(kv.policy), page_locked=on_gpu)
         backing = _backing_tiers(kv, store) if weights_are_named else ()
         pool = _pool_tier(kv, engine.pool) if on_gpu else None
-        controller = LoadController(expected_cost(decoder)) if kv.loading is LoadingMode.AUTO else None
+        decides = LoadController(expected_cost(decoder, encoding_seconds(kv.codec)))
+        controller = decides if kv.loading is LoadingMode.AUTO else None
         self.kv_store = KVStore(codec, memory, backing, pool=pool, controller=controller)
         selector = make_selector(blend.selector, decoder.config.num_layers)
         self.prefill = BlendPrefill(self.kv_store, self.chunks, BlendOptions(blend.ratio, selector))

@@ -118,10 +118,16 @@ class ChunkPrefill:
         return ChunkContext.neighbours(self.canonical_prefix, ids)
 
 
-def expected_cost(decoder: Decoder) -> Cost:
-    """Return what computing a chunk's KV may take, in seconds a chunk and a token, before any was computed."""
+def expected_cost(decoder: Decoder, encoding_s: float = 0.0) -> Cost:
+    """Return what computing a chunk's KV may take, in seconds a chunk and a token, before any was computed.
+
+    Args:
+        decoder: the model.
+        encoding_s: what encoding a number may take.
+    """
     sizes = decoder.config
     heads = (2 * sizes.num_q_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
     weights = sizes.num_layers * sizes.hidden_size * (heads + 3 * sizes.intermediate_size)
     kind = decoder.device.type if decoder.device.type in _FLOPS else "cpu"
-    return Cost(_LAUNCH_S[kind], 2 * weights / _FLOPS[kind])
+    numbers = sum(2 * spec.num_kv_heads * spec.head_dim for spec in decoder.layout.layers)
+    return Cost(_LAUNCH_S[kind], 2 * weights / _FLOPS[kind] + numbers * encoding_s)

@@ -10,7 +10,7 @@ from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import ChunkKV
 from ragkit.kvcache.codec import decode_chunk, encode_chunk
 from ragkit.kvcache.codec_drafted import DraftedCodec
-from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.codecs import encoding_seconds, make_codec
 from ragkit.kvcache.layout import KVLayout, LayerSpec
 from ragkit.models.model_config import RopeConfig
 
@@ -202,3 +202,9 @@ def test_bytes_of_another_size_are_refused(name):
     short = dataclasses.replace(encoded, extents=((0, 32), *encoded.extents[1:]))
     with pytest.raises(KVCacheError, match="bytes"):
         decode_chunk(codec, short)
+
+
+def test_only_the_entropy_coder_is_expected_to_hold_up_computing():
+    costs = {name: encoding_seconds(name) for name in CodecName}
+    assert {name for name, cost in costs.items() if cost} == {"entropy1", "entropy2", "entropy3"}
+    assert costs["entropy1"] * 65536 * 512 == pytest.approx(6.7, rel=0.1)  # a chunk at the shape of Llama 3 8B

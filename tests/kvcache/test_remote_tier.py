@@ -89,3 +89,13 @@ def test_a_place_that_cannot_be_written_is_reported(tmp_path):
 def test_an_unknown_kind_of_place_is_refused():
     with pytest.raises(KVCacheError, match="cannot be opened"):
         RemoteTier("nowhere://x", 1, make_policy("lru"))
+
+
+def test_sizes_are_known_of_what_was_there_at_the_start_and_of_what_was_written(tmp_path):
+    refs = [ref_of(name) for name in "abc"]
+    tier_of(tmp_path).save([encoded_of(CODEC, refs[0])])
+    tier = tier_of(tmp_path)
+    tier.save([encoded_of(CODEC, refs[1])])
+    known = tier.known([ref.key for ref in refs])
+    assert list(known) == [ref.key for ref in refs[:2]]
+    assert sum(record.nbytes for record in known.values()) == tier.bytes_used

@@ -281,3 +281,43 @@ def test_what_an_earlier_process_wrote_has_no_advantage(place):
         tier.save([encoded_of(CODEC, ref)])
         load(tier, ref)
     assert set(found(tier, refs)) >= {8, 9, 10, 11}
+
+
+def test_what_is_on_disk_is_known_with_its_size(place):
+    store, ids = place
+    refs = refs_of(ids, 3)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs[:2]])
+    entries = store.kv_entries([ref.key.digest for ref in refs])
+    known = tier.known([ref.key for ref in refs])
+    assert {key.digest: record.nbytes for key, record in known.items()} == {
+        digest: entry.bytes for digest, (_, entry) in entries.items()
+    }
+
+
+def test_what_has_left_the_page_cache_is_told_from_what_is_there(place):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs])
+    before = [record.is_cached for record in tier.known([ref.key for ref in refs]).values()]
+    for path, _ in store.kv_listing():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    after = [record.is_cached for record in tier.known([refs[0].key]).values()]
+    if before == [False, False] or after == [True]:
+        pytest.skip("this file system does not say what is in the page cache, or keeps everything there")
+    assert (before, after) == ([True, True], [False])
+    assert found(tier, refs) == [0, 1]
+
+
+def test_of_a_file_that_is_gone_nothing_is_in_the_page_cache(place):
+    store, ids = place
+    refs = refs_of(ids, 1)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs])
+    for path, _ in store.kv_listing():
+        path.unlink()
+    (record,) = tier.known([ref.key for ref in refs]).values()
+    assert not record.is_cached
