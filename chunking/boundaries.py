@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from enum import StrEnum
 
 from ragkit.chunking.sentences import sentence_starts
@@ -25,14 +26,14 @@ class Boundary(StrEnum):
     WORD = "word"
 
 
-def boundary_offsets(text: str, kind: Boundary) -> list[int]:
+def boundary_offsets(text: str, kind: Boundary, sentences: Callable[[str], list[int]] = sentence_starts) -> list[int]:
     """Return the offsets at which a new unit of `kind` (paragraph, line or sentence) starts, 0 and the end left out.
 
     White space belongs to the unit before it, indentation to its line. A unit never starts right after a Markdown
-    heading, so that headings stay with what follows them.
+    heading, so that headings stay with what follows them. `sentences` gives the starts of a text's sentences.
     """
     if kind is Boundary.SENTENCE:
-        offsets = sentence_starts(text)[1:]
+        offsets = sentences(text)[1:]
     else:
         breaks = _LINE.finditer(text)
         if kind is Boundary.PARAGRAPH:

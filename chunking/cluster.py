@@ -19,6 +19,7 @@ import numpy as np
 from ragkit.chunking.assembly import Assembler
 from ragkit.chunking.configured_prior import configured_prior
 from ragkit.chunking.length_constrained import Indices, LengthPrior, Scores, first_starts, viterbi
+from ragkit.chunking.segmenter import configured_segmenter
 from ragkit.chunking.sentence_vectors import SentenceEmbedder, Vectors, VectorStream
 from ragkit.chunking.signals import BoundarySignals
 from ragkit.chunking.units import Units, packed_units
@@ -60,10 +61,12 @@ class ClusterChunker:
         self._room = config.max_tokens - config.overlap_tokens
         self._piece_tokens = min(options.piece_tokens, self._room)
         self._prior = configured_prior(config)
+        self._segmenter = configured_segmenter(config)
         self._counter = WordCounter(tokenizer)
         self._assembler = Assembler(tokenizer, self._counter, config.max_tokens)
         rules = [self.name, _RULES_VERSION, config.max_tokens, config.overlap_tokens, tokenizer.tokenizer_id]
         rules += [embedder.embedder_id, options.piece_tokens, *([repr(self._prior)] if self._prior else [])]
+        rules += [self._segmenter.fingerprint] if self._segmenter.fingerprint else []
         self._fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     @property
@@ -85,7 +88,7 @@ class ClusterChunker:
 
         A boundary between pieces that no chunk can hold together has the mean as its value.
         """
-        units = packed_units(document.text, self._counter, self._piece_tokens)
+        units = packed_units(document.text, self._counter, self._piece_tokens, self._segmenter)
         cuts, similarity, mean = self._cuts(document.text, units)
         cut = np.zeros(len(units), dtype=np.bool_)
         cut[cuts] = True

@@ -16,6 +16,7 @@ from ragkit.chunking.configured_prior import configured_prior
 from ragkit.chunking.length_constrained import LengthPrior, Scores, UniformPrior
 from ragkit.chunking.packed import PackedChunker
 from ragkit.chunking.scored import BoundaryScores, ScoredChunker
+from ragkit.chunking.segmenter import configured_segmenter
 from ragkit.chunking.signals import LOG_ODDS
 from ragkit.chunking.units import Units, sentence_units, word_units
 from ragkit.config import ChunkingConfig
@@ -72,7 +73,8 @@ def layout_chunker(
     """
     prior = configured_prior(config)
     if prior is None:
-        return PackedChunker(name, kinds, tokenizer, config.max_tokens, config.overlap_tokens)
+        segmenter = configured_segmenter(config)
+        return PackedChunker(name, kinds, tokenizer, config.max_tokens, config.overlap_tokens, segmenter=segmenter)
     return _solved_chunker(name, kinds, config, tokenizer, prior)
 
 

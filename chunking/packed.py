@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from ragkit.chunking.assembly import Assembler, Span
 from ragkit.chunking.boundaries import Boundary, boundary_offsets
 from ragkit.chunking.packing import Level, level_of, pack, piece_level, word_level
+from ragkit.chunking.segmenter import RuleSegmenter, SentenceSegmenter
 from ragkit.chunking.words import WordCounter
 from ragkit.types import Chunk, Document, TextTokenizer
 
@@ -33,15 +34,19 @@ class PackedChunker:
         max_tokens: int,
         overlap_tokens: int = 0,
         window: int = _WINDOW,
+        segmenter: SentenceSegmenter | None = None,
     ) -> None:
         self._name = name
         self._boundaries = tuple(boundaries)
         self._max_tokens = max_tokens
         self._overlap_tokens = overlap_tokens
         self._window = window
+        self._segmenter = segmenter or RuleSegmenter()
         self._counter = WordCounter(tokenizer)
         self._assembler = Assembler(tokenizer, self._counter, max_tokens)
         rules = [name, _RULES_VERSION, max_tokens, overlap_tokens, window, tokenizer.tokenizer_id]
+        if self._segmenter.fingerprint:
+            rules.append(self._segmenter.fingerprint)
         self._fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     @property
@@ -96,7 +101,9 @@ class PackedChunker:
     def _levels(self, text: str) -> list[Level]:
         words = self._counter.measure(text)
         levels = [
-            word_level(words) if kind is Boundary.WORD else level_of(words, boundary_offsets(text, kind))
+            word_level(words)
+            if kind is Boundary.WORD
+            else level_of(words, boundary_offsets(text, kind, self._segmenter.starts))
             for kind in self._boundaries
         ]
         return [*levels, piece_level(words)]

@@ -19,6 +19,7 @@ from ragkit.chunking.assembly import Assembler, Span
 from ragkit.chunking.configured_prior import configured_prior
 from ragkit.chunking.length_constrained import Indices, LengthPrior, Scores, UniformPrior, best_cuts
 from ragkit.chunking.metadata import with_metadata
+from ragkit.chunking.segmenter import configured_segmenter
 from ragkit.chunking.signals import BoundarySignals
 from ragkit.chunking.units import CutUnits, Units, sentence_units
 from ragkit.chunking.words import WordCounter
@@ -103,6 +104,7 @@ class ScoredChunker:
         self._paragraph_log_odds = paragraph_log_odds
         self._boundaries = boundaries
         self._cut_units = cut_units
+        self._segmenter = configured_segmenter(config)
         self._repeat_sentence = repeat_sentence
         self._describe = describe
         self._counter = WordCounter(tokenizer)
@@ -111,6 +113,8 @@ class ScoredChunker:
         rules += [scorer.fingerprint, repr(self._prior), paragraph_log_odds, repeat_sentence]
         if cut_units is not sentence_units:
             rules.append(cut_units.__name__)
+        if self._segmenter.fingerprint:
+            rules.append(self._segmenter.fingerprint)
         self._fingerprint = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     @property
@@ -155,7 +159,7 @@ class ScoredChunker:
 
     def _units(self, document: Document) -> Units:
         extra = self._boundaries(document.text) if self._boundaries else ()
-        return self._cut_units(document.text, self._counter, self._room, extra)
+        return self._cut_units(document.text, self._counter, self._room, extra, self._segmenter)
 
     @property
     def _room(self) -> int:

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from ragkit.chunking.assembly import Span
 from ragkit.chunking.boundaries import Boundary, boundary_offsets
 from ragkit.chunking.packing import level_of, pack, piece_level, word_level
+from ragkit.chunking.segmenter import RuleSegmenter, SentenceSegmenter
 from ragkit.chunking.words import Offsets, WordCounter, Words
 
 # (block, its words, the starts of its stretches) -> starts of the units, which of them open a sentence
 _Cut = Callable[[str, Words, list[int]], tuple[list[int], list[bool]]]
-# (text, counter, most tokens of a unit, further offsets at which units start) -> its units
-CutUnits = Callable[[str, WordCounter, int, Sequence[int]], "Units"]
+# (text, counter, most tokens of a unit, further offsets at which units start, who finds sentences) -> its units
+CutUnits = Callable[[str, WordCounter, int, Sequence[int], SentenceSegmenter], "Units"]
+_RULES = RuleSegmenter()
 _BLOCK = 1 << 20  # code points whose words are held at once
 
 
@@ -62,12 +64,18 @@ class Units:
         return [text[begin:end] for begin, end in pairwise(edges)]
 
 
-def sentence_units(text: str, counter: WordCounter, max_tokens: int, boundaries: Sequence[int] = ()) -> Units:
+def sentence_units(
+    text: str,
+    counter: WordCounter,
+    max_tokens: int,
+    boundaries: Sequence[int] = (),
+    segmenter: SentenceSegmenter = _RULES,
+) -> Units:
     """Return the sentences of `text` as units; a sentence over `max_tokens` is cut at lines, words, then graphemes.
 
     `boundaries` are more offsets at which a unit starts, those of blocks of another kind than sentences.
     """
-    sentences = [0, *boundary_offsets(text, Boundary.SENTENCE)] if text else []
+    sentences = [0, *boundary_offsets(text, Boundary.SENTENCE, segmenter.starts)] if text else []
     if len(boundaries):
         sentences = sorted({*sentences, *(offset for offset in boundaries if 0 < offset < len(text))})
 
@@ -91,9 +99,15 @@ def _inner_cuts(sentence: str, counter: WordCounter, max_tokens: int) -> list[in
     return [packed.start for packed in pack(levels, max_tokens)][1:]
 
 
-def word_units(text: str, counter: WordCounter, max_tokens: int, boundaries: Sequence[int] = ()) -> Units:
-    """Return the words of `text` as units; those over 32 characters come in pieces. `boundaries` is not needed."""
-    del max_tokens, boundaries
+def word_units(
+    text: str,
+    counter: WordCounter,
+    max_tokens: int,
+    boundaries: Sequence[int] = (),
+    segmenter: SentenceSegmenter = _RULES,
+) -> Units:
+    """Return the words of `text` as units; those over 32 characters come in pieces. Nothing else is looked at."""
+    del max_tokens, boundaries, segmenter
     lines = [0, *boundary_offsets(text, Boundary.LINE)] if text else []
 
     def cut(_block: str, words: Words, _starts: list[int]) -> tuple[list[int], list[bool]]:
@@ -102,13 +116,13 @@ def word_units(text: str, counter: WordCounter, max_tokens: int, boundaries: Seq
     return _units(text, lines, counter, cut)
 
 
-def packed_units(text: str, counter: WordCounter, max_tokens: int) -> Units:
+def packed_units(text: str, counter: WordCounter, max_tokens: int, segmenter: SentenceSegmenter = _RULES) -> Units:
     """Return `text` packed up to `max_tokens` as units, cut at paragraphs, else at lines, sentences, words."""
     paragraphs = [0, *boundary_offsets(text, Boundary.PARAGRAPH)] if text else []
     kinds = (Boundary.PARAGRAPH, Boundary.LINE, Boundary.SENTENCE)
 
     def cut(block: str, words: Words, _: list[int]) -> tuple[list[int], list[bool]]:
-        levels = [level_of(words, boundary_offsets(block, kind)) for kind in kinds]
+        levels = [level_of(words, boundary_offsets(block, kind, segmenter.starts)) for kind in kinds]
         starts = [packed.start for packed in pack([*levels, word_level(words), piece_level(words)], max_tokens)]
         return starts, [True] * len(starts)
 
