@@ -1,7 +1,7 @@
 """How near blended prefill comes to full prefill: KL, answer likelihood and first tokens, by selector and budget.
 
     RAGKIT_DATA=... python benchmarks/blend_quality.py [--model NAME] [--items all|even|odd|N] [--dtype T] [--codec C]
-        [--ratios 0.05,0.15] [--variants NAME,...] [--time-limit SECONDS] [--name RESULT]
+        [--ratios 0.05,0.15] [--variants NAME,...] [--processes N] [--time-limit SECONDS] [--name RESULT]
 
 MuSiQue questions (10 passages each, the items whose gold answer stands in a passage). For each item full prefill
 gives the reference: the distribution of the first answer token, its greedy answer of 16 tokens, and the likelihood of
@@ -15,12 +15,17 @@ selector instead; look at even items only.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from parts import dealt, run_parts
 from report import data_folder, markdown_table, write_result
 
 from ragkit.bench.answer_distance import ROOM_BEHIND, AnswerDistance, AnswerScorer
@@ -35,6 +40,7 @@ from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf,
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, RandomTokens
 from ragkit.kvcache.token_selection import TokenSelector
+from ragkit.models import resolve
 from ragkit.models.chat_template import ChatTemplate
 from ragkit.types import Prompt, Segment, chunk_id_of
 
@@ -57,9 +63,32 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.02,0.05,0.1,0.15,0.3")
     parser.add_argument("--variants", default="", help="only these selectors")
     parser.add_argument("--study", action="store_true", help="settings of propagation instead of selectors")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds, then what is done is reported")
+    parser.add_argument("--processes", type=int, default=1, help="share the items among so many on one device")
+    parser.add_argument("--part", default="0/1", help="I/N: only every Nth item from the Ith on")
+    parser.add_argument("--raw", help="write only the distances, to this file")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds, then what is done is reported")
     parser.add_argument("--name", default="blend_quality", help="name of the result")
     arguments = parser.parse_args()
+    if arguments.processes > 1:
+        resolve(arguments.model)  # fetched and converted once
+        parts = run_parts(__file__, sys.argv[1:], arguments.processes)
+        rows = sorted((row for part in parts for row in part), key=lambda row: row["index"])
+    else:
+        rows = measure(arguments)
+    if arguments.raw:
+        Path(arguments.raw).write_text(json.dumps(rows), encoding="utf-8")
+        return
+    if not rows:
+        sys.exit("no item fits the model's window")
+    table = summary([{label: AnswerDistance(**one) for label, one in row["variants"].items()} for row in rows])
+    print(markdown_table(table, list(table[0])))
+    limit = arguments.time_limit if math.isfinite(arguments.time_limit) else None
+    payload = {"settings": vars(arguments) | {"time_limit": limit}, "table": table, "items": rows}
+    print("raw numbers:", write_result(arguments.name, payload))
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return one row an item of this process's part: its index and the distances by variant."""
     folder = data_folder("musique")
     if folder is None:
         sys.exit("set RAGKIT_DATA to the folder of the benchmark data")
@@ -68,30 +97,23 @@ def main() -> None:
     num_layers = engine.decoder.config.num_layers
     variants = list(study(ratios) if arguments.study else make_variants(num_layers, ratios, arguments.variants))
     bench = Bench(engine, arguments.codec, ContextKind(arguments.context))
-    scored: dict[int, dict[str, AnswerDistance]] = {}
+    rows: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for item in chosen_items(musique_items(folder), arguments.items):
+    for item in dealt(chosen_items(musique_items(folder), arguments.items), arguments.part):
         distances = bench.score(item, variants)
         if distances is not None:
-            scored[item.index] = distances
-            print(f"{len(scored)} items, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            rows.append({"index": item.index, "variants": {label: asdict(one) for label, one in distances.items()}})
+            print(f"{len(rows)} items, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         if time.perf_counter() - started > arguments.time_limit:
             break
-    table = summary(list(scored.values()))
-    rows = [
-        {"index": index, "variants": {label: asdict(one) for label, one in distances.items()}}
-        for index, distances in scored.items()
-    ]
-    print(markdown_table(table, list(table[0])))
-    payload = {"settings": vars(arguments) | {"time_limit": None}, "table": table, "items": rows}
-    print("raw numbers:", write_result(arguments.name, payload))
+    return rows
 
 
 def make_variants(num_layers: int, ratios: Sequence[float], only: str) -> Iterator[Variant]:
     """Yield the rows: plain reuse, everything, and each selector at each ratio with and without propagation."""
     selectors: list[TokenSelector] = [
         QuestionAttention(),
-        _named(QuestionAttention(0.0), "question only"),
+        _named(QuestionAttention(most_even=0.0), "question only"),
         TwoRounds(),
         FirstTokens(),
         RandomTokens(),
@@ -116,15 +138,17 @@ def study(ratios: Sequence[float]) -> Iterator[Variant]:
     """Yield settings of the default method."""
     yield PLAIN_REUSE
     for ratio in ratios:
-        for share in (0.25, 0.5, 0.75, 1.0):
-            selector = QuestionAttention(share)
-            yield Variant(f"even {share:g}", selector, ratio)
-            yield Variant(f"even {share:g} evidence", selector, ratio, Propagation(by_evidence=True))
+        for spacing, most in itertools.product((16.0, 32.0, 64.0), (0.25, 0.5)):
+            selector = QuestionAttention(spacing, most)
+            yield Variant(f"spacing {spacing:g} most {most:g}", selector, ratio)
+            yield Variant(f"spacing {spacing:g} most {most:g} evidence", selector, ratio, Propagation(by_evidence=True))
         for sigma in (16.0, 32.0, 96.0):
             yield Variant(f"sigma {sigma:g}", QuestionAttention(), ratio, Propagation(sigma))
             yield Variant(f"sigma {sigma:g} evidence", QuestionAttention(), ratio, Propagation(sigma, by_evidence=True))
         for strength in (0.5, 0.75):
             yield Variant(f"strength {strength:g}", QuestionAttention(), ratio, Propagation(48.0, strength, strength))
+            evidence = Propagation(48.0, strength, strength, by_evidence=True)
+            yield Variant(f"strength {strength:g} evidence", QuestionAttention(), ratio, evidence)
         yield Variant("two rounds", TwoRounds(), ratio)
         yield Variant("two rounds evidence", TwoRounds(), ratio, Propagation(by_evidence=True))
 
