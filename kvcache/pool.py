@@ -92,6 +92,10 @@ class KVPool:
         """Return how often `block` is held."""
         return self._references[block]
 
+    def rows_of(self, blocks: Tensor) -> Tensor:
+        """Return (rows,) int64: the rows of `blocks` (blocks,) int64, block after block."""
+        return (blocks.unsqueeze(1) * self.block_size + torch.arange(self.block_size)).flatten()
+
     def rows(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return copies of the keys and values (tokens, kv_heads, head_dim) of one layer at `slots` (tokens,)."""
         return self.keys[layer].flatten(0, 1)[slots], self.values[layer].flatten(0, 1)[slots]

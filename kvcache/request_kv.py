@@ -104,10 +104,8 @@ class RequestKV:
                 f"positions {start} to {stop} are not in the private rows, which hold {self._tail_start} to "
                 f"{self.num_reserved}"
             )
-        size = self.pool.block_size
-        offsets = torch.arange(start, stop) - self._tail_start
         blocks = torch.tensor([self.block_ids[entry] for entry in self._tail], dtype=torch.int64)
-        return blocks[offsets // size] * size + offsets % size if stop > start else offsets
+        return self.pool.rows_of(blocks)[start - self._tail_start : stop - self._tail_start]
 
     def slot(self, position: int) -> int:
         """Return the private tail's row for `position`, as `slots` does for many."""
