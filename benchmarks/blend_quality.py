@@ -8,8 +8,9 @@ gives the reference: the distribution of the first answer token, its greedy answ
 the gold answer. A variant is a selector with or without change propagation at one ratio; `d` is its KL from the
 reference, of the first token and as the mean over the 16 tokens, teacher-forced. The recovered share is
 1 - d / d_reuse, a ratio of means with a bootstrap over items; d_reuse is plain reuse of chunks computed behind the
-prefix, through the bf16 codec. `--study` compares settings of propagation and of the default
-selector instead; look at even items only.
+prefix, through the bf16 codec. "NLL moved" is how far the gold answer's likelihood lies from full prefill's, whichever
+way, so that noise does not cancel out. `--study` compares settings of propagation and of the default selector instead;
+look at even items only.
 """
 
 from __future__ import annotations
@@ -201,6 +202,8 @@ def summary(items: Sequence[Mapping[str, AnswerDistance]]) -> list[dict[str, Any
             "first agrees %": 100 * row.agrees_first,
             "gold NLL": row.nll,
             "NLL recovered %": percent(row.recovered_nll),
+            "NLL moved": row.nll_moved,
+            "NLL moved, recovered %": percent(row.recovered_nll_moved),
             "largest logit difference": row.largest_logit_difference,
         }
         for row in recoveries(items, PLAIN_REUSE.label)

@@ -42,7 +42,9 @@ class Recovery:
         recovered_first, recovered_mean: shares of plain reuse's gap in each; None where it leaves none.
         agrees_first: part of the prompts whose likeliest first token is full prefill's.
         nll: mean nats a token of the gold answers, of the prompts that have one; None where none has.
-        recovered_nll: share of plain reuse's gap in it.
+        recovered_nll: share of plain reuse's gap in it; prompts above full prefill's cancel those below.
+        nll_moved: mean distance, in nats a token, of the gold answer's from full prefill's, whichever way.
+        recovered_nll_moved: share of plain reuse's that is recovered.
         largest_logit_difference: over all prompts.
     """
 
@@ -56,6 +58,8 @@ class Recovery:
     agrees_first: float
     nll: float | None
     recovered_nll: Share | None
+    nll_moved: float | None
+    recovered_nll_moved: Share | None
     largest_logit_difference: float
 
 
@@ -71,16 +75,17 @@ def recoveries(
     """
     if not prompts:
         return []
-    draws = np.random.default_rng(0).integers(0, len(prompts), (resamples, len(prompts)))
-    return [_recovery(name, prompts, reuse, draws) for name in prompts[0]]
+    return [_recovery(name, prompts, reuse, resamples) for name in prompts[0]]
 
 
-def _recovery(name: str, prompts: Sequence[Mapping[str, AnswerDistance]], reuse: str, draws: _Draws) -> Recovery:
+def _recovery(name: str, prompts: Sequence[Mapping[str, AnswerDistance]], reuse: str, resamples: int) -> Recovery:
     mine, theirs = [prompt[name] for prompt in prompts], [prompt[reuse] for prompt in prompts]
     first, mean = (np.array([getattr(one, key) for one in mine]) for key in ("kl_first", "kl_mean"))
     reuse_first, reuse_mean = (np.array([getattr(one, key) for one in theirs]) for key in ("kl_first", "kl_mean"))
+    draws = _draws(len(prompts), resamples)
     nats = [one.nll for one in mine if one.nll is not None]
     gap, reuse_gap = _nll_gap(mine), _nll_gap(theirs)
+    gap_draws = _draws(len(gap), resamples)
     return Recovery(
         variant=name,
         prompts=len(prompts),
@@ -91,9 +96,16 @@ def _recovery(name: str, prompts: Sequence[Mapping[str, AnswerDistance]], reuse:
         recovered_mean=_share(mean, reuse_mean, draws),
         agrees_first=float(np.mean([one.same_first for one in mine])),
         nll=float(np.mean(nats)) if nats else None,
-        recovered_nll=_share(gap, reuse_gap, draws) if len(gap) == len(prompts) else None,
+        recovered_nll=_share(gap, reuse_gap, gap_draws) if len(gap) else None,
+        nll_moved=float(np.abs(gap).mean()) if len(gap) else None,
+        recovered_nll_moved=_share(np.abs(gap), np.abs(reuse_gap), gap_draws) if len(gap) else None,
         largest_logit_difference=max(one.largest_logit_difference for one in mine),
     )
+
+
+def _draws(prompts: int, resamples: int) -> _Draws:
+    # the same for every variant
+    return np.random.default_rng(0).integers(0, max(prompts, 1), (resamples, prompts))
 
 
 def _nll_gap(distances: Sequence[AnswerDistance]) -> FloatVector:

@@ -46,9 +46,31 @@ def test_the_gold_answers_likelihood_is_compared_with_full_prefills():
     assert (blend.nll, blend.recovered_nll.value) == (2.25, pytest.approx(0.75))
 
 
+def test_how_far_the_gold_answers_likelihood_moved_does_not_cancel_out():
+    prompts = [
+        {"reuse": distance(1.0, 4.0, 2.0), "blend": distance(1.0, 2.5, 2.0)},
+        {"reuse": distance(1.0, 1.0, 3.0), "blend": distance(1.0, 2.5, 3.0)},
+    ]
+    reuse, blend = recoveries(prompts, "reuse")
+    assert reuse.recovered_nll is None  # one up, one down: no gap on average
+    assert (reuse.nll_moved, blend.nll_moved) == (2.0, 0.5)
+    share = blend.recovered_nll_moved
+    assert (share.value, share.low, share.high) == pytest.approx((0.75, 0.75, 0.75))
+
+
+def test_prompts_without_a_gold_answer_do_not_count_in_its_likelihood():
+    prompts = [
+        {"reuse": distance(1.0, 3.0, 2.0), "blend": distance(1.0, 2.25, 2.0)},
+        {"reuse": distance(1.0), "blend": distance(0.5)},
+    ]
+    blend = recoveries(prompts, "reuse")[1]
+    assert (blend.prompts, blend.nll_moved) == (2, 0.25)
+    assert blend.recovered_nll.value == blend.recovered_nll_moved.value == pytest.approx(0.75)
+
+
 def test_without_gold_answers_there_is_no_likelihood():
     blend = recoveries([{"reuse": distance(1.0), "blend": distance(0.5)}], "reuse")[1]
-    assert (blend.nll, blend.recovered_nll) == (None, None)
+    assert (blend.nll, blend.recovered_nll, blend.nll_moved, blend.recovered_nll_moved) == (None,) * 4
 
 
 def test_first_tokens_that_agree_are_counted():
