@@ -2,11 +2,13 @@
 
     RAGKIT_DATA=... python benchmarks/blend_quality.py [--model NAME] [--items all|even|odd|N] [--dtype T] [--codec C]
         [--ratios 0.05,0.15] [--variants NAME,...] [--processes N] [--time-limit SECONDS] [--name RESULT]
+        [--questions FILE.json]
 
-MuSiQue questions (10 passages each, the items whose gold answer stands in a passage). For each item full prefill
-gives the reference: the distribution of the first answer token, its greedy answer of 16 tokens, and the likelihood of
-the gold answer. A variant is a selector with or without change propagation at one ratio; `d` is its KL from the
-reference, of the first token and as the mean over the 16 tokens, teacher-forced. The recovered share is
+MuSiQue questions (10 passages each, the items whose gold answer stands in a passage), or those of any file of the same
+form (`question`, `answers`, which may be empty, and `ctxs` with a `text` each; filing_questions.py writes one). For
+each item full prefill gives the reference: the distribution of the first answer token, its greedy answer of 16 tokens,
+and the likelihood of the gold answer. A variant is a selector with or without change propagation at one ratio; `d` is
+its KL from the reference, of the first token and as the mean over the 16 tokens, teacher-forced. The recovered share is
 1 - d / d_reuse, a ratio of means with a bootstrap over items; d_reuse is plain reuse of chunks computed behind the
 prefix, through the bf16 codec. "NLL moved" is how far the gold answer's likelihood lies from full prefill's, whichever
 way, so that noise does not cancel out. `--study` compares settings of propagation and of the default selector instead;
@@ -31,7 +33,7 @@ from report import data_folder, markdown_table, write_result
 
 from ragkit.bench.answer_distance import ROOM_BEHIND, AnswerDistance, AnswerScorer
 from ragkit.bench.blend_quality import NO_PROPAGATION, PLAIN_REUSE, BlendQuality, Variant
-from ragkit.bench.musique import MusiqueItem, musique_items
+from ragkit.bench.musique import FILE_NAME, MusiqueItem, question_items
 from ragkit.bench.recovery import Share, recoveries
 from ragkit.generation.blend_pass import Propagation
 from ragkit.generation.engine import Engine
@@ -56,6 +58,7 @@ MARK = "\ue000"  # where the user's text stands in the rendered template
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a name, folder or .gguf file")
+    parser.add_argument("--questions", help="a JSON file of MuSiQue's form instead of MuSiQue")
     parser.add_argument("--items", default="odd", help="all, even, odd, or a number of items")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
@@ -90,9 +93,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row an item of this process's part: its index and the distances by variant."""
-    folder = data_folder("musique")
-    if folder is None:
-        sys.exit("set RAGKIT_DATA to the folder of the benchmark data")
+    items = question_items(questions_file(arguments.questions))
     engine = Engine.load(arguments.model, device=arguments.device, dtype=arguments.dtype, kv_tokens=2 * 9000)
     ratios = [float(ratio) for ratio in arguments.ratios.split(",")]
     num_layers = engine.decoder.config.num_layers
@@ -100,7 +101,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     bench = Bench(engine, arguments.codec, ContextKind(arguments.context))
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for item in dealt(chosen_items(musique_items(folder), arguments.items), arguments.part):
+    for item in dealt(chosen_items(items, arguments.items), arguments.part):
         distances = bench.score(item, variants)
         if distances is not None:
             rows.append({"index": item.index, "variants": {label: asdict(one) for label, one in distances.items()}})
@@ -108,6 +109,16 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if time.perf_counter() - started > arguments.time_limit:
             break
     return rows
+
+
+def questions_file(given: str | None) -> Path:
+    """Return the file that was given, or MuSiQue's."""
+    if given is not None:
+        return Path(given)
+    folder = data_folder("musique")
+    if folder is None:
+        sys.exit("set RAGKIT_DATA to the folder of the benchmark data")
+    return folder / FILE_NAME
 
 
 def make_variants(num_layers: int, ratios: Sequence[float], only: str) -> Iterator[Variant]:
@@ -172,7 +183,8 @@ class Bench:
         prompt = self.prompt(item)
         if len(prompt) + ROOM_BEHIND > self.engine.max_context:
             return None
-        return self.quality.score(prompt, variants, self.engine.tokenizer.encode(item.answers[0]))
+        gold = self.engine.tokenizer.encode(item.answers[0]) if item.answers else ()
+        return self.quality.score(prompt, variants, gold)
 
     def prompt(self, item: MusiqueItem) -> Prompt:
         """Return prefix | passages | question, as CacheBlend's benchmark words it."""
@@ -211,7 +223,7 @@ def summary(items: Sequence[Mapping[str, AnswerDistance]]) -> list[dict[str, Any
 
 
 def chosen_items(items: Sequence[MusiqueItem], which: str) -> Sequence[MusiqueItem]:
-    """Return all, the even-numbered, the odd-numbered, or the first few of the answerable items."""
+    """Return all, the even-numbered, the odd-numbered, or the first few of the items."""
     if which in ("even", "odd"):
         return items[which == "odd" :: 2]
     return items if which == "all" else items[: int(which)]

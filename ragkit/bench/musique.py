@@ -27,11 +27,16 @@ class MusiqueItem:
 
 def musique_items(folder: Path) -> list[MusiqueItem]:
     """Return the items whose answer stands in a passage."""
+    return question_items(folder / FILE_NAME)
+
+
+def question_items(path: Path) -> list[MusiqueItem]:
+    """Return the items of a file of MuSiQue's form whose answer stands in a passage, or that have none."""
     items = []
-    for index, one in enumerate(json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))):
+    for index, one in enumerate(json.loads(path.read_text(encoding="utf-8"))):
         passages = tuple(passage["text"] for passage in one["ctxs"])
         text = _plain(" ".join(passages))
-        if any(_plain(answer) in text for answer in one["answers"]):
+        if not one["answers"] or any(_plain(answer) in text for answer in one["answers"]):
             items.append(MusiqueItem(index, one["question"], tuple(one["answers"]), passages))
     return items
 

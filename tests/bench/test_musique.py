@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ragkit.bench.musique import musique_items
+from ragkit.bench.musique import musique_items, question_items
 
 
 def test_items_whose_answer_stands_in_no_passage_are_left_out(tmp_path):
@@ -16,3 +16,15 @@ def test_items_whose_answer_stands_in_no_passage_are_left_out(tmp_path):
     (tmp_path / "musique_s.json").write_text(json.dumps(items), encoding="utf-8")
     [item] = musique_items(tmp_path)
     assert (item.index, item.question, len(item.passages)) == (1, "Where then?", 2)
+
+
+def test_items_without_answers_stay(tmp_path):
+    passages = [{"text": "The segments are three."}]
+    items = [
+        {"question": "Which segments?", "answers": [], "ctxs": passages},
+        {"question": "How many?", "answers": ["four"], "ctxs": passages},
+    ]
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps(items), encoding="utf-8")
+    [item] = question_items(file)
+    assert (item.index, item.answers) == (0, ())
