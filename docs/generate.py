@@ -32,7 +32,7 @@ Results go to stdout. Progress, notes, warnings and errors go to stderr; bars ar
 | 2 | wrong usage, or an impossible setting |
 | 3 | partly done: some sources failed; they are named |
 | 4 | the store is missing, locked or damaged, was built with another embedder, or the disk is full |
-| 130, 143 | stopped by SIGINT or SIGTERM; an ingest first finishes its running commit |
+| 130, 143 | stopped by SIGINT or SIGTERM; an ingest first finishes its running commit, a measurement shows what is done |
 
 An error is one line. `RAGKIT_DEBUG=1` shows the traceback as well. `ragkit --install-completion` sets up the shell's
 completion.
@@ -53,6 +53,7 @@ Keys may be added, never renamed. Character offsets are half-open and count Unic
 | `status` | `store`, `generation`, `sources`, `failed`, `damaged`, `documents`, `chunks`, `tokens`, `segments`, `bytes_on_disk`, `embedder`, `dim`, `chunker`, `format_version`, `kv`: {`chunks`, `bytes_by_tier`, `codec`, `estimated_bytes`}, `failed_sources`: as in `ls` |
 | `gc` | `bytes_freed`, `removed_files`, `rewritten_segments`, `pending_files` |
 | `verify` | `generation`, `documents`, `chunks`, `bytes_read`, `problems`: [{`part`, `name`, `message`, `remedy`, `uris`}], `marked`: [uri] |
+| `bench blend` | `benchmark`, `date`, `model`, `settings`, `speed`: [{`prefill`, `kv_from`, `ratio`, `tokens`, `text`, `first_logits_ms`, `compute_ms`, `load_ms`, `select_ms`, `recompute_ms`, `overlapped_ms`, `times_full`, `samples_ms`}], `check`: {`tokens`, `gap`, `noise`}, `quality`: [{`variant`, `prompts`, `recomputed`, `kl_first`, `recovered_first`: {`value`, `low`, `high`}, `kl_mean`, `recovered_mean`, `agrees_first`, `nll`, `recovered_nll`, `largest_logit_difference`}], `distances`: the same by prompt and variant, `quality_from`, `quality_tokens`, `notes`, `seconds`, `interrupted`, `plots`: [path], `machine`, `versions`; shares are of 1 |
 | `models list` | `models`: [{`name`, `role`, `path`, `bytes`, `licence`, `source`}] |
 | `models pull` | `models`: [{`name`, `path`}] |
 | `models path` | `name`, `path` |

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -63,15 +63,23 @@ class BlendQuality:
         self._context = context
 
     @torch.inference_mode()
-    def score(self, prompt: Prompt, variants: Sequence[Variant], gold: Sequence[int] = ()) -> dict[str, AnswerDistance]:
+    def score(
+        self,
+        prompt: Prompt,
+        variants: Sequence[Variant],
+        gold: Sequence[int] = (),
+        after_each: Callable[[], None] = lambda: None,
+    ) -> dict[str, AnswerDistance]:
         """Return how far each variant is from full prefill, by label.
 
         Args:
             prompt: prefix, chunks and question.
             variants: what is measured.
             gold: token ids of the right answer; empty where it is not known.
+            after_each: called after full prefill and each variant.
         """
         reference = self._scorer.outcome(FullPrefill(), prompt, gold)
+        after_each()
         found = {}
         with ExitStack() as stack:
             stores: dict[str, KVStore] = {}
@@ -85,6 +93,7 @@ class BlendQuality:
                 strategy = BlendPrefill(stores[codec], self._chunks(codec, context), options)
                 outcome = self._scorer.outcome(strategy, prompt, gold, reference.answer)
                 found[variant.label] = distance_between(outcome, reference)
+                after_each()
         return found
 
     def _store(self, codec: str) -> KVStore:

@@ -49,11 +49,16 @@ def kv_tokens_that_fit(decoder: Decoder) -> int:
     Raises:
         GenerationError: not even one block fits.
     """
-    free = torch.cuda.mem_get_info(decoder.device)[0] if decoder.device.type == "cuda" else _available_memory()
+    free = free_memory(decoder.device)
     fitting = int(free * _POOL_SHARE) // decoder.layout.bytes_per_token
     if fitting < 64:
         raise GenerationError(f"{free / 1e6:.0f} MB of memory are free on {decoder.device}, too few for a KV pool")
     return min(decoder.config.max_context, fitting)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a GPU, or in the host's memory without swapping."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _available_memory()
 
 
 def _available_memory() -> int:

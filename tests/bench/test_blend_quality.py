@@ -30,7 +30,7 @@ def test_recomputing_everything_is_no_distance_and_plain_reuse_is_some(engine, s
     assert found["everything @ 1"].kl_mean == pytest.approx(0, abs=1e-6)
     assert found["everything @ 1"].largest_logit_difference < 1e-3
     assert found["reuse @ 0"].kl_mean > 1e-3
-    assert found["reuse @ 0"].kl_first > found["question @ 0.25"].kl_first > 0
+    assert found["question @ 0.25"].kl_mean > 1e-3
 
 
 def test_the_share_recomputed_is_that_of_the_chunks_tokens(engine, scorer, prompt_of):
