@@ -171,7 +171,7 @@ class EmbeddingConfig:
     backend: EncoderBackend = EncoderBackend.AUTO
     batch_tokens: int = 8192
     late_chunking: bool = False
-    window_overlap: float = 0.25
+    window_overlap: float = 0.5
 
     def __post_init__(self) -> None:
         _at_least("embedding.batch_tokens", self.batch_tokens, 1)
