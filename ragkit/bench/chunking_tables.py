@@ -1,0 +1,181 @@
+"""The tables of the chunking evaluation: chunkers at equal retrieved characters, Chroma's rows, and the frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from ragkit.bench.bootstrap import paired_bootstrap
+from ragkit.bench.chunking_rankings import Mode, Ranking
+from ragkit.bench.chunking_variants import BASELINE
+from ragkit.bench.question_sets import Metric, QuestionSet, chroma_characters
+from ragkit.bench.spans import Span, recall_and_iou, whole_share
+
+Run: TypeAlias = tuple[str, int]  # the chunker's name and its cap in tokens
+Runs: TypeAlias = Mapping[Run, Ranking]
+
+# The table of Chroma's report for all-MiniLM-L6-v2 (Smith and Troynikov, Evaluating Chunking Strategies for Retrieval,
+# 2024), five chunks retrieved: chunker, mean tokens of a chunk, recall, IoU.
+CHROMA_ROWS = (
+    ("Recursive 250/125", 180, 78.7, 4.9),
+    ("TokenText 250/125", 250, 82.4, 3.5),
+    ("Recursive 250", 162, 78.5, 5.4),
+    ("TokenText 250", 250, 77.1, 3.3),
+    ("Recursive 200", 128, 75.7, 6.5),
+    ("TokenText 200", 200, 76.6, 4.1),
+    ("Cluster 250", 168, 77.3, 6.0),
+    ("Cluster 200", 102, 75.2, 7.2),
+)
+CHROMA_QUESTIONS = 472
+_FRONTIER = (0.25, 0.5, 1.0, 2.0, 4.0)  # budgets of the frontier as multiples of the set's own
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A mean difference in points, and its 95% interval by a paired bootstrap over the questions."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRow:
+    """One chunker under one cap on one set.
+
+    Attributes:
+        data: name of the set.
+        chunker, cap: what was run.
+        chunks, mean_characters: how many it made, and how long.
+        characters: the budget of every question.
+        metric: what the scores are.
+        scores: percent by mode.
+        against_baseline: differences to `BASELINE` under the same cap, by mode; empty for itself and where it was not
+            run.
+    """
+
+    data: str
+    chunker: str
+    cap: int
+    chunks: int
+    mean_characters: float
+    characters: int
+    metric: Metric
+    scores: Mapping[Mode, float]
+    against_baseline: Mapping[Mode, Difference]
+
+
+@dataclass(frozen=True, slots=True)
+class ChromaRow:
+    """One row of Chroma's table, and the best of the dense runs at its characters; scores in percent."""
+
+    name: str
+    characters: int
+    their_recall: float
+    our_recall: float
+    by_recall: str
+    their_iou: float
+    our_iou: float
+    by_iou: str
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """What one run scores at one budget; recall, IoU and hit in percent."""
+
+    data: str
+    chunker: str
+    cap: int
+    mode: Mode
+    characters: int
+    recall: float
+    iou: float
+    hit: float
+
+
+def comparison(data: QuestionSet, runs: Runs) -> list[ComparisonRow]:
+    """Return every run's mean scores at the set's budget, and the differences to the baseline under the same cap."""
+    scores = {
+        (run, mode): _scores(data, ranking, mode, data.characters) for run, ranking in runs.items() for mode in Mode
+    }
+    rows = []
+    for (chunker, cap), ranking in runs.items():
+        run, plain = (chunker, cap), (BASELINE, cap)
+        against = {}
+        if chunker != BASELINE and plain in runs:
+            for mode in Mode:
+                points = paired_bootstrap(scores[run, mode], scores[plain, mode])
+                against[mode] = Difference(*(100 * value for value in points))
+        means = {mode: 100 * float(np.mean(scores[run, mode])) for mode in Mode}
+        rows.append(
+            ComparisonRow(
+                data=data.name,
+                chunker=chunker,
+                cap=cap,
+                chunks=len(ranking.spans),
+                mean_characters=ranking.mean_characters,
+                characters=data.characters,
+                metric=data.metric,
+                scores=means,
+                against_baseline=against,
+            )
+        )
+    return rows
+
+
+def chroma_table(data: QuestionSet, runs: Runs) -> list[ChromaRow]:
+    """Return, for each published row, the best recall and the best IoU of the dense runs at its characters.
+
+    A part of the questions and their documents compares with nothing that was published: it has no table.
+    """
+    rows: list[ChromaRow] = []
+    if len(data.questions) < CHROMA_QUESTIONS:
+        return rows
+    for name, tokens, recall, iou in CHROMA_ROWS:
+        characters = chroma_characters(data, tokens)
+        points = [_point(data, run, ranking, Mode.DENSE, characters) for run, ranking in runs.items()]
+        by_recall, by_iou = max(points, key=lambda point: point.recall), max(points, key=lambda point: point.iou)
+        rows.append(
+            ChromaRow(
+                name=name,
+                characters=characters,
+                their_recall=recall,
+                our_recall=by_recall.recall,
+                by_recall=f"{by_recall.chunker} {by_recall.cap}",
+                their_iou=iou,
+                our_iou=by_iou.iou,
+                by_iou=f"{by_iou.chunker} {by_iou.cap}",
+            )
+        )
+    return rows
+
+
+def frontier(data: QuestionSet, runs: Runs) -> list[FrontierPoint]:
+    """Return what every run scores by every mode at budgets around the set's own."""
+    budgets = sorted({max(1, round(share * data.characters)) for share in _FRONTIER})
+    return [
+        _point(data, run, ranking, mode, characters)
+        for run, ranking in runs.items()
+        for mode in Mode
+        for characters in budgets
+    ]
+
+
+def _scores(data: QuestionSet, ranking: Ranking, mode: Mode, characters: int) -> list[float]:
+    scores = []
+    for at, question in enumerate(data.questions):
+        spans = ranking.retrieved(mode, at, characters)
+        whole = data.metric is Metric.HIT
+        scores.append(whole_share(spans, question.gold) if whole else recall_and_iou(spans, question.gold)[0])
+    return scores
+
+
+def _point(data: QuestionSet, run: Run, ranking: Ranking, mode: Mode, characters: int) -> FrontierPoint:
+    retrieved: Sequence[list[Span]] = [ranking.retrieved(mode, at, characters) for at in range(len(data.questions))]
+    pairs = [recall_and_iou(spans, one.gold) for spans, one in zip(retrieved, data.questions, strict=True)]
+    hits = [whole_share(spans, one.gold) for spans, one in zip(retrieved, data.questions, strict=True)]
+    recall, iou = (100 * float(value) for value in np.mean(pairs, axis=0))
+    return FrontierPoint(data.name, run[0], run[1], mode, characters, recall, iou, 100 * float(np.mean(hits)))
