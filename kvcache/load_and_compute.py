@@ -153,11 +153,12 @@ class LoadAndCompute:
     def _patience(self) -> float | None:
         """Return for how many seconds nothing but a load can bring news."""
         controller = self._controller
-        if controller is None or not self._loading:
+        awaited = [(ref, started) for ref, started in self._loading.items() if ref in self._open]
+        if controller is None or not awaited:
             return None
-        now, expected_s = time.perf_counter(), self._load_s(controller, *self._loading)
-        ends = (started + expected_s + self._compute_s(controller, ref) for ref, started in self._loading.items())
-        return max(min(ends) - now, 1e-3)
+        expected_s = self._load_s(controller, *self._loading)
+        late = min(started + expected_s + self._compute_s(controller, ref) for ref, started in awaited)
+        return max(late - time.perf_counter(), 1e-3)
 
     def _load_s(self, controller: LoadController, *refs: ChunkRef) -> float:
         return controller.load_seconds([self._stored[ref] for ref in refs if ref in self._stored])

@@ -89,8 +89,20 @@ def test_what_is_nowhere_is_computed_and_what_is_only_said_to_be_there_is_a_miss
 
 
 def test_without_a_controller_all_is_loaded_and_the_rest_computed_then():
-    looked_at = []
-    request = Request(None, lambda ref: looked_at.append(ref) or ref in REFS[2:], stored={})
+    looked_at, batches = [], []
+
+    class Noted(Request):
+        def compute(self, refs, origin):
+            super().compute(refs, origin)
+            batches.append(refs)
+
+    def load(ref):
+        time.sleep(0.01)
+        looked_at.append(ref)
+        return ref in REFS[2:]
+
+    request = Noted(None, load, stored={})
+    assert len(batches) == 1
     assert sorted(ref.key for ref in looked_at) == sorted(ref.key for ref in REFS)
     assert request.refs_from(COMPUTED) == REFS[:2]
     assert request.refs_from("disk") == REFS[2:]

@@ -79,9 +79,20 @@ def test_what_must_be_computed_leaves_more_to_load():
 
 def test_a_small_gain_is_no_reason_to_compute():
     stored = chunks(4, 10**6)
-    quick, slow = taught(1.0, disk=1e9), taught(1e-3 / TOKENS, disk=1e9)
-    assert quick.plan(stored).compute == ()
-    assert len(slow.plan(stored).compute) == 2
+    slow, as_quick = taught(1.0, disk=1e9), taught(1e-3 / TOKENS, disk=1e9)
+    assert slow.plan(stored).compute == ()
+    assert len(as_quick.plan(stored).compute) == 2
+    # A pass beside the loads spares one load: 2.5% of forty, 10% of ten.
+    assert taught(30e-3 / TOKENS, disk=1e9).plan(chunks(40, 10**6)).compute == ()
+    assert len(taught(8e-3 / TOKENS, disk=1e9).plan(chunks(10, 10**6)).compute) == 1
+
+
+def test_what_is_slowest_to_load_is_computed_first_and_what_is_quickest_loaded_first():
+    controller = taught(1e-4, disk=1e9)
+    stored = [StoredChunk(ref_of(size, TOKENS), "disk", size * 10**7) for size in (5, 1, 9, 3, 7)]
+    plan = controller.plan(stored)
+    assert [chunk.nbytes // 10**7 for chunk in plan.load] == [1, 3, 5]
+    assert [chunk.nbytes // 10**7 for chunk in plan.compute] == [9, 7]
 
 
 def test_rates_are_those_that_were_measured():
