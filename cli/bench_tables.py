@@ -16,7 +16,7 @@ from ragkit.cli.text_plot import Bar, bars
 if TYPE_CHECKING:
     from ragkit.bench.blend_report import BlendReport
     from ragkit.bench.blend_speed import SpeedRow
-    from ragkit.bench.recovery import Share
+    from ragkit.bench.recovery import Recovery, Share
 
 _WIDTH = 100  # where nobody's terminal says otherwise
 _LEAST_WIDTH, _INDENT = 60, 2
@@ -91,45 +91,42 @@ def _speed_bar(row: SpeedRow) -> Bar:
 
 def _quality(report: BlendReport, width: int) -> Iterator[str]:
     rows = report.quality
-    has_gold = any(row.nll is not None for row in rows)
     yield ""
     yield bold("How near the answer is to full prefill's", sys.stdout)
     prompts = f"{rows[0].prompts} prompt{'s' if rows[0].prompts > 1 else ''} of {report.quality_tokens:,.0f} tokens"
+    has_gold = any(row.nll is not None for row in rows)
     yield from wrap(
         f"{prompts}, of {_TEXTS[str(report.quality_from)]}. KL in nats from full prefill's distribution, of the first "
         "token and as the mean over full prefill's first 16; recovered: how much of plain reuse's KL is gone, with "
         "the 95% interval; first agrees: both have the same likeliest first token"
-        + ("; gold NLL: nats a token of the right answer." if has_gold else "."),
+        + (
+            "; gold NLL: nats a token of the right answer, and how far they are from full prefill's either way."
+            if has_gold
+            else "."
+        ),
         width,
     )
-    header = [
-        "selector",
-        "recom-\nputed %",
-        "KL of\nfirst",
-        "recovered %",
-        "KL of\n16",
-        "recovered %",
-        "first\nagrees %",
-    ]
-    header += ["gold\nNLL"] if has_gold else []
-    cells = [
-        [selector_name(row), f"{100 * row.recomputed:.1f}", f"{row.kl_first:.3f}", _percent(row.recovered_first)]
-        + [f"{row.kl_mean:.3f}", _percent(row.recovered_mean), f"{100 * row.agrees_first:.0f}"]
-        + ([] if not has_gold else ["-" if row.nll is None else f"{row.nll:.2f}"])
-        for row in rows
-    ]
-    names = [selector_name(row) for row in rows]
-    starts = [i for i in range(1, len(rows)) if names[i] != names[i - 1]]
-    yield from _table(header, cells, width, left=(0,), sections=starts)
-    plotted = [
-        Bar(names[i], f"{100 * row.recomputed:.0f}%", row.recovered_first.value, _percent(row.recovered_first))
-        for i, row in enumerate(rows)
-        if i and row.recovered_first is not None
-    ]
+    starts = [i for i in range(1, len(rows)) if selector_name(rows[i]) != selector_name(rows[i - 1])]
+    header = ["selector", "recom-\nputed %", "KL of\nfirst", "recovered %", "KL of\n16", "recovered %"]
+    header += ["first\nagrees %", *(["gold\nNLL", "NLL\nmoved"] if has_gold else [])]
+    yield from _table(header, [_quality_cells(row, has_gold) for row in rows], width, left=(0,), sections=starts)
+    plotted = [row for row in rows[1:] if row.recovered_first is not None]
     if plotted:
         yield ""
         yield "Recovered % of the first token's KL, by chunk tokens recomputed"
-        yield from bars(plotted, width, largest=1.0)
+        yield from bars([_quality_bar(row) for row in plotted], width, largest=1.0)
+
+
+def _quality_cells(row: Recovery, has_gold: bool) -> list[str]:
+    cells = [selector_name(row), f"{100 * row.recomputed:.1f}", f"{row.kl_first:.3f}", _percent(row.recovered_first)]
+    cells += [f"{row.kl_mean:.3f}", _percent(row.recovered_mean), f"{100 * row.agrees_first:.0f}"]
+    return cells + ([_nats(row.nll), _nats(row.nll_moved)] if has_gold else [])
+
+
+def _quality_bar(row: Recovery) -> Bar:
+    share = row.recovered_first
+    value = 0.0 if share is None else share.value
+    return Bar(selector_name(row), f"{100 * row.recomputed:.0f}%", value, _percent(share))
 
 
 def _table(
@@ -160,6 +157,10 @@ def _ms(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 or value == 0 else f"{value:.1f}"
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _percent(share: Share | None) -> str:
