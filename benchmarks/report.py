@@ -9,62 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ragkit.bench.bootstrap import paired_bootstrap as paired_bootstrap
+from ragkit.bench.machine import machine_facts, versions
+
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
-
-# Packages whose release changes a figure; those that are not installed are left out.
-VERSIONED = (
-    "ragkit",
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "tokenizers",
-    "triton",
-    "faiss-cpu",
-    "faiss-gpu",
-    "numpy",
-    "pyarrow",
-    "selectolax",
-    "pypdfium2",
-    "lxml",
-)
-
-
-def machine_facts() -> dict[str, Any]:
-    """Return cpu, cores, memory, operating system and GPUs: what a figure depends on and cannot say itself."""
-    return {
-        "cpu": _proc_value("/proc/cpuinfo", "model name") or platform.processor() or "unknown",
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "gpus": _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the release of Python, SQLite and each installed package of `VERSIONED`."""
-    import sqlite3
-
-    found = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_result(name: str, payload: Mapping[str, Any]) -> Path:
@@ -105,31 +64,6 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | M
     for row in rows:
         lines.append("| " + " | ".join(_cell(row.get(key)) for key in headings) + " |")
     return "\n".join(lines)
-
-
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return the mean of `a - b` and its 95% percentile interval over resampled pairs.
-
-    `a[i]` and `b[i]` are scores of two systems on the same item. Source: Efron and Tibshirani, An Introduction to
-    the Bootstrap (1993), chapter 13.
-
-    Raises:
-        ValueError: the two differ in length, or are empty.
-    """
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"paired_bootstrap needs two equally long, non-empty sequences, got {len(a)} and {len(b)}")
-    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    size = len(differences)
-    means = np.empty(resamples)
-    step = max(1, 4_000_000 // size)  # bounds the index matrix at 32 MB
-    for start in range(0, resamples, step):
-        stop = min(start + step, resamples)
-        means[start:stop] = differences[generator.integers(0, size, size=(stop - start, size))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(differences.mean()), float(low), float(high)
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, float]:
@@ -187,14 +121,6 @@ def _cell(value: object) -> str:
             return f"{value:,.0f}"
         return f"{value:.0f}" if size >= 100 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace("|", "\\|")
-
-
-def _proc_value(path: str, field: str) -> str | None:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
 
 
 def _lines(*command: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Questions with the spans that answer them: three public sets read from a folder, and the user's own.
+"""Questions with the spans that answer them, and three public sets of them, read from a folder.
 
 The folder (`RAGKIT_DATA`) holds `chunking_evaluation` (brandonstarxel/chunking_evaluation: `corpora/*.md`,
 `questions_df.csv`), `xquad` (`docs.jsonl`, `questions.jsonl`) and `code_search` (`ctx_codebase_chunks.json`,

@@ -1,0 +1,277 @@
+"""`ragkit eval`: how well parts of ragkit do what they are for, on question sets with known answers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ragkit.cli.common import Session, command
+from ragkit.cli.output import Output, bold, json_text, one_line, table
+from ragkit.cli.progress import progress_for
+from ragkit.cli.signals import Interrupted
+from ragkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from ragkit.bench.chunking_quality import ChunkingEvaluation, ChunkingReport, EvaluationTools
+    from ragkit.bench.chunking_tables import ChromaRow, ComparisonRow, Difference
+    from ragkit.bench.question_sets import QuestionSet
+    from ragkit.config import PipelineConfig
+
+_DEFAULT_CAPS = (64, 128, 256)
+
+_Value = TypeVar("_Value")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group to `app`."""
+    group = typer.Typer(help="Measure quality on question sets.", no_args_is_help=True, rich_markup_mode=None)
+    group.callback()(_group)
+    group.command("chunking")(command(chunking))
+    app.add_typer(group, name="eval")
+
+
+def _group() -> None:
+    """Measure quality on question sets."""
+
+
+def chunking(
+    session: Session,
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="FILE", help="Your own documents; they need --questions.")
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            "--questions",
+            metavar="FILE",
+            help='JSON lines with "question", "answer" (exact text) or "spans" ([[first, stop]]), and "document".',
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Folder of the public question sets. [env: RAGKIT_DATA]"),
+    ] = None,
+    sets: Annotated[
+        str | None,
+        typer.Option("--sets", metavar="NAME,NAME", help="Which public sets. [default: those that the folder holds]"),
+    ] = None,
+    chunkers: Annotated[
+        str | None,
+        typer.Option("--chunkers", metavar="NAME,NAME", help="What is compared. [default: all that run in minutes]"),
+    ] = None,
+    caps: Annotated[
+        str | None, typer.Option("--caps", metavar="N,N", help="Most tokens of a chunk. [default: 64,128,256]")
+    ] = None,
+    characters: Annotated[
+        int | None,
+        typer.Option("--characters", min=1, metavar="N", help="Characters a question retrieves. [default: the set's]"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, metavar="N", help="Only the first N questions and their documents."),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="DIR", help="Keep vectors of texts here from run to run.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write the raw numbers to this file, as JSON.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw what is found by characters retrieved.")
+    ] = None,
+) -> None:
+    """Compare chunkers by what questions find at equal retrieved characters.
+
+    Without FILE the public sets are taken. Ctrl-C stops and shows what is done.
+    """
+    from ragkit.bench.chunking_variants import DEFAULT_VARIANTS, check_variants
+
+    _check_places(out, plot)
+    names = _values("--chunkers", chunkers, str, "names") or DEFAULT_VARIANTS
+    check_variants(names)
+    config = session.settings().config
+    found = _own_set(files, questions, config) if files or questions else _public_sets(data, sets)
+    if characters is not None:
+        found = [replace(one, characters=characters) for one in found]
+    if limit is not None:
+        found = [one.first(limit) for one in found]
+    with session.output.waiting("loading models …"):
+        tools = _tools(config, cache)
+    from ragkit.bench.chunking_quality import ChunkingEvaluation
+
+    evaluation = ChunkingEvaluation(
+        found, names, _values("--caps", caps, _cap, "whole numbers from 1 on") or _DEFAULT_CAPS, tools
+    )
+    exit_code = _run(evaluation, session.output)
+    _show(evaluation.report(), found, tools, session.output, out, plot, exit_code)
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
+def _own_set(files: list[Path] | None, questions: Path | None, config: PipelineConfig) -> list[QuestionSet]:
+    if not files or questions is None:
+        raise UsageError("your own documents and --questions belong together: give FILE... and --questions FILE")
+    from ragkit.bench.own_questions import own_question_set
+    from ragkit.readers import read_documents
+
+    documents = [document for file in files for document in read_documents(file, config.ingest)]
+    return [own_question_set(documents, questions)]
+
+
+def _public_sets(data: Path | None, sets: str | None) -> list[QuestionSet]:
+    from ragkit.bench.question_sets import PUBLIC_SETS, load_question_set
+
+    folder = data or (Path(os.environ["RAGKIT_DATA"]) if os.environ.get("RAGKIT_DATA") else None)
+    if folder is None:
+        raise UsageError(
+            "there is nothing to ask about: give FILE... with --questions, or the folder of the public sets with --data"
+        )
+    names = _values("--sets", sets, str, "names") or tuple(name for name in PUBLIC_SETS if (folder / name).is_dir())
+    if not names:
+        raise UsageError(f"{folder} holds none of the question sets {', '.join(PUBLIC_SETS)}")
+    return [load_question_set(name, folder) for name in names]
+
+
+def _tools(config: PipelineConfig, cache: Path | None) -> EvaluationTools:
+    from ragkit.bench.cached_embedder import CachedEmbedder
+    from ragkit.bench.chunking_quality import EvaluationTools
+    from ragkit.pipeline import Pipeline
+    from ragkit.retrieval.chunk_vectors import chunk_embedder
+
+    pipeline = Pipeline(Path(), config)  # for its models alone: no store is opened
+    late = chunk_embedder(pipeline.embedder, config.embedding) if config.embedding.late_chunking else None
+    embedder = CachedEmbedder(pipeline.embedder, cache)
+    return EvaluationTools(pipeline.tokenizer, embedder, late, lambda: pipeline.engine, config.chunking)
+
+
+def _run(evaluation: ChunkingEvaluation, output: Output) -> int:
+    """Measure, and return the exit code: 0, or that of the signal which stopped it."""
+    progress = progress_for(output)
+    try:
+        evaluation.run(progress)
+    except Interrupted as stop:
+        return stop.exit_code
+    finally:
+        progress.close()
+    return 0
+
+
+def _show(
+    report: ChunkingReport,
+    sets: list[QuestionSet],
+    tools: EvaluationTools,
+    output: Output,
+    out: Path | None,
+    plot: Path | None,
+    exit_code: int,
+) -> None:
+    from ragkit.bench.machine import machine_facts, versions
+
+    data = {
+        "evaluation": "chunking",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "embedder": (tools.chunk_embedder or tools.embedder).embedder_id,
+        "sets": [_set_json(one) for one in sets],
+        **asdict(report),
+        "interrupted": bool(exit_code),
+        "machine": machine_facts(),
+        "versions": versions(),
+    }
+    if out is not None:
+        out.write_text(json_text(data), encoding="utf-8")
+    if plot is not None and report.rows:
+        from ragkit.bench.chunking_plots import plot_frontier
+
+        plot_frontier(report, plot)
+    output.result(data, _lines(report))
+
+
+def _set_json(data: QuestionSet) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "documents": len(data.documents),
+        "questions": len(data.questions),
+        "characters": data.characters,
+        "metric": str(data.metric),
+    }
+
+
+def _lines(report: ChunkingReport) -> Iterator[str]:
+    if not report.rows:
+        yield "nothing was measured"
+    for name in dict.fromkeys(row.data for row in report.rows):
+        rows = [row for row in report.rows if row.data == name]
+        yield from _set_lines(rows)
+    if report.chroma:
+        yield from _chroma_lines(list(report.chroma))
+
+
+def _set_lines(rows: list[ComparisonRow]) -> Iterator[str]:
+    from ragkit.bench.chunking_rankings import Mode
+    from ragkit.bench.chunking_variants import BASELINE
+
+    first = rows[0]
+    what = {"hit": "answers whole in one piece", "recall": "answers' characters"}[str(first.metric)]
+    yield bold(f"{one_line(first.data)}: % of {what} within {first.characters:,} retrieved characters", sys.stdout)
+    header = ["chunker", "cap", "chunks", "mean characters", *Mode, f"dense against {BASELINE} (95%)"]
+    cells = []
+    for row in rows:
+        scores = [_percent(row.scores[mode]) for mode in Mode]
+        against = _difference(row.against_baseline.get(Mode.DENSE))
+        cells.append([row.chunker, row.cap, row.chunks, round(row.mean_characters), *scores, against])
+    yield from table(header, cells)
+    yield ""
+
+
+def _chroma_lines(rows: list[ChromaRow]) -> Iterator[str]:
+    yield bold("chunking_evaluation: Chroma's published rows, and the best of these runs (dense)", sys.stdout)
+    header = ["row", "characters", "recall", "ours", "by", "IoU", "ours", "by"]
+    cells = []
+    for row in rows:
+        recall = (_percent(row.their_recall), _percent(row.our_recall), row.by_recall)
+        cells.append([row.name, row.characters, *recall, _percent(row.their_iou), _percent(row.our_iou), row.by_iou])
+    yield from table(header, cells)
+    yield ""
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _difference(value: Difference | None) -> str:
+    return "" if value is None else f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"
+
+
+def _values(option: str, text: str | None, convert: Callable[[str], _Value], wanted: str) -> tuple[_Value, ...]:
+    """Return a list separated by commas, without repetitions; empty where the option was not given."""
+    if text is None:
+        return ()
+    try:
+        values = tuple(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
+    except ValueError as error:
+        raise UsageError(f"{option} takes {wanted}, separated by commas, got {text!r}") from error
+    return values
+
+
+def _cap(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _check_places(out: Path | None, plot: Path | None) -> None:
+    """Raise where results could not be written: now rather than after minutes."""
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UsageError(f"--out: {out} is a folder, or lies in none")
+    if plot is not None:
+        from ragkit.figures import check_figure_path
+
+        check_figure_path(plot)
