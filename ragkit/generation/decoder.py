@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ragkit.errors import GenerationError
+from ragkit.generation.host_memory import keep_freed_memory
 from ragkit.generation.weights import DecoderWeights, LayerWeights, load_weights
 from ragkit.kernels.add_rms_norm import add_rms_norm
 from ragkit.kernels.silu_mul import silu_mul
@@ -84,6 +85,8 @@ class Decoder:
         self.dtype = weights.embedding.dtype
         self.layout = KVLayout.of(config, self.dtype)
         self.scale = config.head_dim**-0.5
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
