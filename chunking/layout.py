@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ragkit.chunking.base import Chunker
 from ragkit.chunking.boundaries import Boundary, boundary_offsets
+from ragkit.chunking.characters import CharacterChunker, CharacterTokenizer
 from ragkit.chunking.configured_prior import configured_prior
 from ragkit.chunking.length_constrained import LengthPrior, Scores, UniformPrior
 from ragkit.chunking.packed import PackedChunker
@@ -64,9 +66,7 @@ class LayoutScorer:
         return odds[1:]
 
 
-def layout_chunker(
-    name: str, kinds: Sequence[Boundary], config: ChunkingConfig, tokenizer: TextTokenizer
-) -> PackedChunker | ScoredChunker:
+def layout_chunker(name: str, kinds: Sequence[Boundary], config: ChunkingConfig, tokenizer: TextTokenizer) -> Chunker:
     """Return a chunker that cuts at `kinds` of boundaries, strongest first, words last, and holds the cap.
 
     It packs greedily, or solves for the cuts where the settings name a length prior.
@@ -74,6 +74,8 @@ def layout_chunker(
     prior = configured_prior(config)
     if prior is None:
         segmenter = configured_segmenter(config)
+        if isinstance(tokenizer, CharacterTokenizer):
+            return CharacterChunker(name, kinds, config.max_tokens, config.overlap_tokens, segmenter)
         return PackedChunker(name, kinds, tokenizer, config.max_tokens, config.overlap_tokens, segmenter=segmenter)
     return _solved_chunker(name, kinds, config, tokenizer, prior)
 

@@ -58,8 +58,7 @@ class WordCounter:
 
     def measure(self, text: str) -> Words:
         """Return the words of `text`; words longer than 32 characters come in pieces, never cut inside a grapheme."""
-        pattern = _WORD if text.isascii() or not any(stop in text for stop in _CJK_STOPS) else _CJK_WORD
-        words: list[str] = pattern.findall(text)
+        words: list[str] = _pattern(text).findall(text)
         lengths = list(map(len, words))
         if max(lengths, default=0) <= _LONGEST_NON_ASCII:
             return self._measured(words, lengths, None)
@@ -97,6 +96,15 @@ class WordCounter:
         return [
             max(1, count - any_word) if word.isspace() else count for word, count in zip(words, counts, strict=True)
         ]
+
+
+def word_starts(text: str) -> list[int]:
+    """Return where the words of `text` start, each with the space before it; long words are left whole."""
+    return [match.start() for match in _pattern(text).finditer(text)]
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    return _WORD if text.isascii() or not any(stop in text for stop in _CJK_STOPS) else _CJK_WORD
 
 
 def _running_sum(values: list[int]) -> Offsets:
