@@ -4,8 +4,9 @@
 
     symbol, frequency, behind = slots[table, state mod 4096]
     state <- frequency * floor(state / 4096) + behind,  and takes in a 16-bit word while below 2^16
-    level_t = symbol + floor(predictor * level_(t-1) / 2),   x_t = (level_t + mean) * step
+    level_t = symbol + floor(predictor * level_(t-1) / 2),   x_t = (level_t + mean) * step   for t >= 1, level_0 = 0
 
+The first token is stored as it is.
 Source: range ANS, arXiv 1311.2540, section 2.3; neighbour deltas and coding by channel: CacheGen, arXiv 2310.07240.
 Cost: latency of dependent table look-ups, hidden by having tens of thousands of streams.
 """
@@ -44,8 +45,9 @@ class EntropyStreams(NamedTuple):
         words: int16, the words of all streams; two words of state lead each stream, the high one first.
         starts: (streams,) int64, where each stream's words start.
         tables: (streams, 4) uint8, each channel's table in six bits and above them its predictor: 0, 1 or 2.
-        means: (streams, 4) int16, in steps.
+        means: (streams, 4) float16, in steps.
         steps: (streams, 4) uint8, logarithmic (`RansTables.steps`).
+        firsts: (streams, 4) float16, the first token's numbers, which are not in the words.
     """
 
     words: Tensor
@@ -53,6 +55,7 @@ class EntropyStreams(NamedTuple):
     tables: Tensor
     means: Tensor
     steps: Tensor
+    firsts: Tensor
 
 
 def entropy_decode_kv(
@@ -62,7 +65,7 @@ def entropy_decode_kv(
 
     Args:
         streams: what to decode.
-        tokens: tokens of each stream.
+        tokens: tokens of each matrix, the first included.
         width: channels of one matrix, a multiple of 4.
         dtype: of the result.
         backend: an implementation to insist on.
@@ -80,7 +83,7 @@ def entropy_decode_kv(
         return out
     slots, steps = device_tables(device)
     _entropy_decode_kv_kernel[(ceil_div(count, _STREAMS_PER_PROGRAM),)](
-        streams.words, streams.starts, streams.tables, streams.means, streams.steps, slots, steps, out,
+        streams.words, streams.starts, streams.tables, streams.means, streams.steps, streams.firsts, slots, steps, out,
         tokens, count, len(streams.words), width // CHANNELS_PER_STREAM, STREAMS=_STREAMS_PER_PROGRAM, num_warps=1,
     )  # fmt: skip
     return out
@@ -88,16 +91,19 @@ def entropy_decode_kv(
 
 def entropy_decode_kv_torch(streams: EntropyStreams, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
     """Return what `entropy_decode_kv` returns: the definition, one symbol of every stream at a time, on the CPU."""
-    levels = decode_levels(streams, tokens)
+    levels = decode_levels(streams, max(tokens - 1, 0))
     steps = rans_tables().steps[streams.steps.cpu().numpy()]
-    numbers = (levels + streams.means.cpu().numpy()).astype(np.float32) * steps  # (tokens, streams, 4)
+    means, firsts = (part.cpu().numpy().astype(np.float32) for part in (streams.means, streams.firsts))
+    numbers = (levels.astype(np.float32) + means) * steps  # (tokens but the first, streams, 4)
+    if tokens:
+        numbers = np.concatenate((firsts[None], numbers))
     count = numbers.shape[1] * CHANNELS_PER_STREAM // width
     matrices = torch.from_numpy(numbers).view(tokens, count, width).transpose(0, 1)
     return matrices.to(dtype=dtype, device=streams.words.device).contiguous()
 
 
 def decode_levels(streams: EntropyStreams, tokens: int) -> NDArray[np.int32]:
-    """Return (tokens, streams, 4): the integers that were coded, before mean and step."""
+    """Return (tokens, streams, 4): the integers that were coded, of all tokens but the first, before mean and step."""
     reader = _Reader(streams)
     tables = streams.tables.cpu().numpy()
     table = (tables & (TABLES - 1)).astype(np.uint32) << np.uint32(FREQUENCY_BITS)
@@ -151,13 +157,16 @@ class _Reader:
 
 def _check_inputs(streams: EntropyStreams, width: int) -> None:
     count = len(streams.starts)
-    shapes = {tuple(part.shape) for part in (streams.tables, streams.means, streams.steps)}
+    shapes = {tuple(part.shape) for part in streams[2:]}
     if shapes != {(count, CHANNELS_PER_STREAM)}:
-        raise KernelInputError(f"tables, means and steps must be ({count}, {CHANNELS_PER_STREAM}), got {shapes}")
+        raise KernelInputError(
+            f"tables, means, steps and firsts must be ({count}, {CHANNELS_PER_STREAM}), got {shapes}"
+        )
     if width < 1 or width % CHANNELS_PER_STREAM or (count * CHANNELS_PER_STREAM) % width:
         raise KernelInputError(f"{count} streams of {CHANNELS_PER_STREAM} channels are not matrices of width {width}")
-    if streams.words.dtype != torch.int16 or not all(part.is_contiguous() for part in streams):
-        raise KernelInputError("words must be int16, and every part contiguous")
+    kinds = streams.words.dtype, streams.means.dtype, streams.firsts.dtype
+    if kinds != (torch.int16, torch.float16, torch.float16) or not all(part.is_contiguous() for part in streams):
+        raise KernelInputError(f"words must be int16, means and firsts float16 and all contiguous, got {kinds}")
 
 
 @functools.cache
@@ -204,7 +213,7 @@ def next_levels(level, state, at, table, predictor, real, words_ptr, num_words, 
 
 @launched
 def _entropy_decode_kv_kernel(
-    words_ptr, start_ptr, table_ptr, mean_ptr, step_ptr, slots_ptr, steps_ptr, out_ptr,
+    words_ptr, start_ptr, table_ptr, mean_ptr, step_ptr, first_ptr, slots_ptr, steps_ptr, out_ptr,
     tokens, num_streams, num_words, streams_per_matrix, STREAMS: tl.constexpr,
 ):  # fmt: skip
     # This program decodes STREAMS streams, one in each lane, token after token.
@@ -225,13 +234,15 @@ def _entropy_decode_kv_kernel(
     both = tl.load(table_ptr + cell, mask=real[:, None], other=0).to(tl.int32)
     table = (both & 63) * 4096
     predictor = both >> 6
-    mean = tl.load(mean_ptr + cell, mask=real[:, None], other=0).to(tl.int32)
+    mean = tl.load(mean_ptr + cell, mask=real[:, None], other=0.0).to(tl.float32)
     step = tl.load(
         steps_ptr + tl.load(step_ptr + cell, mask=real[:, None], other=0).to(tl.int32), mask=real[:, None], other=0.0
     )
+    first = tl.load(first_ptr + cell, mask=real[:, None], other=0.0).to(tl.float32)
+    place = out_ptr + out_at[:, None] + channel[None, :]
+    tl.store(place, first.to(out_ptr.dtype.element_ty), mask=real[:, None])
     level = tl.zeros((STREAMS, 4), dtype=tl.int32)
-    for token in range(tokens):
+    for token in range(1, tokens):
         level, state, at = next_levels(level, state, at, table, predictor, real, words_ptr, num_words, slots_ptr)
-        numbers = (level + mean).to(tl.float32) * step
-        place = out_ptr + out_at[:, None] + token * width + channel[None, :]
-        tl.store(place, numbers.to(out_ptr.dtype.element_ty), mask=real[:, None])
+        numbers = (level.to(tl.float32) + mean) * step
+        tl.store(place + token * width, numbers.to(out_ptr.dtype.element_ty), mask=real[:, None])

@@ -2,7 +2,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Decode the entropy-coded streams of all chunks of a prompt straight into packed rows, one layer at a launch.
 
-    row(c) + t  <-  (level_ct + mean) * step      with the levels of entropy_decode_kv
+    row(c) + t  <-  (level_ct + mean) * step      with the levels of entropy_decode_kv; for t = 0 the stored number
 
 A program finds where its streams start by adding up the lengths of those before them, so nothing is prepared on the
 host. The part of `place_chunks` for this format.
@@ -54,12 +54,12 @@ def place_streams_torch(
         for dtype, shape in ChunkFormat.streams().sections(tokens, heads, head_dim):
             sections.append(stored[at : at + shape[0] * dtype.itemsize].view(dtype))
             at += _aligned(shape[0] * dtype.itemsize)
-        steps, tables, means, lengths = sections
+        steps, tables, means, firsts, lengths = sections
         counts = lengths.to(torch.int64) & 0xFFFF
         words = stored[at : at + 2 * int(counts.sum())].view(torch.int16)
         if 2 * int(counts.sum()) > stored.numel() - at:
             raise KernelInputError("the words of a chunk's streams end behind what is stored")
-        shaped = [part.view(-1, CHANNELS_PER_STREAM) for part in (tables, means, steps)]
+        shaped = [part.view(-1, CHANNELS_PER_STREAM) for part in (tables, means, steps, firsts)]
         streams = EntropyStreams(words, counts.cumsum(0) - counts, *shaped)
         decoded = entropy_decode_kv_torch(streams, tokens, heads * head_dim, keys.dtype).view(
             2, tokens, heads, head_dim
@@ -88,7 +88,8 @@ def _place_streams_kernel(
     first_row, tokens = tl.load(chunk_ptr + 2 * chunk), tl.load(chunk_ptr + 2 * chunk + 1)
     start = tl.load(start_ptr + layer * num_chunks + chunk)
     mean_at = (start + 2 * CHANNEL_BYTES) // 2
-    length_at = mean_at + MEAN_BYTES // 2
+    first_at = mean_at + MEAN_BYTES // 2
+    length_at = first_at + MEAN_BYTES // 2
     stream = first_stream + tl.arange(0, STREAMS)
     real = stream < ALL_STREAMS
     others = tl.arange(0, ALL_STREAMS_PADDED)
@@ -106,18 +107,21 @@ def _place_streams_kernel(
     step = tl.load(steps_ptr + step, mask=real[:, None], other=0.0)
     both = tl.load(byte_ptr + start + CHANNEL_BYTES + cell, mask=real[:, None], other=0).to(tl.int32)
     table, predictor = (both & 63) * 4096, both >> 6
-    mean = tl.load(word_ptr + mean_at + cell, mask=real[:, None], other=0).to(tl.int32)
+    mean = tl.load(word_ptr + mean_at + cell, mask=real[:, None], other=0).to(tl.float16, bitcast=True).to(tl.float32)
 
     is_value = stream >= ALL_STREAMS // 2
     column = (stream - tl.where(is_value, ALL_STREAMS // 2, 0)) * 4
     to_keys, to_values = (real & (stream < ALL_STREAMS // 2))[:, None], (real & is_value)[:, None]
     level = tl.zeros((STREAMS, 4), dtype=tl.int32)
+    first = tl.load(word_ptr + first_at + cell, mask=real[:, None], other=0).to(tl.float16, bitcast=True)
+    numbers = first.to(tl.float32).to(key_ptr.dtype.element_ty)
     for token in range(tokens):
-        level, state, at = next_levels(level, state, at, table, predictor, real, word_ptr, num_words, slots_ptr)
-        numbers = ((level + mean).to(tl.float32) * step).to(key_ptr.dtype.element_ty)
         row = (first_row + token).to(tl.int64)
         if HAS_SLOTS:
             row = tl.load(row_ptr + row)
         place = (row * WIDTH + column)[:, None] + channel[None, :]
         tl.store(key_ptr + place, numbers, mask=to_keys)
         tl.store(value_ptr + place, numbers, mask=to_values)
+        # Of the next token; behind the last one nobody looks at them, and no load leaves the buffer.
+        level, state, at = next_levels(level, state, at, table, predictor, real, word_ptr, num_words, slots_ptr)
+        numbers = ((level.to(tl.float32) + mean) * step).to(key_ptr.dtype.element_ty)

@@ -26,9 +26,9 @@ class ChunkFormat:
     """How the bytes of one layer of a chunk are to be read.
 
     Numbers: keys, then values. Codes: codes, scales and zeros of the keys, then of the values (see quantize_kv).
-    Streams: for the channels of keys and values a byte of their step, one of their table and predictor, and two of
-    their mean; for each stream two bytes of its number of words; then the words (see entropy_decode_kv). Each section
-    starts at a multiple of `SECTION_ALIGNMENT` from the first.
+    Streams: for the channels of keys and values a byte of their step, one of their table and predictor, two of their
+    mean, and two of the first token's number; for each stream two bytes of its number of words; then the words (see
+    entropy_decode_kv). Each section starts at a multiple of `SECTION_ALIGNMENT` from the first.
 
     Attributes:
         number: type of the stored numbers; None where something else is stored.
@@ -65,7 +65,8 @@ class ChunkFormat:
             channels = 2 * heads * head_dim
             byte: Section = (torch.uint8, (channels,))
             lengths: Section = (torch.int16, (channels // CHANNELS_PER_STREAM,))
-            return [byte, byte, (torch.int16, (channels,)), lengths]
+            number: Section = (torch.float16, (channels,))
+            return [byte, byte, number, number, lengths]
         codes: Section = (torch.uint8, (tokens, heads, head_dim * self.bits // 8))
         keys: Section = (torch.float16, (ceil_div(tokens, self.token_group), heads, head_dim))
         values: Section = (torch.float16, (tokens, heads, head_dim // self.channel_group))

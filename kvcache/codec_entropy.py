@@ -2,16 +2,21 @@
 
 CacheGen (arXiv 2310.07240, section 5) found that neighbouring tokens of one layer and channel have similar keys and
 values, that shallow layers bear less error than deep ones, and that statistics belong to channels. Here a channel is
-cut into equal steps, keys before RoPE; each level is coded as its difference from none, half or all of the level
-before it, whichever is shortest for the channel, with the best of 64 fixed distributions. Four channels make a stream
-that decodes alone, so a chunk has thousands of them and a GPU thread takes one each.
+cut into equal steps around its mean, keys before RoPE, as coarse as `channel_steps` allows; each level is coded as its
+difference from none, half or all of the level before it, whichever is shortest for the channel, with the best of 64
+fixed distributions. Four channels make a stream that decodes alone, so a chunk has thousands of them and a GPU thread
+takes one each.
+
+The mean is kept as a fraction of steps, so channels much narrower than a step are right on average over the tokens:
+attention averages errors of single tokens away, but not one that all of them share. The first token is kept as it is:
+where a chunk was computed alone, it takes in the attention that goes nowhere, and any error in it is in every answer.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +27,7 @@ from ragkit.errors import KVCacheError
 from ragkit.kernels.entropy_decode_kv import EntropyStreams, entropy_decode_kv
 from ragkit.kernels.placement_table import ChunkFormat
 from ragkit.kernels.rans_tables import CHANNELS_PER_STREAM, rans_tables, tables_digest
+from ragkit.kvcache.channel_steps import channel_steps, relative_steps
 from ragkit.kvcache.codec import (
     LayerKV,
     join_sections,
@@ -35,23 +41,10 @@ from ragkit.kvcache.rans_encode import choose_predictors, choose_tables, encode_
 
 _MAX_TOKENS = 8192  # a stream counts its words in 16 bits
 _MAX_LEVEL = 10000  # and a difference of levels has 16 bits
-_KEY_SPREAD = 0.5  # a key channel's step grows with this power of its own spread; 0 is the least squared error
+_VERSION = 2  # of what the bytes mean
 
-
-@dataclass(frozen=True, slots=True)
-class EntropyLevel:
-    """How coarse: steps in units of the spread of the numbers, for the shallow, middle and deep third of the layers."""
-
-    keys: tuple[float, float, float]
-    values: tuple[float, float, float]
-
-
-# The last one is as coarse as CacheGen's default; the first has about the error of 4 bits in groups of 32.
-LEVELS = {
-    1: EntropyLevel((0.22, 0.27, 0.32), (0.22, 0.27, 0.32)),
-    2: EntropyLevel((0.35, 0.50, 0.65), (0.35, 0.50, 0.65)),
-    3: EntropyLevel((0.50, 1.00, 1.50), (0.50, 1.00, 1.50)),
-}
+# Coarseness of the steps. The first has about the KL of 4-bit codes, the last is as coarse as CacheGen's default.
+LEVELS = {1: 0.5, 2: 0.8, 3: 1.25}
 
 
 class EntropyCodec:
@@ -60,10 +53,10 @@ class EntropyCodec:
     def __init__(self, name: str, layout: KVLayout, level: int) -> None:
         if any(spec.num_kv_heads * spec.head_dim % CHANNELS_PER_STREAM for spec in layout.layers):
             raise KVCacheError(f"the entropy codec takes {CHANNELS_PER_STREAM} channels at a time: head_dim must fit")
-        self.codec_id = f"{name}-{tables_digest()}"
+        self.codec_id = f"{name}-v{_VERSION}-{tables_digest()}"
         self.layout = layout
         self.draft = None
-        self._level = LEVELS[level]
+        self._coarseness = LEVELS[level]
 
     def format(self, layer: int) -> ChunkFormat:
         """Return streams."""
@@ -75,16 +68,17 @@ class EntropyCodec:
         tokens = len(layers[0][0]) if layers else 0
         if tokens > _MAX_TOKENS:
             raise KVCacheError(f"the entropy codec takes chunks of up to {_MAX_TOKENS} tokens, got {tokens}")
-        steps = [self._step_bytes(index, layer) for index, layer in enumerate(layers)]
-        numbers = np.concatenate([_matrix(layer) for layer in layers], axis=1)
-        all_steps = np.concatenate(steps)
-        levels = np.floor(numbers / rans_tables().steps[all_steps] + np.float32(0.5)).astype(np.int32)
-        means = np.rint(levels.mean(axis=0)).astype(np.int32) if tokens else np.zeros(len(all_steps), np.int32)
-        predictors, residuals = choose_predictors(levels - means)
+        steps = np.concatenate([part.flatten().numpy() for part in self._step_bytes(layers)])
+        matrix = np.concatenate([_matrix(layer) for layer in layers], axis=1)
+        firsts = (matrix[0] if tokens else np.zeros(len(steps))).astype("<f2")
+        numbers = matrix[1:] / rans_tables().steps[steps]
+        means = numbers.mean(axis=0).astype("<f2") if tokens > 1 else np.zeros(len(steps), "<f2")
+        levels = np.floor(numbers - means.astype(np.float32) + np.float32(0.5)).astype(np.int32)
+        predictors, residuals = choose_predictors(levels)
         tables = choose_tables(residuals)
         words, lengths = encode_streams(residuals, tables)
-        packed = [part.astype(kind) for part, kind in ((tables | predictors << 6, "u1"), (means, "<i2"))]
-        return self._packed(layers, [all_steps, *packed], words, lengths)
+        channels = [steps, (tables | predictors << 6).astype("u1"), means, firsts]
+        return self._packed(layers, channels, words, lengths)
 
     def decode(self, encoded: Sequence[Tensor], tokens: int, first_layer: int = 0) -> list[LayerKV]:
         """Return keys and values of each given layer."""
@@ -100,48 +94,41 @@ class EntropyCodec:
         return layers
 
     def error_bounds(self, layers: Sequence[LayerKV]) -> list[LayerKV]:
-        """Return half of each channel's step, plus what the output type rounds."""
+        """Return half of each channel's step, for the first token fp16's rounding, plus what the output type rounds."""
         bounds: list[LayerKV] = []
-        for index, layer in enumerate(layers):
-            steps = torch.from_numpy(rans_tables().steps[self._step_bytes(index, layer)]).to(layer[0].device)
-            key_step, value_step = steps.view(2, *layer[0].shape[1:])
-            dtype = self.layout.dtype
-            bounds.append(
-                (
-                    key_step / 2 + rounding(layer[0].float().abs() + key_step, dtype) * 2,
-                    value_step / 2 + rounding(layer[1].float().abs() + value_step, dtype) * 2,
-                )
-            )
+        for layer, octaves in zip(layers, self._step_bytes(layers), strict=True):
+            key_step, value_step = torch.from_numpy(rans_tables().steps[octaves.numpy()]).to(layer[0].device)
+            bounds.append((self._bound(layer[0].float(), key_step), self._bound(layer[1].float(), value_step)))
         return bounds
 
     def bytes_per_token(self, tokens: int) -> float:
         """Return what to expect of Gaussian channels without any likeness of neighbours."""
-        total = 0.0
+        total, num_layers = 0.0, self.layout.num_layers
         for layer, spec in enumerate(self.layout.layers):
+            keys, values = relative_steps(layer, num_layers, spec.head_dim, self._coarseness)
+            bits = sum(_gaussian_bits(step) for step in keys.tolist()) / spec.head_dim + _gaussian_bits(values)
             width = spec.num_kv_heads * spec.head_dim
-            for bins in (self._level.keys, self._level.values):
-                # Of a Gaussian in steps of `bins` spreads, which are rounded down by an eighth of an octave on average.
-                entropy = 2.05 + 0.12 - np.log2(bins[self._third(layer)])
-                total += width * (max(entropy, 0.3) * max(tokens, 1) / 8 + 4 + 6 / CHANNELS_PER_STREAM)
+            total += width * (bits * max(tokens - 1, 0) / 8 + 2 * (6 + 6 / CHANNELS_PER_STREAM))
         return total / max(tokens, 1)
 
-    def _third(self, layer: int) -> int:
-        return 3 * layer // self.layout.num_layers
+    def _bound(self, heads: Tensor, step: Tensor) -> Tensor:
+        bound = step / 2 + rounding(heads.abs() + step, self.layout.dtype) * 2
+        bound[:1] = rounding(heads[:1], torch.float16) + rounding(heads[:1], self.layout.dtype) * 2
+        return bound
 
-    def _step_bytes(self, index: int, layer: LayerKV) -> NDArray[np.uint8]:
-        """Return (2 * width,): the step of each channel of the keys, then of the values, as its byte."""
-        level, third = self._level, self._third(index)
-        keys, values = (heads.float().cpu() for heads in layer)
-        if len(keys) == 0:
-            return np.zeros(2 * keys.shape[1] * keys.shape[2], dtype=np.uint8)
-        steps = (
-            level.keys[third] * _spread(keys, _KEY_SPREAD),
-            level.values[third] * _spread(values, 0.0),
-        )
-        wanted = torch.stack(steps).clamp(min=2.0**-30)
-        least = torch.stack((keys.abs().amax(0), values.abs().amax(0))).clamp(min=2.0**-30) / _MAX_LEVEL
-        octaves = torch.maximum((4 * wanted.log2()).floor(), (4 * least.log2()).ceil())
-        return (octaves + 128).clamp(0, 255).to(torch.uint8).flatten().numpy()
+    def _step_bytes(self, layers: Sequence[LayerKV]) -> list[Tensor]:
+        """Return for each layer (2, kv_heads, head_dim) uint8: the step of each channel as its byte."""
+        found = []
+        coded = [(keys[1:], values[1:]) for keys, values in layers]
+        for layer, wanted in zip(coded, channel_steps(coded, self._coarseness), strict=True):
+            if len(layer[0]) == 0:
+                found.append(torch.zeros(wanted.shape, dtype=torch.uint8))
+                continue
+            largest = torch.stack([heads.float().cpu().abs().amax(0) for heads in layer])
+            least = (4 * (largest / _MAX_LEVEL).clamp(min=2.0**-30).log2()).ceil()
+            octaves = torch.maximum((4 * wanted.clamp(min=2.0**-30).log2()).round(), least)
+            found.append((octaves + 128).clamp(0, 255).to(torch.uint8))
+        return found
 
     def _packed(
         self,
@@ -172,10 +159,10 @@ class EntropyCodec:
         fixed = section_bytes(sections)
         if data.numel() < fixed:
             raise KVCacheError(f"a layer's KV has {data.numel()} bytes, its channels alone take {fixed}")
-        steps, tables, means, lengths = split_sections(data[:fixed], sections)
+        steps, tables, means, firsts, lengths = split_sections(data[:fixed], sections)
         counts = lengths.to(torch.int64) & 0xFFFF
         (words,) = split_sections(data[fixed:], [(torch.int16, (int(counts.sum()),))])
-        shaped = [part.view(-1, CHANNELS_PER_STREAM) for part in (tables, means, steps)]
+        shaped = [part.view(-1, CHANNELS_PER_STREAM) for part in (tables, means, steps, firsts)]
         return counts, EntropyStreams(words, counts.cumsum(0) - counts, *shaped)
 
 
@@ -184,17 +171,18 @@ def _joined(parts: Sequence[tuple[Tensor, EntropyStreams]]) -> EntropyStreams:
     sizes = [len(streams.words) for _, streams in parts]
     before = itertools.accumulate(sizes, initial=0)
     starts = [streams.starts + offset for (_, streams), offset in zip(parts, before, strict=False)]
-    joined = [torch.cat([streams[field] for _, streams in parts]) for field in (0, 2, 3, 4)]
+    joined = [torch.cat([streams[field] for _, streams in parts]) for field in (0, 2, 3, 4, 5)]
     return EntropyStreams(joined[0], torch.cat(starts), *joined[1:])
 
 
-def _spread(heads: Tensor, own: float) -> Tensor:
-    """Return (kv_heads, head_dim): root-mean-square deviation of a channel, to the power `own`, times its head's."""
-    if len(heads) == 0:
-        return torch.zeros(heads.shape[1:])
-    variance = heads.var(0, correction=0)
-    channel, head = variance.sqrt(), variance.mean(1, keepdim=True).sqrt()
-    return channel**own * head ** (1 - own)
+def _gaussian_bits(step: float) -> float:
+    """Return the entropy of a standard Gaussian in steps around its mean."""
+    bits, edge = 0.0, -0.5
+    while edge * step < 9:
+        part = (math.erfc(edge * step / math.sqrt(2)) - math.erfc((edge + 1) * step / math.sqrt(2))) / 2
+        bits -= (1 if edge < 0 else 2) * part * math.log2(max(part, 1e-30))
+        edge += 1
+    return bits
 
 
 def _matrix(layer: LayerKV) -> NDArray[np.float32]:

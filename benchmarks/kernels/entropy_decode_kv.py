@@ -25,7 +25,9 @@ def cases(device: torch.device) -> list[KernelCase]:
     """Return all 32 layers of one chunk and of eight, finely and coarsely coded; on a CPU one matrix."""
     layers, counts, tokens = (32, (1, 8), TOKENS) if device.type == "cuda" else (1, (1,), 20)
     width = model_shape(device).kv_heads * model_shape(device).head_dim
-    coded = {name: _encoded(_levels(tokens, 2 * layers * width, spread), device) for name, spread in SPREADS.items()}
+    coded = {
+        name: _encoded(_levels(tokens - 1, 2 * layers * width, spread), device) for name, spread in SPREADS.items()
+    }
     return [
         _case(name, streams, tokens, layers, chunks, device) for name, streams in coded.items() for chunks in counts
     ]
@@ -75,9 +77,10 @@ def _encoded(levels: np.ndarray, device: torch.device) -> EntropyStreams:
     tables = choose_tables(residuals)
     words, lengths = encode_streams(residuals, tables)
     random = np.random.default_rng(1)
-    means = random.integers(-30, 30, levels.shape[1]).astype(np.int16)
+    means = random.uniform(-30, 30, levels.shape[1]).astype(np.float16)
     steps = random.integers(110, 130, levels.shape[1]).astype(np.uint8)
-    channels = [part.reshape(-1, 4) for part in (tables | predictors << 6, means, steps)]
+    firsts = random.standard_normal(levels.shape[1]).astype(np.float16)
+    channels = [part.reshape(-1, 4) for part in (tables | predictors << 6, means, steps, firsts)]
     parts = [words.view(np.int16), np.cumsum(lengths) - lengths, *channels]
     return EntropyStreams(*(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts))
 

@@ -33,10 +33,12 @@ def _streams(levels, device):
     tables = choose_tables(residuals)
     words, lengths = encode_streams(residuals, tables)
     random = np.random.default_rng(1)
-    means = random.integers(-300, 300, levels.shape[1]).astype(np.int16)
+    means = random.uniform(-300, 300, levels.shape[1]).astype(np.float16)
     steps = random.integers(110, 140, levels.shape[1]).astype(np.uint8)
     starts = np.cumsum(lengths) - lengths
-    parts = [words.view(np.int16), starts, *(part.reshape(-1, 4) for part in (tables | predictors << 6, means, steps))]
+    firsts = random.uniform(-50, 50, levels.shape[1]).astype(np.float16)
+    channels = [part.reshape(-1, 4) for part in (tables | predictors << 6, means, steps, firsts)]
+    parts = [words.view(np.int16), starts, *channels]
     return EntropyStreams(*(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts))
 
 
@@ -52,19 +54,27 @@ def test_the_integers_come_back_exactly(kind, tokens, device):
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_the_kernel_matches_the_definition(kind, dtype, tokens, device):
     streams = _streams(
-        _levels(kind, tokens, 160) // (50 if kind == "escapes" else 1), device
+        _levels(kind, max(tokens - 1, 0), 160) // (50 if kind == "escapes" else 1), device
     )  # 40 streams, two programs
     got = entropy_decode_kv(streams, tokens, 32, dtype, Backend.TRITON)
     expected = entropy_decode_kv_torch(streams, tokens, 32, dtype)
     assert got.shape == (5, tokens, 32)
     assert_matches(got, expected)
+    if dtype == torch.float32:
+        assert torch.equal(got, expected)
 
 
 def test_the_kernel_reads_escapes(device):
     levels = _levels("escapes", 5, 160)
     streams = _streams(levels, device)
-    got = entropy_decode_kv(streams, 5, 160, torch.float32, Backend.TRITON)
-    assert torch.equal(got, entropy_decode_kv_torch(streams, 5, 160, torch.float32))
+    got = entropy_decode_kv(streams, 6, 160, torch.float32, Backend.TRITON)
+    assert torch.equal(got, entropy_decode_kv_torch(streams, 6, 160, torch.float32))
+
+
+def test_the_first_token_is_as_it_was_stored(device):
+    streams = _streams(_levels("walk", 3, 16), device)
+    got = entropy_decode_kv(streams, 4, 16, torch.float32, Backend.TRITON)
+    assert torch.equal(got[0, 0], streams.firsts.float().flatten())
 
 
 def test_streams_may_lie_in_any_order(device):
@@ -93,7 +103,7 @@ def test_shapes_that_do_not_fit_are_refused(device):
     streams = _streams(_levels("narrow", 5, 16), device)
     with pytest.raises(KernelInputError, match="not matrices of width 12"):
         entropy_decode_kv(streams, 5, 12, torch.float32)
-    with pytest.raises(KernelInputError, match="tables, means and steps"):
+    with pytest.raises(KernelInputError, match="tables, means, steps and firsts"):
         entropy_decode_kv(streams._replace(starts=streams.starts[:2]), 5, 16, torch.float32)
     with pytest.raises(KernelInputError, match="int16"):
         entropy_decode_kv(streams._replace(words=streams.words.int()), 5, 16, torch.float32)

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_raw_codecs_are_exact_in_their_own_type(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("bf16", 0.005), ("int8", 0.01), ("int4", 0.13), ("entropy1", 0.1), ("entropy2", 0.2)]
+    ("name", "most"), [("bf16", 0.005), ("int8", 0.01), ("int4", 0.13), ("entropy1", 0.2), ("entropy2", 0.3)]
 )
 def test_the_error_is_small_against_the_spread_of_the_numbers(name, most):
     _, chunk, _, back = round_trip(name, layout_of(torch.float32, 4, 32), 128)
@@ -107,15 +108,55 @@ def test_bytes_fall_from_codec_to_codec():
     assert sizes[0] == 2 * sizes[1]
 
 
-def test_the_finest_entropy_level_is_a_third_smaller_than_int4_at_equal_error():
-    layout = layout_of(torch.float32, 4, 64)
-    _, chunk, int4, int4_back = round_trip("int4", layout, 256)
-    _, _, entropy, entropy_back = round_trip("entropy1", layout, 256)
-    # Halving the error of a uniform quantiser takes one bit more.
-    missing = math.log2(relative_error(chunk, entropy_back) / relative_error(chunk, int4_back))
-    numbers = 3 * 2 * 4 * 64 * 256
-    assert int4.nbytes * 8 / numbers == 5
-    assert 5 / (entropy.nbytes * 8 / numbers + missing) >= 1.3
+@pytest.mark.models
+def test_the_finest_entropy_level_is_a_third_smaller_than_int4_at_equal_divergence_of_a_real_model():
+    from ragkit.generation.attention import StandaloneAttention
+    from ragkit.generation.engine import Engine
+
+    engine = Engine.load("smollm2-135m-instruct", device="cpu", dtype="float32", offline=True, kv_tokens=64)
+    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    ids = engine.tokenizer.encode(text)[:448]
+    question = engine.tokenizer.encode("\n\nIn a few words, what does the text above ask of contributors, and why?\n\n")
+    decoder = engine.decoder
+    rotary = engine.rotary.table(512, 512)
+
+    def answers(past):
+        attend = StandaloneAttention(rotary, decoder.scale, past)
+        return decoder.logits(decoder.run(question, attend)).log_softmax(-1)
+
+    with torch.inference_mode():
+        own = StandaloneAttention(rotary, decoder.scale)
+        decoder.run(ids, own)
+        exact, ref = answers(own.kept), dataclasses.replace(ref_of("real"), token_ids=tuple(ids))
+        size, divergence = {}, {}
+        for name in ("int4", "entropy1"):
+            codec = make_codec(name, decoder.layout)
+            encoded = encode_chunk(codec, ChunkKV(ref.key, ref.token_ids, tuple(own.kept)), "chunk")
+            got = answers(decode_chunk(codec, encoded).layers)
+            size[name] = encoded.nbytes * 8 / sum(part.numel() for layer in own.kept for part in layer)
+            divergence[name] = float((exact.exp() * (exact - got)).sum(-1).mean())
+    # The divergence grows with the square of the error, and halving the error of a step takes one bit more.
+    missing = math.log2(divergence["entropy1"] / divergence["int4"]) / 2
+    assert size["int4"] / (size["entropy1"] + missing) >= 1.3
+
+
+def test_the_mean_of_a_channel_much_narrower_than_its_step_is_kept():
+    layout = layout_of(layers=1)
+    keys, values = (torch.randn(64, 2, 16, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    values[:, 0, 3] = 0.137 + values[:, 0, 3] / 100
+    codec, ref = make_codec("entropy1", layout), ref_of("narrow", 64)
+    encoded = encode_chunk(codec, ChunkKV(ref.key, ref.token_ids, ((keys, values),)), "chunk")
+    decoded = decode_chunk(codec, encoded).layers[0][1][1:, 0, 3]
+    assert float(decoded.std()) == 0
+    assert float(decoded[0]) == pytest.approx(float(values[1:, 0, 3].mean()), abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["entropy1", "entropy3"])
+def test_the_first_token_of_an_entropy_coded_chunk_is_rounded_to_half_precision_alone(name):
+    _, chunk, _, back = round_trip(name, layout_of())
+    for original, decoded in zip(chunk.layers, back.layers, strict=True):
+        for exact, got in zip(original, decoded, strict=True):
+            assert torch.equal(got[0], exact[0].half().float())
 
 
 @pytest.mark.parametrize(("name", "draft", "full"), [("int4+bf16", "int4", "bf16"), ("int4+int8", "int4", "int8")])
