@@ -37,6 +37,7 @@ def report_lines(report: BlendReport, machine: Mapping[str, Any]) -> Iterator[st
         yield from _quality(report, width)
     if not report.speed and not report.quality:
         yield "nothing was measured"
+    yield from _in_short(report, width)
     if report.notes:
         yield ""
         yield from (line for note in report.notes for line in wrap(f"note: {one_line(note)}", width))
@@ -51,6 +52,22 @@ def _head(report: BlendReport, machine: Mapping[str, Any]) -> Iterator[str]:
         if settings["context"] == "prefix"
         else f"chunk KV in {settings['codec']}, computed in isolation"
     ) + f"; {human_bytes(model['kv_bytes_per_token'])} a token in the model's type; selector {settings['selector']}"
+
+
+def _in_short(report: BlendReport, width: int) -> Iterator[str]:
+    """Yield what the configured ratio gives, at the longest prompts."""
+    ratio = report.settings["ratio"]
+    warm = [row for row in report.speed if row.ratio == ratio and row.kv_from == "memory"]
+    near = [row for row in report.quality if row.variant == f"{report.settings['selector']} @ {ratio:g}"]
+    parts = []
+    if warm:
+        last = max(warm, key=lambda row: row.tokens)
+        parts.append(f"the first logits come {last.times_full:.1f} times sooner at {last.tokens:,} tokens, from memory")
+    if near and near[0].recovered_first is not None:
+        parts.append(f"{100 * near[0].recovered_first.value:.0f}% of the first token's KL is recovered")
+    if parts:
+        yield ""
+        yield from wrap(f"In short: at the configured ratio of {100 * ratio:g}% {', and '.join(parts)}.", width)
 
 
 def _speed(report: BlendReport, width: int) -> Iterator[str]:

@@ -140,7 +140,7 @@ class BlendBenchmark:
         speed: BlendSpeed | None = None
         try:
             speed = self._blend_speed([prompt for prompt, _ in prompts])
-            self._found.check = speed.check(prompts[0][0])
+            self._found.check = speed.check(prompts[0][0], watch)
             for number, (prompt, material) in enumerate(prompts):
                 done = speed.measure(prompt, str(material), self._rounds, watch)
                 if not done or watch.is_over:
@@ -249,6 +249,7 @@ class BlendBenchmark:
             "codec": str(config.kv.codec),
             "context": str(config.kv.context),
             "selector": str(config.blend.selector),
+            "ratio": config.blend.ratio,
             "chunk_tokens": config.chunking.max_tokens,
             "k": config.retrieval.k,
             "lengths": list(self._lengths),

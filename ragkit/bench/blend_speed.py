@@ -211,11 +211,18 @@ class BlendSpeed:
         return [row for timings in self._timings for row in timings.rows()]
 
     @torch.inference_mode()
-    def check(self, prompt: Prompt) -> SpeedCheck:
+    def check(self, prompt: Prompt, watch: Watch) -> SpeedCheck:
         """Return how far recomputing every token is from full prefill."""
-        full = self._prefill(FullPrefill(), None, prompt)[0].logits.float()
-        pieces = self._prefill(FullPrefill(piece_tokens=-(-len(prompt) // 2)), None, prompt)[0].logits.float()
-        everything = self._prefill(self._blend, 1.0, prompt)[0].logits.float()
+        in_pieces = FullPrefill(piece_tokens=-(-len(prompt) // 2))
+        strategies: list[tuple[PrefillStrategy, float | None]] = [
+            (FullPrefill(), None), (in_pieces, None), (self._blend, 1.0)
+        ]  # fmt: skip
+        watch.start(len(strategies), f"prefills of {len(prompt):,} tokens that check the results")
+        logits = []
+        for strategy, ratio in strategies:
+            logits.append(self._prefill(strategy, ratio, prompt)[0].logits.float())
+            watch.step()
+        full, pieces, everything = logits
         return SpeedCheck(len(prompt), _distance(everything, full), _distance(pieces, full))
 
     @torch.inference_mode()

@@ -70,6 +70,7 @@ def test_over_a_store_both_parts_are_measured_and_shown(bench, store):
     assert any("2 prompts of " in line and "the collection's chunks" in line for line in lines)
     assert sum(line.lstrip().startswith("question") for line in lines) == 3  # two rows and the plot
     assert "█" in out
+    assert "In short" not in out  # the configured ratio was not among those measured
     assert all(len(line) <= 100 for line in lines if not line.startswith(("ms ", "Recomputing")))
 
 
@@ -99,6 +100,16 @@ def test_without_a_store_random_prompts_are_timed_and_quality_is_left_out(bench)
     assert "prompts of random tokens" in out
     assert "How near" not in out
     assert "note: quality is measured over a store's chunks or MuSiQue's" in out
+
+
+def test_what_the_configured_ratio_gives_is_said_in_short(bench, store):
+    _, out, _ = bench("--store", store, *QUICK, "--ratios", "0.15")
+    said = " ".join(out[out.index("In short: ") :].split())
+    assert re.match(
+        r"In short: at the configured ratio of 15% the first logits come \d+\.\d times sooner at \d\d\d tokens, from "
+        r"memory, and -?\d+% of the first token's KL is recovered\.",
+        said,
+    )
 
 
 def test_one_part_alone_is_measured(bench, store):
