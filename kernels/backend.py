@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ragkit.errors import KernelUnavailableError
 
@@ -52,6 +55,12 @@ def resolve_backend(tensor: Tensor, backend: Backend | None = None) -> Backend:
                 "or set TRITON_INTERPRET=1 before the start to interpret them"
             )
     return chosen
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def next_power_of_2(number: int) -> int:

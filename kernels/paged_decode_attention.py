@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.launched import launched
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.paged_rows import (
@@ -153,7 +153,7 @@ def num_splits(groups: int, max_entries: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return max(1, min(3, max_entries))  # interpreted: enough to have the merge tested
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = num_processors(device)
     return max(1, min(max_entries, 4 * processors // groups, 128))
 
 

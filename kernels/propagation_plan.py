@@ -87,6 +87,9 @@ class ChunkTiles:
         sigma: standard deviation of the smoothing, in tokens, at least 0.25.
         device: where the plans lie.
 
+    Attributes:
+        cu_rows: as above.
+
     Raises:
         KernelInputError: the chunks contradict each other, or sigma is too small.
     """
@@ -96,10 +99,10 @@ class ChunkTiles:
             raise KernelInputError(f"sigma must be at least 0.25 tokens, got {sigma}")
         if not cu_rows or cu_rows[0] != 0 or any(stop < start for start, stop in pairwise(cu_rows)):
             raise KernelInputError(f"cu_rows must rise from 0, got {list(cu_rows)}")
-        self._cu_rows = tuple(cu_rows)
+        self.cu_rows = tuple(cu_rows)
         self._sigma = sigma
         self._reach = int(_REACH * sigma)
-        rows, bounds = _cut(self._cu_rows, self._reach, TILE_ROWS)
+        rows, bounds = _cut(self.cu_rows, self._reach, TILE_ROWS)
         self._rows, self._bounds = to_device(torch.stack((rows, bounds)), device)
 
     def plan(self, selected: Tensor) -> PropagationPlan:
@@ -107,11 +110,11 @@ class ChunkTiles:
 
         The caller answers for the rows: to look at them would stop a GPU's stream.
         """
-        rows = self._cu_rows[-1]
+        rows = self.cu_rows[-1]
         entry_of_row = torch.full((rows,), -1, dtype=torch.int32, device=selected.device)
         entry_of_row[selected] = torch.arange(len(selected), dtype=torch.int32, device=selected.device)
         tiles = torch.cat((self._rows, torch.searchsorted(selected, self._bounds)), dim=1).int()
-        return PropagationPlan(self._sigma, self._reach, rows, selected, entry_of_row, tiles, self._cu_rows)
+        return PropagationPlan(self._sigma, self._reach, rows, selected, entry_of_row, tiles, self.cu_rows)
 
 
 def plan_propagation(selected: Tensor, cu_rows: Tensor, cu_selected: Tensor, sigma: float) -> PropagationPlan:

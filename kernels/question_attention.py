@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.launched import launched
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.rotation import rotate_into
@@ -117,7 +117,7 @@ def num_splits(programs: int, tiles: int, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return max(1, min(3, tiles))  # interpreted: enough to have the merge tested
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = num_processors(device)
     return max(1, min(tiles, ceil_div(2 * processors, programs), 128))
 
 

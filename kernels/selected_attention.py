@@ -21,7 +21,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tiles_of_rows, tl
+from ragkit.kernels.backend import (
+    Backend,
+    ceil_div,
+    jit,
+    next_power_of_2,
+    num_processors,
+    resolve_backend,
+    tiles_of_rows,
+    tl,
+)
 from ragkit.kernels.launched import launched
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.row_scores import padded_rows, row_scores
@@ -146,7 +155,7 @@ def num_key_splits(programs: int, tiles: int, device: torch.device) -> int:
         tiles: of keys, of the query that sees most.
         device: where the kernel runs.
     """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    processors = num_processors(device) if device.type == "cuda" else 4
     if programs >= 2 * processors:
         return 1
     return max(1, min(ceil_div(2 * processors, programs), tiles // 4, 32))

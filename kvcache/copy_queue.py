@@ -32,9 +32,9 @@ class CopyQueue:
         self._jobs.append(job)
         return len(self._jobs) - 1
 
-    def start(self) -> None:
+    def start(self, jobs: int = _AHEAD) -> None:
         """Issue the first jobs."""
-        self._issue(_AHEAD)
+        self._issue(jobs)
 
     def wait(self, number: int) -> None:
         """Make the current stream wait for a job and those before it; the host goes on at once."""

@@ -103,6 +103,10 @@ class EncodedRows:
         extents = tuple((start - first, stop - first) for start, stop in self._chunks[index].extents)
         return DraftBytes(self._bytes[self._bases[index] : self._bases[index + 1]].clone(), extents)
 
+    def prepare(self) -> None:
+        """Send to the device what says where each chunk's bytes are; later it would wait behind the copies."""
+        self._table  # noqa: B018 (made at the first look)
+
     def _bring(self, start: int, stop: int) -> None:
         """Bring the layers from `start` up to `stop` of all chunks."""
         for chunk, base, first in zip(self._chunks, self._bases, self._firsts, strict=False):
@@ -110,7 +114,7 @@ class EncodedRows:
             self._bytes[base + begin - first : base + end - first].copy_(chunk.data[begin:end], non_blocking=True)
 
     @functools.cached_property
-    def _table(self) -> PlacementTable:  # not made before it is needed: the copies are on their way meanwhile
+    def _table(self) -> PlacementTable:
         return self._table_of(range(len(self._chunks)), [chunk.first_row for chunk in self._chunks])
 
     def _table_of(self, which: Sequence[int], first_rows: Sequence[int]) -> PlacementTable:

@@ -17,6 +17,8 @@ from torch import Tensor
 from ragkit.generation.decoder import Decoder, Projected
 from ragkit.generation.projected_rows import ProjectedRows
 from ragkit.generation.reused_rows import ReusedRows, RowSource, unwritten_layer
+from ragkit.generation.strategy import PrefillRequest
+from ragkit.kernels.host_copy import to_device
 from ragkit.kernels.propagate_change import propagate_change
 from ragkit.kernels.propagation_plan import ChunkTiles, PropagationPlan
 from ragkit.kernels.rope_write_kv import rope_write_kv
@@ -24,7 +26,7 @@ from ragkit.kernels.selected_attention import selected_attention
 from ragkit.kvcache.change_strength import ChangeStrength
 from ragkit.kvcache.codec import LayerKV
 from ragkit.kvcache.rope import RotaryTable
-from ragkit.kvcache.token_selection import SelectionScene, TokenSelector
+from ragkit.kvcache.token_selection import ChunkSpan, SelectionScene, TokenSelector
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,31 @@ class Propagation:
     def is_off(self) -> bool:
         """Whether nothing moves."""
         return self.key_strength == 0 and self.value_strength == 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlendInputs:
+    """What a blend needs on the device beside KV. It is sent there first: small copies would wait behind the KV.
+
+    Attributes:
+        token_ids: (positions,) int64, the whole prompt.
+        slots: (positions,) int64, the row of the pool of each position, counted over blocks.
+        tiles: how the rows of prefix and chunks are cut for propagation.
+    """
+
+    token_ids: Tensor
+    slots: Tensor
+    tiles: ChunkTiles
+
+    @classmethod
+    def of(cls, request: PrefillRequest, spans: Sequence[ChunkSpan], sigma: float) -> BlendInputs:
+        """Return those of `request`, whose rows are reserved."""
+        device = request.kv.pool.device
+        token_ids = request.token_ids()
+        slots = to_device(request.kv.slots(0, len(token_ids)), device)
+        # The prefix counts as one more chunk, of which nothing is recomputed: it is copied with the others.
+        cu_rows = (0, *(span.start for span in spans), spans[-1].stop)
+        return cls(token_ids, slots, ChunkTiles(cu_rows, sigma, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +103,7 @@ class BlendPass:
         rotary: the request's rotary table.
         scene: the prompt as selectors see it.
         rows: the reused KV of prefix and chunks, asked for layer by layer.
-        token_ids: (positions,) int64, the whole prompt on the model's device.
+        inputs: what it needs beside them.
         propagation: how the change of recomputed tokens moves the others.
     """
 
@@ -86,20 +113,18 @@ class BlendPass:
         rotary: RotaryTable,
         scene: SelectionScene,
         rows: RowSource,
-        token_ids: Tensor,
+        inputs: BlendInputs,
         propagation: Propagation,
     ) -> None:
         self._decoder = decoder
         self._rotary = rotary
         self._scene = scene
         self._rows = rows
-        self._token_ids = token_ids
+        self._token_ids = inputs.token_ids
         self._propagation = propagation
         self._stop = scene.spans[-1].stop
-        # The prefix counts as one more chunk, of which nothing is recomputed: it is copied with the others.
-        self._cu_rows = (0, *(span.start for span in scene.spans), self._stop)
-        self._tiles = ChunkTiles(self._cu_rows, propagation.sigma, decoder.device)
-        self._ending = torch.arange(self._stop, len(token_ids), device=decoder.device)
+        self._tiles = inputs.tiles
+        self._ending = torch.arange(self._stop, len(inputs.token_ids), device=decoder.device)
         self.row_layers = 0  # rows times layers that were computed, the ending's left out
 
     def run(self, chosen: Tensor, sink: RowSink, selector: TokenSelector | None = None) -> Tensor:
@@ -137,7 +162,7 @@ class BlendPass:
         active = _Active(chosen, positions, positions.to(torch.int32), sink.slots[positions], self._tiles.plan(chosen))
         propagation = self._propagation
         if propagation.by_evidence and not propagation.is_off and len(chosen):
-            cu_selected = torch.searchsorted(chosen, torch.tensor(self._cu_rows, device=chosen.device))
+            cu_selected = torch.searchsorted(chosen, torch.tensor(self._tiles.cu_rows, device=chosen.device))
             active.strength = ChangeStrength(chosen, cu_selected.tolist(), propagation.sigma)
         return active
 
@@ -147,7 +172,7 @@ class BlendPass:
         if selector is None:
             return None
         fresh = ProjectedRows(
-            projected, chosen, partial(self._rows.layer, layer), self._cu_rows[1:], self._rotary, self._decoder.scale
+            projected, chosen, partial(self._rows.layer, layer), self._tiles.cu_rows[1:], self._rotary, self._decoder.scale
         )
         return selector.narrow(self._scene, layer, chosen, fresh)
 

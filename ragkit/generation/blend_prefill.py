@@ -17,7 +17,7 @@ from functools import partial
 from torch import Tensor
 
 from ragkit.errors import ConfigError
-from ragkit.generation.blend_pass import BlendPass, Propagation, RowSink
+from ragkit.generation.blend_pass import BlendInputs, BlendPass, Propagation, RowSink
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.full_prefill import FullPrefill
@@ -26,12 +26,12 @@ from ragkit.generation.reused_rows import BlendLayout, ReusedRows, RowSource
 from ragkit.generation.step_clock import StepClock
 from ragkit.generation.strategy import PrefillRequest, PrefillResult
 from ragkit.generation.streamed_rows import StreamedChunks
-from ragkit.kernels.host_copy import to_device
 from ragkit.kvcache.chunk_kv import EncodedKV
 from ragkit.kvcache.codec import LayerKV
 from ragkit.kvcache.fetch import FetchReport
 from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.pool_tier import PinnedBlocks
+from ragkit.kvcache.rope import RotaryTable
 from ragkit.kvcache.selectors_question import QuestionAttention
 from ragkit.kvcache.token_selection import ChunkSpan, TokenSelector
 from ragkit.types import KVUse
@@ -84,21 +84,19 @@ class BlendPrefill:
         ratio = self.options.ratio if request.ratio is None else require_ratio(request.ratio)
         request.kv.reserve(layout.num_tokens)
         clock = StepClock(decoder.device)
+        spans = layout.spans(self.chunks.is_exact_behind(layout.prefix))
+        inputs = BlendInputs.of(request, spans, self.options.propagation.sigma)
         refs = [self.chunks.ref(segment) for segment in layout.chunks]
         with self.kv_store.fetch(refs, self.chunks.compute) as fetched:
             prefix = self.chunks.prefix_kv(layout.prefix)
             rows, streamed = self._load(decoder, layout, prefix, fetched.chunks)
-            pool = request.kv.pool
-            slots = to_device(request.kv.slots(0, layout.num_tokens), decoder.device)
-            scene = BlendScene(
-                decoder, request, rows, layout.spans(self.chunks.is_exact_behind(layout.prefix)), ratio,
-                self.options.propagation,
-            )  # fmt: skip
+            scene = BlendScene(decoder, request.rotary, inputs, rows, spans, ratio, self.options.propagation)
             clock.lap("load_kv")
             chosen = self.options.selector.choose(scene)
             clock.lap("select")
             blend = scene.blend_pass()
-            sink = RowSink(list(zip(pool.keys, pool.values, strict=True)), slots)
+            pool = request.kv.pool
+            sink = RowSink(list(zip(pool.keys, pool.values, strict=True)), inputs.slots)
             logits = blend.run(chosen, sink, self.options.selector)
             clock.lap("blend")
             # Waits for the copies as well, before the chunks may leave their tiers.
@@ -141,7 +139,8 @@ class BlendScene:
     def __init__(
         self,
         decoder: Decoder,
-        request: PrefillRequest,
+        rotary: RotaryTable,
+        inputs: BlendInputs,
         rows: RowSource,
         spans: Sequence[ChunkSpan],
         ratio: float,
@@ -151,9 +150,9 @@ class BlendScene:
         self.budget = math.floor(ratio * (spans[-1].stop - spans[0].start) + 1e-9)
         self.device = decoder.device
         self._decoder = decoder
-        self._rotary = request.rotary
+        self._rotary = rotary
+        self._inputs = inputs
         self._rows = rows
-        self._token_ids = request.token_ids()
         self._propagation = propagation
 
     def blend_pass(self) -> BlendPass:
@@ -166,10 +165,10 @@ class BlendScene:
         if repaired is not None:
             rows, draft = ReusedRows.unwritten(self._decoder, rows.num_tokens), rows
             self._pass_over(draft).run(repaired, RowSink.over(rows))
-        return question_mass(self._decoder, self._rotary, rows, self._token_ids[self.spans[-1].stop :])
+        return question_mass(self._decoder, self._rotary, rows, self._inputs.token_ids[self.spans[-1].stop :])
 
     def _pass_over(self, rows: RowSource) -> BlendPass:
-        return BlendPass(self._decoder, self._rotary, self, rows, self._token_ids, self._propagation)
+        return BlendPass(self._decoder, self._rotary, self, rows, self._inputs, self._propagation)
 
 
 def require_ratio(ratio: float) -> float:

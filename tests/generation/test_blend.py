@@ -6,7 +6,7 @@ import torch
 
 from ragkit.errors import ConfigError
 from ragkit.generation.attention import StandaloneAttention
-from ragkit.generation.blend_pass import Propagation, RowSink
+from ragkit.generation.blend_pass import BlendInputs, Propagation, RowSink
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill, BlendScene
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.full_prefill import FullPrefill
@@ -108,7 +108,10 @@ class Bench:
             prefix = self.chunks.prefix_kv(layout.prefix)
             rows = ReusedRows.gather(self.decoder, layout, prefix, fetched.chunks, self.store.codec)
         request = PrefillRequest(prompt, kv, self.rotary.table(256, len(prompt)))
-        return BlendScene(self.decoder, request, rows, layout.spans(first_is_exact), ratio, propagation), rows
+        spans = layout.spans(first_is_exact)
+        kv.reserve(len(prompt))
+        inputs = BlendInputs.of(request, spans, propagation.sigma)
+        return BlendScene(self.decoder, request.rotary, inputs, rows, spans, ratio, propagation), rows
 
 
 def _reference(bench, rows, chosen, propagation):
