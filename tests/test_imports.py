@@ -21,7 +21,7 @@ LEVELS = (
     ("kvcache",),
     ("generation",),
     ("chunking", "retrieval", "readers"),
-    ("answers", "pipeline", "jobs", "parts", "request", "bench"),
+    ("answers", "pipeline", "jobs", "parts", "request", "bench", "integrations"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
