@@ -226,7 +226,9 @@ def test_a_store_never_mixes_late_and_separate_vectors(tmp_path: Path, bert_fold
     with Pipeline.open(tmp_path / "store", plain, **parts) as pipeline:
         assert [hit.chunk_id for hit in pipeline.search("the cat").hits] == [hit.chunk_id for hit in found]
         (tmp_path / "dogs.txt").write_text("a dog ran")
-        with pytest.raises(EmbedderMismatchError, match=r"\+late-14-7.*way of embedding chunks.*--reembed"):
+        with pytest.raises(
+            EmbedderMismatchError, match=r"\+late-14-7.*set embedding\.model.*embedding\.late_chunking.*--reembed"
+        ):
             pipeline.ingest([tmp_path])
         pipeline.ingest([source], reembed=True)
         separate = parts["embedder"].encode([source.read_text()[start:stop] for start, stop in spans])
