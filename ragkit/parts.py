@@ -191,9 +191,9 @@ class Parts:
         if stored and stored != configured:
             raise EmbedderMismatchError(
                 f"{self.folder} was built with the embedder {stored} ({self.store.meta.dim} dimensions), but "
-                f"{configured} ({self.embedder.dim}) is configured; set embedding.model and, to "
-                "ingest, embedding.late_chunking and its window as they were, or run `ragkit ingest --reembed` to replace "
-                "its vectors"
+                f"{configured} ({self.embedder.dim}) is configured; set embedding.model and, to ingest, "
+                "embedding.late_chunking and its window as they were, or run `ragkit ingest --reembed` to replace its "
+                "vectors"
             )
 
     def load_seconds(self) -> float:
