@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,9 +93,11 @@ class KVPool:
         """Return how often `block` is held."""
         return self._references[block]
 
-    def rows_of(self, blocks: Tensor) -> Tensor:
-        """Return (rows,) int64: the rows of `blocks` (blocks,) int64, block after block."""
-        return (blocks.unsqueeze(1) * self.block_size + torch.arange(self.block_size)).flatten()
+    def rows_of(self, blocks: Sequence[int]) -> Tensor:
+        """Return (rows,) int64: the rows of `blocks`, block after block."""
+        # By numpy: torch wakes all cores for a sum of this size.
+        rows = np.asarray(blocks, dtype=np.int64)[:, None] * self.block_size + np.arange(self.block_size)
+        return torch.from_numpy(rows.reshape(-1))
 
     def rows(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return copies of the keys and values (tokens, kv_heads, head_dim) of one layer at `slots` (tokens,)."""

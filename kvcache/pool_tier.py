@@ -249,10 +249,7 @@ class PoolTier:
 
     def _slots(self, placed: Sequence[_Held]) -> Tensor:
         """Return (rows,) int64 on the device: the pool's row of each token of these chunks."""
-        parts = [
-            self.pool.rows_of(torch.tensor(held.block_ids, dtype=torch.int64))[: len(held.ref.token_ids)]
-            for held in placed
-        ]
+        parts = [self.pool.rows_of(held.block_ids)[: len(held.ref.token_ids)] for held in placed]
         return to_device(torch.cat(parts), self.pool.device)
 
     def _keep_draft(self, candidate: PoolCandidate, held: _Held) -> None:

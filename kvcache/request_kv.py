@@ -104,7 +104,7 @@ class RequestKV:
                 f"positions {start} to {stop} are not in the private rows, which hold {self._tail_start} to "
                 f"{self.num_reserved}"
             )
-        blocks = torch.tensor([self.block_ids[entry] for entry in self._tail], dtype=torch.int64)
+        blocks = [self.block_ids[entry] for entry in self._tail]
         return self.pool.rows_of(blocks)[start - self._tail_start : stop - self._tail_start]
 
     def slot(self, position: int) -> int:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ragkit.kvcache.token_selection import ChosenOnce, SelectionScene, evenly_spaced, highest
+from ragkit.kvcache.token_selection import ChosenOnce, LayerRange, SelectionScene, evenly_spaced, highest
+
+# Below, attention is about the text and not about the question; what is above adds little (both measured), and tokens
+# are chosen while its KV is still on the way.
+SCORED_LAYERS = LayerRange(1 / 2, 3 / 4)
 
 
 class QuestionAttention(ChosenOnce):
@@ -19,11 +23,13 @@ class QuestionAttention(ChosenOnce):
     Args:
         even_spacing: tokens for each that is spaced evenly.
         most_even: most of the budget that is spaced evenly, from 0 to 1.
+        layers: whose attention counts.
     """
 
     name = "question"
 
-    def __init__(self, even_spacing: float = 32.0, most_even: float = 0.5) -> None:
+    def __init__(self, even_spacing: float = 32.0, most_even: float = 0.5, layers: LayerRange = SCORED_LAYERS) -> None:
+        self.layers = layers
         self._even_spacing = even_spacing
         self._most_even = most_even
 
@@ -33,7 +39,7 @@ class QuestionAttention(ChosenOnce):
         even = evenly_spaced(scene, round(min(tokens / self._even_spacing, scene.budget * self._most_even)))
         if len(even) == scene.budget:
             return even
-        return highest(scene, scene.question_mass(), scene.budget, even)
+        return highest(scene, scene.question_mass(self.layers), scene.budget, even)
 
 
 class TwoRounds(ChosenOnce):
@@ -53,8 +59,8 @@ class TwoRounds(ChosenOnce):
         """Return the budget's positions."""
         first = self._first.choose(_WithBudget(scene, round(scene.budget * self._first_share)))
         if len(first) == 0 or len(first) == scene.budget:
-            return first if len(first) else highest(scene, scene.question_mass(), scene.budget)
-        return highest(scene, scene.question_mass(first), scene.budget, first)
+            return first if len(first) else highest(scene, scene.question_mass(self._first.layers), scene.budget)
+        return highest(scene, scene.question_mass(self._first.layers, first), scene.budget, first)
 
 
 class _WithBudget:
@@ -66,6 +72,6 @@ class _WithBudget:
         self.spans = scene.spans
         self.device: torch.device = scene.device
 
-    def question_mass(self, repaired: Tensor | None = None) -> Tensor:
+    def question_mass(self, layers: LayerRange, repaired: Tensor | None = None) -> Tensor:
         """Return what the scene returns."""
-        return self._scene.question_mass(repaired)
+        return self._scene.question_mass(layers, repaired)

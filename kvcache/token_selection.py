@@ -24,6 +24,18 @@ class ChunkSpan:
     is_exact: bool = False
 
 
+class LayerRange(NamedTuple):
+    """Layers between two parts of a model's depth, from 0 (the first) to 1 (behind the last)."""
+
+    start: float
+    stop: float
+
+    def of(self, num_layers: int) -> range:
+        """Return the indices of the layers, for a model of so many; at least one."""
+        start = min(round(self.start * num_layers), num_layers - 1)
+        return range(start, max(round(self.stop * num_layers), start + 1))
+
+
 class Deviation(NamedTuple):
     """How far the reused rows of one layer are from the fresh ones: (tokens,) fp32 squared L2 distances."""
 
@@ -75,10 +87,11 @@ class SelectionScene(Protocol):
         """Where positions and scores lie."""
         ...
 
-    def question_mass(self, repaired: Tensor | None = None) -> Tensor:
+    def question_mass(self, layers: LayerRange, repaired: Tensor | None = None) -> Tensor:
         """Return (positions,) fp32: the attention that each position receives from the question's tokens.
 
         Args:
+            layers: the layers whose attention is summed; those above are neither loaded nor run for it.
             repaired: (tokens,) int64 ascending positions that are recomputed first; None scores the reused KV as it is.
         """
         ...

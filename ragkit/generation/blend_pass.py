@@ -172,7 +172,12 @@ class BlendPass:
         if selector is None:
             return None
         fresh = ProjectedRows(
-            projected, chosen, partial(self._rows.layer, layer), self._tiles.cu_rows[1:], self._rotary, self._decoder.scale
+            projected,
+            chosen,
+            partial(self._rows.layer, layer),
+            self._tiles.cu_rows[1:],
+            self._rotary,
+            self._decoder.scale,
         )
         return selector.narrow(self._scene, layer, chosen, fresh)
 

@@ -33,7 +33,7 @@ from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.pool_tier import PinnedBlocks
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.kvcache.selectors_question import QuestionAttention
-from ragkit.kvcache.token_selection import ChunkSpan, TokenSelector
+from ragkit.kvcache.token_selection import ChunkSpan, LayerRange, TokenSelector
 from ragkit.types import KVUse
 
 
@@ -159,13 +159,13 @@ class BlendScene:
         """Return the pass over this prompt."""
         return self._pass_over(self._rows)
 
-    def question_mass(self, repaired: Tensor | None = None) -> Tensor:
+    def question_mass(self, layers: LayerRange, repaired: Tensor | None = None) -> Tensor:
         """Return (positions,) fp32, as `SelectionScene` says."""
         rows = self._rows.draft
         if repaired is not None:
             rows, draft = ReusedRows.unwritten(self._decoder, rows.num_tokens), rows
             self._pass_over(draft).run(repaired, RowSink.over(rows))
-        return question_mass(self._decoder, self._rotary, rows, self._inputs.token_ids[self.spans[-1].stop :])
+        return question_mass(self._decoder, self._rotary, rows, self._inputs.token_ids[self.spans[-1].stop :], layers)
 
     def _pass_over(self, rows: RowSource) -> BlendPass:
         return BlendPass(self._decoder, self._rotary, self, rows, self._inputs, self._propagation)

@@ -10,10 +10,7 @@ from ragkit.generation.reused_rows import RowSource
 from ragkit.kernels.question_attention import question_attention
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kvcache.rope import RotaryTable
-
-# Below, attention is about the text and not about the question; what is above adds nothing (both measured), and tokens
-# are chosen while its KV is still on the way.
-_SCORED = (1 / 2, 3 / 4)
+from ragkit.kvcache.token_selection import LayerRange
 
 
 def question_mass(
@@ -21,26 +18,25 @@ def question_mass(
     rotary: RotaryTable,
     rows: RowSource,
     ending: Tensor,
-    scored: tuple[float, float] = _SCORED,
+    layers: LayerRange,
 ) -> Tensor:
     """Return (positions,) fp32: attention weights that each position receives, over the ending's tokens and heads.
 
-    The layers between two parts of the model's depth are summed, and none above is run. The ending's rows are written
-    into `rows`.
+    The ending's rows are written into `rows`.
 
     Args:
         decoder: the model.
         rotary: the request's rotary table.
         rows: the KV of all positions; those of the ending are overwritten.
         ending: (tokens,) int64 ids of the prompt's last tokens.
-        scored: from which part of the depth up to which, from 0 to 1.
+        layers: which layers are summed; none above them is asked for.
     """
     first = rows.num_tokens - len(ending)
     positions = torch.arange(first, rows.num_tokens, device=decoder.device)
     mass = torch.zeros(rows.num_tokens, dtype=torch.float32, device=decoder.device)
     activations = decoder.embed(ending)
-    lowest, highest = (round(part * decoder.config.num_layers) for part in scored)
-    for layer in range(highest):
+    scored = layers.of(decoder.config.num_layers)
+    for layer in range(scored.stop):
         queries, own_keys, own_values, residual = decoder.project(layer, activations)
         keys, values = rows.layer(layer)
         rope_write_kv(
@@ -49,10 +45,10 @@ def question_mass(
         )  # fmt: skip
         attended, received = question_attention(
             queries, keys, values, rotary.cos, rotary.sin,
-            first_position=first, scale=decoder.scale, with_mass=layer >= lowest,
+            first_position=first, scale=decoder.scale, with_mass=layer in scored,
         )  # fmt: skip
         if received.numel():
             mass += received
-        if layer + 1 < highest:  # what the last of them adds changes no attention
+        if layer + 1 < scored.stop:  # what the last of them adds changes no attention
             activations = decoder.complete(layer, attended, residual)
     return mass

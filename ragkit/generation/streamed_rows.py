@@ -42,7 +42,7 @@ class PooledRows:
         pool = chunks[0][0].pool
         slots = torch.zeros(stop - first, dtype=torch.int64)
         for blocks, start in chunks:
-            own = pool.rows_of(torch.tensor(blocks.block_ids, dtype=torch.int64))[: blocks.num_tokens]
+            own = pool.rows_of(blocks.block_ids)[: blocks.num_tokens]
             slots[start - first : start - first + blocks.num_tokens] = own
         return cls(pool, to_device(slots, pool.device), first)
 

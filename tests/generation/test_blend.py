@@ -25,6 +25,7 @@ from ragkit.kvcache.selectors_cache_craft import CacheCraft
 from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf, GradualFiltering
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, NoTokens, RandomTokens
+from ragkit.kvcache.token_selection import LayerRange
 from ragkit.types import Prompt, Segment
 
 from .conftest import decoder_of, hf_model
@@ -237,7 +238,7 @@ def test_the_questions_mass_is_the_sum_of_its_attention_weights(decoder):
         _, rows = bench.scene(kv)
     ids, stop = torch.tensor(PROMPT.token_ids, device=DEVICE), len(PROMPT) - len(ENDING)
     table = bench.rotary.table(256, len(ids))
-    mass = question_mass(decoder, table, rows, ids[stop:], scored=(1 / 3, 1))
+    mass = question_mass(decoder, table, rows, ids[stop:], LayerRange(1 / 3, 1))
     positions = torch.arange(len(ids), device=DEVICE)
     expected = torch.zeros(len(ids), device=DEVICE)
     activations = decoder.embed(ids[stop:])

@@ -33,7 +33,7 @@ class Scene:
         self.mass = torch.rand(self.total, generator=torch.Generator().manual_seed(1)) if mass is None else mass
         self.asked = []
 
-    def question_mass(self, repaired=None):
+    def question_mass(self, layers, repaired=None):
         self.asked.append(None if repaired is None else repaired.tolist())
         return self.mass if repaired is None else self.mass.flip(0)
 

@@ -26,7 +26,7 @@ class Scene:
         self.budget = budget
         self.spans = _spans(sizes, first_is_exact)
 
-    def question_mass(self, repaired=None):
+    def question_mass(self, layers, repaired=None):
         pytest.fail("the question is not asked")
 
 
