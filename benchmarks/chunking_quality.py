@@ -1,11 +1,13 @@
 """Chunkers compared at equal retrieved characters: Chroma's chunking evaluation, xquad and code_search.
 
     RAGKIT_DATA=... python benchmarks/chunking_quality.py [--sets xquad ...] [--chunkers recursive ...]
-        [--max-tokens 64 128 256] [--questions N] [--cache FOLDER] [--plot FILE.svg]
+        [--caps 64 128 256] [--unit tokens|characters] [--questions N] [--cache FOLDER] [--plot FILE.svg]
 
 `ragkit eval chunking` measures the same; this script keeps the raw numbers. Every ranking is cut at the same number of
 characters (its last chunk is cut to fit), so that longer chunks buy nothing. chunking_evaluation and code_search: share
-of the answers' characters that are retrieved. xquad: the answer lies whole in a piece retrieved within 800 characters.
+of the answers' characters that are retrieved. xquad: the answer lies whole in a piece retrieved within 800 characters,
+and, apart from that, in the first chunk, whatever its length (`--unit characters --caps 800` makes that the hit at 1 of
+chunks of at most 800 characters).
 For each row of Chroma's published table for all-MiniLM-L6-v2 the budget is five chunks of the row's mean size.
 Intervals are 95% of a paired bootstrap over the questions against recursive chunks under the same cap. `--chunkers`
 takes every name of `ragkit eval chunking`, also `perplexity` and `margin`, which run a language model over all text.
@@ -25,12 +27,14 @@ from typing import Any
 from report import markdown_table, write_result
 
 from ragkit.bench.cached_embedder import CachedEmbedder
+from ragkit.bench.caps import DEFAULT_CAPS, CapUnit
 from ragkit.bench.chunking_plots import plot_frontier
 from ragkit.bench.chunking_quality import ChunkingEvaluation, EvaluationTools
 from ragkit.bench.chunking_rankings import Mode
 from ragkit.bench.chunking_tables import ComparisonRow
 from ragkit.bench.chunking_variants import DEFAULT_VARIANTS, VARIANTS
-from ragkit.bench.question_sets import PUBLIC_SETS, load_question_set
+from ragkit.bench.question_sets import PUBLIC_SETS, Metric, load_question_set
+from ragkit.chunking.characters import CharacterTokenizer
 from ragkit.cli.output import Output
 from ragkit.cli.progress import progress_for
 from ragkit.config import PipelineConfig
@@ -43,15 +47,23 @@ def table_rows(rows: Sequence[ComparisonRow]) -> Iterator[dict[str, Any]]:
             f"{mode} against recursive": f"{one.mean:+.1f} [{one.low:+.1f}, {one.high:+.1f}]"
             for mode, one in row.against_baseline.items()
         }
+        first = {f"{mode}, first chunk": row.first_chunk[mode] for mode in Mode} if row.metric is Metric.HIT else {}
         facts = {"set": row.data, "chunker": row.chunker, "cap": row.cap, "chunks": row.chunks}
-        yield facts | {"mean characters": row.mean_characters, "characters": row.characters, **row.scores, **against}
+        yield facts | {
+            "mean characters": row.mean_characters,
+            "characters": row.characters,
+            **row.scores,
+            **against,
+            **first,
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=list(PUBLIC_SETS), default=list(PUBLIC_SETS))
     parser.add_argument("--chunkers", nargs="+", choices=list(VARIANTS), default=list(DEFAULT_VARIANTS))
-    parser.add_argument("--max-tokens", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--caps", nargs="+", type=int)
+    parser.add_argument("--unit", type=CapUnit, choices=list(CapUnit), default=CapUnit.TOKENS)
     parser.add_argument("--questions", type=int, help="only the first N questions and their documents: a quick look")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -63,20 +75,25 @@ def main() -> None:
         sets = [data.first(options.questions) for data in sets]
     pipeline = Pipeline(Path(), PipelineConfig())  # for its models alone
     embedder = CachedEmbedder(pipeline.embedder, options.cache)
-    tools = EvaluationTools(pipeline.tokenizer, embedder, None, lambda: pipeline.engine)
-    evaluation = ChunkingEvaluation(sets, options.chunkers, options.max_tokens, tools)
+    by_characters = options.unit is CapUnit.CHARACTERS
+    tokenizer = CharacterTokenizer() if by_characters else pipeline.tokenizer
+    tools = EvaluationTools(tokenizer, embedder, None, lambda: pipeline.engine)
+    evaluation = ChunkingEvaluation(sets, options.chunkers, options.caps or DEFAULT_CAPS[options.unit], tools)
     progress = progress_for(Output())
     evaluation.run(progress)
     progress.close()
     report = evaluation.report()
+    found = list(table_rows(report.rows))
     columns = ["set", "chunker", "cap", "chunks", "mean characters", "characters", *Mode]
-    print(markdown_table(list(table_rows(report.rows)), [*columns, *(f"{mode} against recursive" for mode in Mode)]))
+    columns += [name for name in dict.fromkeys(key for row in found for key in row) if name not in columns]
+    print(markdown_table(found, columns))
     if report.chroma:
         chroma = [asdict(row) for row in report.chroma]
         print("\n" + markdown_table(chroma, list(chroma[0])))
     if options.plot:
         plot_frontier(report, options.plot)
-    name = "chunking_quality_quick" if options.questions else "chunking_quality"
+    name = "chunking_quality_characters" if by_characters else "chunking_quality"
+    name += "_quick" if options.questions else ""
     print(f"\nraw numbers: {write_result(name, asdict(report))}")
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from ragkit.bench.caps import DEFAULT_CAPS, CapUnit
 from ragkit.cli.common import Session, command
 from ragkit.cli.output import Output, bold, json_text, one_line, table
 from ragkit.cli.progress import progress_for
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from ragkit.bench.chunking_tables import ChromaRow, ComparisonRow, Difference
     from ragkit.bench.question_sets import QuestionSet
     from ragkit.config import PipelineConfig
-
-_DEFAULT_CAPS = (64, 128, 256)
 
 _Value = TypeVar("_Value")
 
@@ -67,8 +66,12 @@ def chunking(
         typer.Option("--chunkers", metavar="NAME,NAME", help="What is compared. [default: all that run in minutes]"),
     ] = None,
     caps: Annotated[
-        str | None, typer.Option("--caps", metavar="N,N", help="Most tokens of a chunk. [default: 64,128,256]")
+        str | None,
+        typer.Option(
+            "--caps", metavar="N,N", help="Most tokens of a chunk. [default: 64,128,256; 200,400,800 characters]"
+        ),
     ] = None,
+    unit: Annotated[CapUnit, typer.Option("--unit", help="What caps are counted in.")] = CapUnit.TOKENS,
     characters: Annotated[
         int | None,
         typer.Option("--characters", min=1, metavar="N", help="Characters a question retrieves. [default: the set's]"),
@@ -102,15 +105,15 @@ def chunking(
         found = [replace(one, characters=characters) for one in found]
     if limit is not None:
         found = [one.first(limit) for one in found]
+    limits = _values("--caps", caps, _cap, "whole numbers from 1 on") or DEFAULT_CAPS[unit]
     with session.output.waiting("loading models …"):
-        tools = _tools(config, cache)
+        tools = _tools(config, cache, unit)
     from ragkit.bench.chunking_quality import ChunkingEvaluation
 
-    evaluation = ChunkingEvaluation(
-        found, names, _values("--caps", caps, _cap, "whole numbers from 1 on") or _DEFAULT_CAPS, tools
-    )
+    evaluation = ChunkingEvaluation(found, names, limits, tools)
     exit_code = _run(evaluation, session.output)
-    _show(evaluation.report(), found, tools, session.output, out, plot, exit_code)
+    report = evaluation.report()
+    _show(report, _json(report, found, tools, unit, interrupted=bool(exit_code)), session.output, out, plot)
     if exit_code:
         raise typer.Exit(exit_code)
 
@@ -139,16 +142,18 @@ def _public_sets(data: Path | None, sets: str | None) -> list[QuestionSet]:
     return [load_question_set(name, folder) for name in names]
 
 
-def _tools(config: PipelineConfig, cache: Path | None) -> EvaluationTools:
+def _tools(config: PipelineConfig, cache: Path | None, unit: CapUnit) -> EvaluationTools:
     from ragkit.bench.cached_embedder import CachedEmbedder
     from ragkit.bench.chunking_quality import EvaluationTools
+    from ragkit.chunking.characters import CharacterTokenizer
     from ragkit.pipeline import Pipeline
     from ragkit.retrieval.chunk_vectors import chunk_embedder
 
     pipeline = Pipeline(Path(), config)  # for its models alone: no store is opened
     late = chunk_embedder(pipeline.embedder, config.embedding) if config.embedding.late_chunking else None
     embedder = CachedEmbedder(pipeline.embedder, cache)
-    return EvaluationTools(pipeline.tokenizer, embedder, late, lambda: pipeline.engine, config.chunking)
+    tokenizer = CharacterTokenizer() if unit is CapUnit.CHARACTERS else pipeline.tokenizer
+    return EvaluationTools(tokenizer, embedder, late, lambda: pipeline.engine, config.chunking)
 
 
 def _run(evaluation: ChunkingEvaluation, output: Output) -> int:
@@ -163,27 +168,26 @@ def _run(evaluation: ChunkingEvaluation, output: Output) -> int:
     return 0
 
 
-def _show(
-    report: ChunkingReport,
-    sets: list[QuestionSet],
-    tools: EvaluationTools,
-    output: Output,
-    out: Path | None,
-    plot: Path | None,
-    exit_code: int,
-) -> None:
+def _json(
+    report: ChunkingReport, sets: list[QuestionSet], tools: EvaluationTools, unit: CapUnit, *, interrupted: bool
+) -> dict[str, Any]:
+    """Return the object that `--json` prints and `--out` writes."""
     from ragkit.bench.machine import machine_facts, versions
 
-    data = {
+    return {
         "evaluation": "chunking",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "embedder": (tools.chunk_embedder or tools.embedder).embedder_id,
+        "cap_unit": str(unit),
         "sets": [_set_json(one) for one in sets],
         **asdict(report),
-        "interrupted": bool(exit_code),
+        "interrupted": interrupted,
         "machine": machine_facts(),
         "versions": versions(),
     }
+
+
+def _show(report: ChunkingReport, data: dict[str, Any], output: Output, out: Path | None, plot: Path | None) -> None:
     if out is not None:
         out.write_text(json_text(data), encoding="utf-8")
     if plot is not None and report.rows:
@@ -221,11 +225,16 @@ def _set_lines(rows: list[ComparisonRow]) -> Iterator[str]:
     what = {"hit": "answers whole in one piece", "recall": "answers' characters"}[str(first.metric)]
     yield bold(f"{one_line(first.data)}: % of {what} within {first.characters:,} retrieved characters", sys.stdout)
     header = ["chunker", "cap", "chunks", "mean characters", *Mode, f"dense against {BASELINE} (95%)"]
-    cells = []
+    hit = str(first.metric) == "hit"
+    header += ["dense, first chunk", "against"] if hit else []
+    cells: list[list[object]] = []
     for row in rows:
         scores = [_percent(row.scores[mode]) for mode in Mode]
         against = _difference(row.against_baseline.get(Mode.DENSE))
         cells.append([row.chunker, row.cap, row.chunks, round(row.mean_characters), *scores, against])
+        if hit:
+            cells[-1].append(_percent(row.first_chunk[Mode.DENSE]))
+            cells[-1].append(_difference(row.first_chunk_against_baseline.get(Mode.DENSE)))
     yield from table(header, cells)
     yield ""
 

@@ -35,7 +35,7 @@ class EvaluationTools:
     """What an evaluation works with.
 
     Attributes:
-        tokenizer: counts the caps.
+        tokenizer: counts the caps; `CharacterTokenizer` where their unit is characters.
         embedder: embeds questions, and the sentences of chunkers that ask for them.
         chunk_embedder: embeds chunks; None embeds each as a text of its own.
         load_engine: gives the language model, when a chunker asks for it.

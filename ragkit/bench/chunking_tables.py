@@ -16,6 +16,7 @@ from ragkit.bench.spans import Span, recall_and_iou, whole_share
 
 Run: TypeAlias = tuple[str, int]  # the chunker's name and its cap in tokens
 Runs: TypeAlias = Mapping[Run, Ranking]
+_Scores: TypeAlias = Mapping[tuple[Run, Mode], Sequence[float]]
 
 # The table of Chroma's report for all-MiniLM-L6-v2 (Smith and Troynikov, Evaluating Chunking Strategies for Retrieval,
 # 2024), five chunks retrieved: chunker, mean tokens of a chunk, recall, IoU.
@@ -55,6 +56,8 @@ class ComparisonRow:
         scores: percent by mode.
         against_baseline: differences to `BASELINE` under the same cap, by mode; empty for itself and where it was not
             run.
+        first_chunk: hit at 1 without a budget, percent by mode: the answers that the first chunk holds whole.
+        first_chunk_against_baseline: its differences.
     """
 
     data: str
@@ -66,6 +69,8 @@ class ComparisonRow:
     metric: Metric
     scores: Mapping[Mode, float]
     against_baseline: Mapping[Mode, Difference]
+    first_chunk: Mapping[Mode, float]
+    first_chunk_against_baseline: Mapping[Mode, Difference]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +103,12 @@ class FrontierPoint:
 
 def comparison(data: QuestionSet, runs: Runs) -> list[ComparisonRow]:
     """Return every run's mean scores at the set's budget, and the differences to the baseline under the same cap."""
-    scores = {
-        (run, mode): _scores(data, ranking, mode, data.characters) for run, ranking in runs.items() for mode in Mode
-    }
+    scores = {(run, mode): _scores(data, ranking, mode) for run, ranking in runs.items() for mode in Mode}
+    firsts = {(run, mode): _first_chunk(data, ranking, mode) for run, ranking in runs.items() for mode in Mode}
     rows = []
     for (chunker, cap), ranking in runs.items():
         run, plain = (chunker, cap), (BASELINE, cap)
-        against = {}
-        if chunker != BASELINE and plain in runs:
-            for mode in Mode:
-                points = paired_bootstrap(scores[run, mode], scores[plain, mode])
-                against[mode] = Difference(*(100 * value for value in points))
-        means = {mode: 100 * float(np.mean(scores[run, mode])) for mode in Mode}
+        has_baseline = chunker != BASELINE and plain in runs
         rows.append(
             ComparisonRow(
                 data=data.name,
@@ -119,8 +118,10 @@ def comparison(data: QuestionSet, runs: Runs) -> list[ComparisonRow]:
                 mean_characters=ranking.mean_characters,
                 characters=data.characters,
                 metric=data.metric,
-                scores=means,
-                against_baseline=against,
+                scores=_means(scores, run),
+                against_baseline=_differences(scores, run, plain) if has_baseline else {},
+                first_chunk=_means(firsts, run),
+                first_chunk_against_baseline=_differences(firsts, run, plain) if has_baseline else {},
             )
         )
     return rows
@@ -164,17 +165,40 @@ def frontier(data: QuestionSet, runs: Runs) -> list[FrontierPoint]:
     ]
 
 
-def _scores(data: QuestionSet, ranking: Ranking, mode: Mode, characters: int) -> list[float]:
-    scores = []
-    for at, question in enumerate(data.questions):
-        spans = ranking.retrieved(mode, at, characters)
-        whole = data.metric is Metric.HIT
-        scores.append(whole_share(spans, question.gold) if whole else recall_and_iou(spans, question.gold)[0])
-    return scores
+def _scores(data: QuestionSet, ranking: Ranking, mode: Mode) -> list[float]:
+    """Return each question's score at the set's budget."""
+    retrieved = _retrieved(data, ranking, mode, data.characters)
+    whole = data.metric is Metric.HIT
+    return [
+        whole_share(spans, one.gold) if whole else recall_and_iou(spans, one.gold)[0]
+        for spans, one in zip(retrieved, data.questions, strict=True)
+    ]
+
+
+def _first_chunk(data: QuestionSet, ranking: Ranking, mode: Mode) -> list[float]:
+    """Return each question's hit at 1: the share of its spans that the first chunk holds whole."""
+    firsts = [[ranking.spans[row] for row in rows[:1]] for rows in ranking.rows[mode].tolist()]
+    return [whole_share(first, one.gold) for first, one in zip(firsts, data.questions, strict=True)]
+
+
+def _means(scores: _Scores, run: Run) -> dict[Mode, float]:
+    return {mode: 100 * float(np.mean(scores[run, mode])) for mode in Mode}
+
+
+def _differences(scores: _Scores, run: Run, plain: Run) -> dict[Mode, Difference]:
+    found = {}
+    for mode in Mode:
+        mean, low, high = paired_bootstrap(scores[run, mode], scores[plain, mode])
+        found[mode] = Difference(100 * mean, 100 * low, 100 * high)
+    return found
+
+
+def _retrieved(data: QuestionSet, ranking: Ranking, mode: Mode, characters: int) -> list[list[Span]]:
+    return [ranking.retrieved(mode, at, characters) for at in range(len(data.questions))]
 
 
 def _point(data: QuestionSet, run: Run, ranking: Ranking, mode: Mode, characters: int) -> FrontierPoint:
-    retrieved: Sequence[list[Span]] = [ranking.retrieved(mode, at, characters) for at in range(len(data.questions))]
+    retrieved = _retrieved(data, ranking, mode, characters)
     pairs = [recall_and_iou(spans, one.gold) for spans, one in zip(retrieved, data.questions, strict=True)]
     hits = [whole_share(spans, one.gold) for spans, one in zip(retrieved, data.questions, strict=True)]
     recall, iou = (100 * float(value) for value in np.mean(pairs, axis=0))

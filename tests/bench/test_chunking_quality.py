@@ -54,6 +54,16 @@ def test_every_run_has_a_row_and_differences_to_the_baseline(sets):
         assert ours.against_baseline[Mode.BM25].mean == pytest.approx(difference)
 
 
+def test_the_first_chunk_is_judged_alone_whatever_the_budget(sets):
+    data = replace(sets[1], characters=1)
+    evaluation = ChunkingEvaluation([data], ["recursive", "token"], [40], tools())
+    evaluation.run(Silent())
+    plain, other = evaluation.report().rows
+    assert plain.scores[Mode.BM25] == 0  # one character holds no answer
+    assert plain.first_chunk[Mode.BM25] == 100
+    assert other.first_chunk_against_baseline[Mode.BM25].mean == 0
+
+
 def test_a_larger_budget_never_finds_less(sets):
     evaluation = ChunkingEvaluation([replace(sets[0], characters=60)], ["recursive"], [12], tools())
     evaluation.run(Silent())

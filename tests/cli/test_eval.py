@@ -11,13 +11,16 @@ from question_folder import FROGS, write_question_folder
 
 from ragkit.bench.cached_embedder import CachedEmbedder
 from ragkit.bench.chunking_quality import EvaluationTools
+from ragkit.chunking.characters import CharacterTokenizer
 
 QUICK = ("--chunkers", "recursive,token", "--caps", "12")
 
 
 @pytest.fixture(autouse=True)
 def models(monkeypatch) -> None:
-    def tools(config, cache):
+    def tools(config, cache, unit):
+        if unit == "characters":
+            return EvaluationTools(CharacterTokenizer(), CachedEmbedder(HashEmbedder(), cache), None, lambda: None)
         return EvaluationTools(WordTokenizer(), CachedEmbedder(HashEmbedder(), cache), None, lambda: None)
 
     monkeypatch.setattr("ragkit.cli.eval._tools", tools)
@@ -65,7 +68,17 @@ def test_people_see_a_table_a_set(run, data):
     assert lines[0] == "xquad: % of answers whole in one piece within 800 retrieved characters"
     assert lines[1].split()[:3] == ["chunker", "cap", "chunks"]
     assert [line.split()[:2] for line in lines[2:4]] == [["recursive", "12"], ["token", "12"]]
+    assert lines[1].split()[-4:] == ["dense,", "first", "chunk", "against"]
     assert lines[3].endswith("+0.0 [+0.0, +0.0]")
+
+
+def test_caps_may_be_counted_in_characters(run, data):
+    arguments = ("--data", str(data), "--sets", "xquad", "--chunkers", "recursive", "--unit", "characters", "--json")
+    found = run("eval", "chunking", *arguments).json
+    assert found["cap_unit"] == "characters"
+    assert [row["cap"] for row in found["rows"]] == [200, 400, 800]
+    assert [row["chunks"] for row in found["rows"]] == [2, 2, 2]  # one a document: each is shorter
+    assert set(found["rows"][0]["first_chunk"]) == {"dense", "bm25", "hybrid"}
 
 
 def test_own_documents_are_asked_own_questions(run, own):
