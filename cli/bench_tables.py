@@ -62,7 +62,10 @@ def _in_short(report: BlendReport, width: int) -> Iterator[str]:
     parts = []
     if warm:
         last = max(warm, key=lambda row: row.tokens)
-        parts.append(f"the first logits come {last.times_full:.1f} times sooner at {last.tokens:,} tokens, from memory")
+        speed = (
+            f"{last.times_full:.1f} times sooner" if last.times_full >= 1 else f"{1 / last.times_full:.1f} times later"
+        )
+        parts.append(f"the first logits come {speed} than full prefill's at {last.tokens:,} tokens, from memory")
     if near and near[0].recovered_first is not None:
         parts.append(f"{100 * near[0].recovered_first.value:.0f}% of the first token's KL is recovered")
     if parts:
@@ -72,9 +75,10 @@ def _in_short(report: BlendReport, width: int) -> Iterator[str]:
 
 def _speed(report: BlendReport, width: int) -> Iterator[str]:
     rows = report.speed
-    rounds = len(rows[0].samples_ms)
+    counts = sorted({len(row.samples_ms) for row in rows})
+    rounds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     texts = " and ".join(dict.fromkeys(_TEXTS[row.text] for row in rows))
-    timed = f"medians of {rounds} rounds in turns" if rounds > 1 else "one round"
+    timed = f"medians of {rounds} rounds in turns" if counts != [1] else "one round"
     yield ""
     yield bold("How soon the first logits come", sys.stdout)
     yield from wrap(f"ms from the chunks' ids to the first logits, {timed}; prompts of {texts}", width)

@@ -112,10 +112,16 @@ class BlendBenchmark:
         """Measure everything; what was measured when an exception comes stays in `report`."""
         watch = Watch(progress, self._options.time_limit_s)
         measures_quality = Part.QUALITY in self._options.parts and self._can_ask()
-        if self._lengths:
-            self._measure_speed(watch.part(0.5 if measures_quality else 1.0))
-        if measures_quality:
-            self._measure_quality(watch)
+        is_done = False
+        try:
+            if self._lengths:
+                self._measure_speed(watch.part(0.5 if measures_quality else 1.0))
+            if measures_quality:
+                self._measure_quality(watch)
+            is_done = True
+        finally:
+            if not is_done:
+                self._found.notes.append("stopped before the end: what is shown was done by then")
 
     def report(self) -> BlendReport:
         """Return what was measured so far."""
@@ -143,8 +149,10 @@ class BlendBenchmark:
             self._found.check = speed.check(prompts[0][0], watch)
             for number, (prompt, material) in enumerate(prompts):
                 done = speed.measure(prompt, str(material), self._rounds, watch)
-                if not done or watch.is_over:
-                    self._note_time(prompts[number + done :])
+                if not done:
+                    self._found.notes.append(f"the time limit left out rounds of the prompt of {len(prompt):,} tokens")
+                if watch.is_over:
+                    self._note_left_out([left for left, _ in prompts[number + 1 :]])
                     break
         except torch.OutOfMemoryError:
             self._found.notes.append("the GPU's memory ended before all lengths were timed; take smaller --lengths")
@@ -177,10 +185,10 @@ class BlendBenchmark:
         vocabulary, chunk_tokens = self._engine.decoder.config.vocab_size, self._config.chunking.max_tokens
         return random_prompt(self._builder, vocabulary, tokens, chunk_tokens), TimedText.RANDOM
 
-    def _note_time(self, left: Sequence[tuple[Prompt, TimedText]]) -> None:
-        if left:
-            lengths = ", ".join(f"{len(prompt):,}" for prompt, _ in left)
-            self._found.notes.append(f"the time limit left out prompts of {lengths} tokens, or rounds of them")
+    def _note_left_out(self, prompts: Sequence[Prompt]) -> None:
+        if prompts:
+            lengths = ", ".join(f"{len(prompt):,}" for prompt in prompts)
+            self._found.notes.append(f"the time limit left out prompts of {lengths} tokens")
 
     # ------------------------------------------------------------------------------------------------ quality
 

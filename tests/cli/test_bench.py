@@ -106,8 +106,8 @@ def test_what_the_configured_ratio_gives_is_said_in_short(bench, store):
     _, out, _ = bench("--store", store, *QUICK, "--ratios", "0.15")
     said = " ".join(out[out.index("In short: ") :].split())
     assert re.match(
-        r"In short: at the configured ratio of 15% the first logits come \d+\.\d times sooner at \d\d\d tokens, from "
-        r"memory, and -?\d+% of the first token's KL is recovered\.",
+        r"In short: at the configured ratio of 15% the first logits come \d+\.\d times (sooner|later) than full "
+        r"prefill's at \d\d\d tokens, from memory, and -?\d+% of the first token's KL is recovered\.",
         said,
     )
 
@@ -179,6 +179,7 @@ def test_ctrl_c_shows_what_is_done_and_ends_with_130(bench, store, monkeypatch):
     assert (code, err, data["interrupted"]) == (130, "", True)
     assert len({row["tokens"] for row in data["speed"]}) == 1
     assert data["quality"] == []
+    assert data["notes"] == ["stopped before the end: what is shown was done by then"]
 
 
 def test_a_time_limit_leaves_out_the_rest_and_says_so(bench, store):
@@ -188,6 +189,7 @@ def test_a_time_limit_leaves_out_the_rest_and_says_so(bench, store):
     assert len({row["tokens"] for row in data["speed"]}) == 1
     assert len(data["distances"]) == 1
     assert [note.split(" left out ")[0] for note in data["notes"]] == ["the time limit"] * 2
+    assert data["notes"][0].startswith("the time limit left out prompts of ")
 
 
 @pytest.mark.parametrize(
