@@ -129,12 +129,13 @@ class BoundaryHeadScorer:
 
     name = "boundary_head"
     measure = "probability of one paragraph"
+    trainer = "benchmarks/train_boundary_head.py"
 
     def __init__(self, embedder: SentenceEmbedder, head: BoundaryHead, options: BoundaryHeadOptions) -> None:
         if embedder.embedder_id != head.embedder_id:
             raise UsageError(
                 f"the boundary head was trained on the embedder {head.embedder_id}, got {embedder.embedder_id}; "
-                "take that embedder, or train a head with benchmarks/train_boundary_head.py"
+                f"take that embedder, or train a head with {self.trainer}"
             )
         self._embedder = embedder
         self._head = head
@@ -142,7 +143,7 @@ class BoundaryHeadScorer:
         self.fingerprint = json.dumps([embedder.embedder_id, head.fingerprint, options.threshold])
 
     def score(self, texts: Sequence[str], units: Sequence[Units]) -> list[BoundaryScores]:
-        """Return the scores of each text; the signal is the probability of one paragraph.
+        """Return the scores of each text; the signal is the probability that two units belong together.
 
         Raises:
             ChunkingError: the embedder returned a vector that is not finite.

@@ -21,6 +21,7 @@ from ragkit.chunking.sentence import sentence_chunker
 from ragkit.chunking.sentence_vectors import SentenceEmbedder
 from ragkit.chunking.structural import structural_chunker
 from ragkit.chunking.token import token_chunker
+from ragkit.chunking.topic import topic_chunker
 from ragkit.config import ChunkingConfig
 from ragkit.errors import ConfigError, UsageError
 from ragkit.types import TextTokenizer
@@ -83,6 +84,7 @@ MODEL_CHUNKERS: Mapping[str, ModelChunkerFactory] = MappingProxyType(
         ),
         "perplexity": _perplexity,
         "semantic": lambda config, tokenizer, models: semantic_chunker(config, tokenizer, models.embedder),
+        "topic": lambda config, tokenizer, models: topic_chunker(config, tokenizer, models.embedder),
     }
 )
 

@@ -79,24 +79,57 @@ def sentence_units(
     if len(boundaries):
         sentences = sorted({*sentences, *(offset for offset in boundaries if 0 < offset < len(text))})
 
+    def inner(sentence: str) -> list[int]:
+        return _inner_cuts(sentence, counter, max_tokens)
+
+    return _units(text, sentences, counter, _cutting_large(inner, max_tokens))
+
+
+def _cutting_large(inner_cuts: Callable[[str], list[int]], max_tokens: int) -> _Cut:
+    """Return what keeps the stretches of a block as units, and cuts those over `max_tokens` at their `inner_cuts`."""
+
     def cut(block: str, words: Words, starts: list[int]) -> tuple[list[int], list[bool]]:
         level = level_of(words, starts)
         sizes = np.asarray(level.tokens_before[1:]) - np.asarray(level.tokens_after[:-1])
         parts: list[int] = []
         opens: list[bool] = []
         for size, (start, stop) in zip(sizes.tolist(), pairwise([*starts, len(block)]), strict=True):
-            inner = _inner_cuts(block[start:stop], counter, max_tokens) if size > max_tokens else []
+            inner = inner_cuts(block[start:stop]) if size > max_tokens else []
             parts += [start, *(start + offset for offset in inner)]
             opens += [True, *(False for _ in inner)]
         return parts, opens
 
-    return _units(text, sentences, counter, cut)
+    return cut
 
 
 def _inner_cuts(sentence: str, counter: WordCounter, max_tokens: int) -> list[int]:
     words = counter.measure(sentence)
     levels = [level_of(words, boundary_offsets(sentence, Boundary.LINE)), word_level(words), piece_level(words)]
     return [packed.start for packed in pack(levels, max_tokens)][1:]
+
+
+def paragraph_units(
+    text: str,
+    counter: WordCounter,
+    max_tokens: int,
+    boundaries: Sequence[int] = (),
+    segmenter: SentenceSegmenter = _RULES,
+) -> Units:
+    """Return the paragraphs of `text` as units, its lines where it has no blank one.
+
+    A paragraph over `max_tokens` is cut at lines, sentences, words, then graphemes. `boundaries` are where headings
+    start, at which a unit starts as well.
+    """
+    starts = boundary_offsets(text, Boundary.PARAGRAPH) or boundary_offsets(text, Boundary.LINE)
+    offsets = sorted({0, *starts, *(offset for offset in boundaries if 0 < offset < len(text))}) if text else []
+    kinds = (Boundary.LINE, Boundary.SENTENCE)
+
+    def inner(paragraph: str) -> list[int]:
+        words = counter.measure(paragraph)
+        levels = [level_of(words, boundary_offsets(paragraph, kind, segmenter.starts)) for kind in kinds]
+        return [packed.start for packed in pack([*levels, word_level(words), piece_level(words)], max_tokens)][1:]
+
+    return _units(text, offsets, counter, _cutting_large(inner, max_tokens))
 
 
 def word_units(

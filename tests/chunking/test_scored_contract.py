@@ -20,6 +20,7 @@ from ragkit.chunking.perplexity import PerplexityOptions, PerplexityScorer, perp
 from ragkit.chunking.semantic import SemanticOptions, semantic_chunker
 from ragkit.chunking.signals import SignalChunker
 from ragkit.chunking.structural import structural_chunker
+from ragkit.chunking.topic import topic_chunker
 from ragkit.config import ChunkingConfig
 from ragkit.types import Document, PageSpan
 
@@ -73,10 +74,18 @@ def perplexity(**options):
     return make
 
 
-def boundary_head(config, tokenizer):
+def random_head():
     draw = np.random.default_rng(0).normal
     weights = draw(size=(5, 16)).astype(np.float32), draw(size=5).astype(np.float32), draw(size=5).astype(np.float32)
-    return boundary_head_chunker(config, tokenizer, TopicEmbedder(), BoundaryHead(*weights, 0.0, "topics@1"))
+    return BoundaryHead(*weights, 0.0, "topics@1")
+
+
+def boundary_head(config, tokenizer):
+    return boundary_head_chunker(config, tokenizer, TopicEmbedder(), random_head())
+
+
+def topic(config, tokenizer):
+    return topic_chunker(config, tokenizer, TopicEmbedder(), random_head())
 
 
 CHUNKERS = {
@@ -90,6 +99,7 @@ CHUNKERS = {
     "perplexity": perplexity(),
     "perplexity-merge": perplexity(merge_tokens=20, dynamic_threshold=True),
     "structural": lambda config, tokenizer: structural_chunker(config, tokenizer),
+    "topic": topic,
 }
 every_chunker = pytest.mark.parametrize("name", sorted(CHUNKERS))
 
