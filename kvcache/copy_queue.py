@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -13,8 +13,8 @@ _AHEAD = 3  # jobs that are issued before anybody waits for them: enough to keep
 class CopyQueue:
     """The copies of one request, on a stream of their own. On a CPU they happen when they are issued.
 
-    Jobs run in the order in which they were added. Issuing one takes the host some time, so only a few more are issued
-    than the computation has asked for.
+    Jobs run in the order in which they were added, postponed ones behind all others. Issuing one takes the host some
+    time, so only a few more are issued than the computation has asked for.
 
     Args:
         device: where the copies go.
@@ -24,13 +24,21 @@ class CopyQueue:
         self.stream = _copy_stream(device) if device.type == "cuda" else None
         self._device = device
         self._jobs: list[Callable[[], None]] = []
-        self._arrived: list[torch.cuda.Event] = []
+        self._order: list[int] = []  # the numbers of the jobs; the first `_issued` were issued
+        self._arrived: dict[int, torch.cuda.Event] = {}
         self._issued = 0
 
     def add(self, job: Callable[[], None]) -> int:
         """Append a job, which issues copies to the current stream, and return its number."""
         self._jobs.append(job)
+        self._order.append(len(self._jobs) - 1)
         return len(self._jobs) - 1
+
+    def postpone(self, numbers: Iterable[int]) -> None:
+        """Put those of these jobs that were not issued behind all others; nobody may ever ask for them."""
+        later = set(numbers)
+        waiting = self._order[self._issued :]
+        self._order[self._issued :] = sorted(waiting, key=lambda number: number in later)
 
     def start(self, jobs: int = _AHEAD) -> None:
         """Issue the first jobs."""
@@ -38,13 +46,13 @@ class CopyQueue:
 
     def wait(self, number: int) -> None:
         """Make the current stream wait for a job and those before it; the host goes on at once."""
-        self._issue(number + 1 + _AHEAD)
+        self._issue(self._order.index(number) + 1 + _AHEAD)
         if self.stream is not None:
             torch.cuda.current_stream(self._device).wait_event(self._arrived[number])
 
     def last_arrival(self) -> torch.cuda.Event | None:
         """Return the event, with a time, after the last copy that was issued; None on a CPU or without a copy."""
-        return self._arrived[-1] if self._arrived else None
+        return self._arrived[self._order[self._issued - 1]] if self._arrived else None
 
     def _issue(self, count: int) -> None:
         count = min(count, len(self._jobs))
@@ -52,7 +60,7 @@ class CopyQueue:
             return
         if self.stream is None:
             while self._issued < count:
-                self._jobs[self._issued]()
+                self._jobs[self._order[self._issued]]()
                 self._issued += 1
             return
         if self._issued == 0:
@@ -60,10 +68,11 @@ class CopyQueue:
             self.stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self.stream):
             while self._issued < count:
-                self._jobs[self._issued]()
+                number = self._order[self._issued]
+                self._jobs[number]()
                 event = torch.cuda.Event(enable_timing=True)
                 event.record(self.stream)
-                self._arrived.append(event)
+                self._arrived[number] = event
                 self._issued += 1
 
 

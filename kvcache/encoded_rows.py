@@ -107,6 +107,10 @@ class EncodedRows:
         """Send to the device what says where each chunk's bytes are; later it would wait behind the copies."""
         self._table  # noqa: B018 (made at the first look)
 
+    def postpone(self) -> None:
+        """Let the copies of other encodings go before what was not begun of this one."""
+        self._queue.postpone(self._job_of_layer)
+
     def _bring(self, start: int, stop: int) -> None:
         """Bring the layers from `start` up to `stop` of all chunks."""
         for chunk, base, first in zip(self._chunks, self._bases, self._firsts, strict=False):

@@ -93,6 +93,8 @@ class BlendPrefill:
             scene = BlendScene(decoder, request.rotary, inputs, rows, spans, ratio, self.options.propagation)
             clock.lap("load_kv")
             chosen = self.options.selector.choose(scene)
+            if streamed is not None:
+                streamed.tokens_are_chosen()
             clock.lap("select")
             blend = scene.blend_pass()
             pool = request.kv.pool

@@ -162,6 +162,11 @@ class StreamedChunks:
         pooled = PooledRows.of(in_pool, layout.first, layout.stop) if in_pool else None
         return StreamedRows(self._decoder, layout.num_tokens, self._prefix, pooled, self._encoded, draft)
 
+    def tokens_are_chosen(self) -> None:
+        """Let the chunks go before what nobody asked for of their drafts: its upper layers, or all of it."""
+        if self._drafts is not None:
+            self._drafts.postpone()
+
     def keep(self, tier: PoolTier) -> None:
         """Add the chunks that came from host memory to the pool where it has room, and let go of all others' bytes."""
         encoded, drafts, placed = self._encoded, self._drafts, self._placed

@@ -12,6 +12,7 @@ from ragkit.generation.step_clock import StepClock
 from ragkit.generation.strategy import PrefillRequest
 from ragkit.generation.streamed_rows import StreamedChunks
 from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.copy_queue import CopyQueue
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import KVRecipe
 from ragkit.kvcache.kv_store import KVStore
@@ -20,6 +21,7 @@ from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.pool_tier import PinnedBlocks, PoolTier
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.selectors_question import TwoRounds
+from ragkit.kvcache.selectors_static import FirstTokens
 from ragkit.types import Prompt, Segment
 
 from .conftest import decoder_of, hf_model
@@ -174,3 +176,13 @@ def test_steps_are_timed_one_after_the_other():
     assert list(timings) == ["load_kv", "select", "overlapped"]
     assert all(0 <= spent < 1000 for spent in timings.values())
     assert timings["overlapped"] == 0
+
+
+def test_a_selector_that_scores_nothing_has_the_chunks_themselves_brought_next(decoder, monkeypatch):
+    bench = Bench(decoder, "int4+bf16", options=BlendOptions(ratio=0.3, selector=FirstTokens()))
+    postponed = []
+    monkeypatch.setattr(CopyQueue, "postpone", lambda queue, numbers: postponed.append(list(numbers)))
+    computed, _ = bench.run()
+    hosted, _ = bench.run()
+    assert postponed
+    assert torch.equal(hosted.logits, computed.logits)

@@ -87,6 +87,22 @@ def test_copies_are_issued_in_order_and_a_few_ahead(monkeypatch):
     assert queue.events == list(range(22))
 
 
+def test_what_nobody_asked_for_goes_behind_the_rest_and_still_comes(monkeypatch):
+    monkeypatch.setattr(encoded_rows, "_COPY_BYTES", 1)
+    queue = Recorded()
+    draft, _ = rows_of("int4", queue)
+    rows, _ = rows_of(queue=queue)
+    draft.place(1, *empty())
+    assert queue.events == [0, 1, 2, 3, 4]
+    draft.postpone()
+    rows.place(0, *empty())
+    assert queue.events == [0, 1, 2, 3, 4, 11, 12, 13, 14]
+    rows.place(10, *empty())
+    assert queue.events[5:] == [*range(11, 22), 5, 6, 7]
+    draft.place(9, *empty())
+    assert queue.events[5:] == [*range(11, 22), *range(5, 11)]
+
+
 def test_some_chunks_go_into_a_pool():
     encoded, decoded = rows_of("int4")
     pool = KVPool(LAYOUT, 4, CPU, 16)
