@@ -145,7 +145,7 @@ def test_a_missing_store_is_an_error_that_says_what_to_do(run, world):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serch", "x"], "No such command 'serch'. Did you mean 'search'?"),
+        (["serach", "x"], "No such command 'serach'. Did you mean 'search'?"),
         (["search"], "Missing argument 'QUESTION'; `ragkit search --help` shows the usage"),
         (
             ["query", "x", "--generatr", "y"],
