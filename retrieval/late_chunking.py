@@ -8,8 +8,9 @@ that it has without late chunking. Questions are embedded as usual.
 
 What it brings depends on the encoder and on the questions. The paper's gains (1 to 6 points of nDCG@10) are those of a
 window of 8,192 tokens. With the bundled embedder, which reads 256, benchmarks/late_chunking.py found 4 to 5 points of
-hit@1 fewer on xquad, whose answers are a few words of one paragraph, and 4 points of recall more in chunks of 64 tokens
-on chunking_evaluation; a larger overlap was better on both. So it is off unless asked for.
+hit@1 fewer on xquad, whose answers are a few words of one paragraph, and on chunking_evaluation 4 points of recall more
+in chunks of 64 tokens and no certain difference in chunks of 256; a larger overlap was better throughout. So it is off
+unless asked for.
 """
 
 from __future__ import annotations
