@@ -118,19 +118,18 @@ class ReusedRows:
         chunks: Sequence[tuple[Tensor, Sequence[tuple[int, int]], int]],
         codec: KVCodec,
     ) -> ReusedRows:
-        layers = []
-        for index in range(decoder.layout.num_layers):
-            keys, values = unwritten_layer(decoder, index, layout.num_tokens)
-            keys[: layout.first], values[: layout.first] = prefix[index]
-            start = layout.first
-            for data, extents, tokens in chunks:
-                begin, end = extents[index]
-                stop = start + tokens
-                (decoded,) = codec.decode([data[begin:end]], tokens, index)
-                keys[start:stop], values[start:stop] = decoded
-                start = stop
-            layers.append((keys, values))
-        return cls(layers)
+        rows = cls.unwritten(decoder, layout.num_tokens)
+        for (keys, values), (prefix_keys, prefix_values) in zip(rows.layers, prefix, strict=True):
+            keys[: layout.first], values[: layout.first] = prefix_keys, prefix_values
+        start = layout.first
+        for data, extents, tokens in chunks:
+            stop = start + tokens
+            # All layers of a chunk at once: the streams of an entropy coder are decoded side by side.
+            decoded = codec.decode([data[begin:end] for begin, end in extents], tokens)
+            for layer, (decoded_keys, decoded_values) in zip(rows.layers, decoded, strict=True):
+                layer[0][start:stop], layer[1][start:stop] = decoded_keys, decoded_values
+            start = stop
+        return rows
 
 
 def unwritten_layer(decoder: Decoder, layer: int, num_tokens: int) -> LayerKV:
