@@ -10,9 +10,10 @@ each item full prefill gives the reference: the distribution of the first answer
 and the likelihood of the gold answer. A variant is a selector with or without change propagation at one ratio; `d` is
 its KL from the reference, of the first token and as the mean over the 16 tokens, teacher-forced. The recovered share is
 1 - d / d_reuse, a ratio of means with a bootstrap over items; d_reuse is plain reuse of chunks computed behind the
-prefix, through the bf16 codec. "NLL moved" is how far the gold answer's likelihood lies from full prefill's, whichever
-way, so that noise does not cancel out. `--study` compares settings of propagation and of the default selector instead;
-look at even items only.
+prefix, through the bf16 codec. `--variants auto` lets each item find its own ratio, for three values of
+`blend.auto_coverage`; `--ratios` has no part in it. "NLL moved" is how far the gold answer's likelihood lies from full
+prefill's, whichever way, so that noise does not cancel out. `--study` compares settings of propagation and of the
+default selector instead; look at even items only.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from ragkit.bench.answer_distance import ROOM_BEHIND, AnswerDistance, AnswerScor
 from ragkit.bench.blend_quality import NO_PROPAGATION, PLAIN_REUSE, BlendQuality, Variant
 from ragkit.bench.musique import FILE_NAME, MusiqueItem, question_items
 from ragkit.bench.recovery import Share, recoveries
+from ragkit.config import AUTO, BlendConfig
 from ragkit.generation.blend_pass import Propagation
 from ragkit.generation.engine import Engine
+from ragkit.kvcache.coverage import configured_ratio
 from ragkit.kvcache.kv_key import ContextKind
 from ragkit.kvcache.selectors_cache_craft import CacheCraft
 from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf, GradualFiltering
@@ -52,6 +55,7 @@ INSTRUCTION = (
     "Answer the question based on the given passages. Answer within 5 words. "
     "Do NOT repeat the question or output any other words. Question: "
 )
+AUTO_COVERAGES = (0.6, 0.7, 0.8)
 MARK = "\ue000"  # where the user's text stands in the rendered template
 
 
@@ -65,7 +69,7 @@ def main() -> None:
     parser.add_argument("--codec", default="bf16")
     parser.add_argument("--context", default="prefix", choices=[kind.value for kind in ContextKind])
     parser.add_argument("--ratios", default="0.02,0.05,0.1,0.15,0.3")
-    parser.add_argument("--variants", default="", help="only these selectors")
+    parser.add_argument("--variants", default="", help="only these selectors; auto for ratios that items find")
     parser.add_argument("--study", action="store_true", help="settings of propagation instead of selectors")
     parser.add_argument("--processes", type=int, default=1, help="share the items among so many on one device")
     parser.add_argument("--part", default="0/1", help="I/N: only every Nth item from the Ith on")
@@ -122,7 +126,10 @@ def questions_file(given: str | None) -> Path:
 
 
 def make_variants(num_layers: int, ratios: Sequence[float], only: str) -> Iterator[Variant]:
-    """Yield the rows: plain reuse, everything, and each selector at each ratio with and without propagation."""
+    """Yield the rows: plain reuse, everything, and each selector at each ratio with and without propagation.
+
+    Ratios that the items find are measured where `only` names `auto`.
+    """
     selectors: list[TokenSelector] = [
         QuestionAttention(),
         _named(QuestionAttention(most_even=0.0), "question only"),
@@ -137,6 +144,10 @@ def make_variants(num_layers: int, ratios: Sequence[float], only: str) -> Iterat
     ]
     wanted = [one for one in only.split(",") if one]
     yield PLAIN_REUSE
+    if "auto" in wanted:
+        for coverage in AUTO_COVERAGES:
+            ratio_found = configured_ratio(BlendConfig(ratio=AUTO, auto_coverage=coverage))
+            yield Variant("question", QuestionAttention(), ratio_found)
     if not wanted:
         yield Variant("everything", Everything(), 1.0, NO_PROPAGATION)
     for ratio in ratios:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ragkit.bench.blend_plots import prefill_name, selector_name, speed_name
 from ragkit.cli.output import bold, human_bytes, is_terminal, one_line
 from ragkit.cli.text_plot import Bar, bars
+from ragkit.config import AUTO
 
 if TYPE_CHECKING:
     from ragkit.bench.blend_report import BlendReport
@@ -55,8 +56,10 @@ def _head(report: BlendReport, machine: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _in_short(report: BlendReport, width: int) -> Iterator[str]:
-    """Yield what the configured ratio gives, at the longest prompts."""
+    """Yield what the configured ratio gives, at the longest prompts; nothing where each request finds its own."""
     ratio = report.settings["ratio"]
+    if ratio == AUTO:
+        return
     warm = [row for row in report.speed if row.ratio == ratio and row.kv_from == "memory"]
     near = [row for row in report.quality if row.variant == f"{report.settings['selector']} @ {ratio:g}"]
     parts = []

@@ -11,7 +11,7 @@ import typer
 
 from ragkit.cli.common import Session, command, flag
 from ragkit.cli.output import Output, bold, human_bytes, one_line, printable
-from ragkit.config import Strategy
+from ragkit.config import AUTO, Strategy
 from ragkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def query(
     k: TopKOption = None,
     strategy: Annotated[Strategy | None, typer.Option("--strategy", help="How the prompt is prefilled.")] = None,
     ratio: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            "--ratio", min=0.0, max=1.0, metavar="R", help="Part of the chunks' tokens that blend recomputes."
+            "--ratio", metavar="R", help="Part of the chunks' tokens that blend recomputes, from 0 to 1, or auto."
         ),
     ] = None,
     document: Annotated[
@@ -71,7 +71,7 @@ def query(
         {
             "retrieval.k": flag(k, "-k"),
             "generation.strategy": flag(strategy, "--strategy"),
-            "blend.ratio": flag(ratio, "--ratio"),
+            "blend.ratio": flag(_ratio(ratio), "--ratio"),
             "generation.system_prompt": flag(system_prompt, "--system-prompt"),
             "generation.max_new_tokens": flag(max_new_tokens, "--max-new-tokens"),
             "generation.temperature": flag(temperature, "--temperature"),
@@ -108,6 +108,16 @@ def parse_filters(filters: Sequence[str] | None) -> dict[str, str] | None:
             raise UsageError(f"--filter {key} was given twice: {parsed[key]!r} and {value!r}; a document has one")
         parsed[key] = value
     return parsed or None
+
+
+def _ratio(text: str | None) -> float | str | None:
+    """Return `--ratio` as settings take it; its range is theirs to check."""
+    if text is None or text == AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"--ratio takes a number from 0 to 1 or auto, got {text!r}") from error
 
 
 def answer_json(answer: Answer) -> dict[str, Any]:
@@ -186,7 +196,8 @@ def _reuse_line(answer: Answer) -> str:
     tiers = ", ".join(f"{human_bytes(count)} from {name}" for name, count in kv.bytes_by_tier.items())
     found = f"{kv.hits:,} found ({tiers})" if tiers else f"{kv.hits:,} found"
     sooner = f", {kv.recomputed:,} computed because that is sooner than loading" if kv.recomputed else ""
-    return f"{tokens.reused:,} prompt tokens reused; KV of chunks: {found}, {kv.misses:,} computed{sooner}"
+    prompt = f"{tokens.reused:,} prompt tokens reused, {tokens.recomputed:,} recomputed"
+    return f"{prompt}; KV of chunks: {found}, {kv.misses:,} computed{sooner}"
 
 
 def _citation_lines(citations: Sequence[Citation]) -> Iterator[str]:

@@ -43,6 +43,7 @@ class CacheCraft:
     """
 
     name = "cache-craft"
+    meets_coverage = False
 
     def __init__(self, check_layer: int = 1) -> None:
         self._check_layer = check_layer

@@ -24,6 +24,8 @@ class DeviationAtOneLayer:
     Source: the code of CacheBlend (values) and of LMCache (keys). `kv` adds both, each over its mean.
     """
 
+    meets_coverage = False
+
     def __init__(self, of: DeviationOf = DeviationOf.VALUES, check_layer: int = 1) -> None:
         self._of = of
         self._check_layer = check_layer
@@ -54,6 +56,7 @@ class GradualFiltering:
     """
 
     name = "gradual"
+    meets_coverage = False
 
     def __init__(
         self,

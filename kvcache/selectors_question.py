@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ragkit.kvcache.token_selection import ChosenOnce, LayerRange, SelectionScene, evenly_spaced, highest
+from ragkit.kvcache.token_selection import (
+    ChosenOnce,
+    LayerRange,
+    SelectionScene,
+    enough_tokens,
+    evenly_spaced,
+    highest,
+)
 
 # Below, attention is about the text and not about the question; what is above adds little (both measured), and tokens
 # are chosen while its KV is still on the way.
@@ -18,6 +25,8 @@ class QuestionAttention(ChosenOnce):
     The evenly spaced ones measure how the KV changes everywhere: change propagation moves the rest by what they show.
     One for every `even_spacing` tokens is enough, as long as propagation reaches from one to the next.
 
+    A coverage only settles how many are chosen; the tokens are those of a fixed budget of that many.
+
     Source: query-guided selection of FusionRAG, arXiv 2601.12904; the evenly spaced share is ours.
 
     Args:
@@ -27,6 +36,7 @@ class QuestionAttention(ChosenOnce):
     """
 
     name = "question"
+    meets_coverage = True
 
     def __init__(self, even_spacing: float = 32.0, most_even: float = 0.5, layers: LayerRange = SCORED_LAYERS) -> None:
         self.layers = layers
@@ -35,21 +45,36 @@ class QuestionAttention(ChosenOnce):
 
     def choose(self, scene: SelectionScene) -> Tensor:
         """Return the budget's positions."""
-        tokens = scene.spans[-1].stop - scene.spans[0].start
-        even = evenly_spaced(scene, round(min(tokens / self._even_spacing, scene.budget * self._most_even)))
+        scene = self.settled(scene)
+        even = self._even(scene)
         if len(even) == scene.budget:
             return even
         return highest(scene, scene.question_mass(self.layers), scene.budget, even)
 
+    def settled(self, scene: SelectionScene) -> SelectionScene:
+        """Return the scene whose budget is what its coverage needs, or the scene itself where it asks for none."""
+        if scene.coverage is None:
+            return scene
+        mass = scene.question_mass(self.layers)
+        # Evenly spaced ones count as many as the largest budget has: of how many they are a share is not known yet.
+        return _WithBudget(scene, enough_tokens(scene, scene.coverage, mass, self._even(scene)), mass)
+
+    def _even(self, scene: SelectionScene) -> Tensor:
+        tokens = scene.spans[-1].stop - scene.spans[0].start
+        return evenly_spaced(scene, round(min(tokens / self._even_spacing, scene.budget * self._most_even)))
+
 
 class TwoRounds(ChosenOnce):
     """Half of the budget by the question's attention over the reused KV, the rest over the KV repaired by the first.
+
+    How large the budget is, a coverage settles before the first round.
 
     Args:
         first_share: part of the budget that the first round takes, the evenly spaced ones with it.
     """
 
     name = "two-rounds"
+    meets_coverage = True
 
     def __init__(self, first_share: float = 0.5) -> None:
         self._first = QuestionAttention()
@@ -57,6 +82,7 @@ class TwoRounds(ChosenOnce):
 
     def choose(self, scene: SelectionScene) -> Tensor:
         """Return the budget's positions."""
+        scene = self._first.settled(scene)
         first = self._first.choose(_WithBudget(scene, round(scene.budget * self._first_share)))
         if len(first) == 0 or len(first) == scene.budget:
             return first if len(first) else highest(scene, scene.question_mass(self._first.layers), scene.budget)
@@ -64,14 +90,25 @@ class TwoRounds(ChosenOnce):
 
 
 class _WithBudget:
-    """A scene with another budget."""
+    """A scene with another budget, which is spent whole.
 
-    def __init__(self, scene: SelectionScene, budget: int) -> None:
+    Args:
+        scene: the scene.
+        budget: the other budget.
+        mass: what the question attends to over the reused KV, where that is known.
+    """
+
+    coverage = None
+
+    def __init__(self, scene: SelectionScene, budget: int, mass: Tensor | None = None) -> None:
         self._scene = scene
+        self._mass = mass
         self.budget = budget
         self.spans = scene.spans
         self.device: torch.device = scene.device
 
     def question_mass(self, layers: LayerRange, repaired: Tensor | None = None) -> Tensor:
         """Return what the scene returns."""
+        if self._mass is not None and repaired is None:
+            return self._mass
         return self._scene.question_mass(layers, repaired)

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ragkit.kvcache.coverage import Coverage
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkSpan:
@@ -83,6 +85,11 @@ class SelectionScene(Protocol):
         ...
 
     @property
+    def coverage(self) -> Coverage | None:
+        """Where to stop before the budget, for selectors that can; None spends all of it."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where positions and scores lie."""
         ...
@@ -103,6 +110,11 @@ class TokenSelector(Protocol):
     @property
     def name(self) -> str:
         """The name in configurations and tables."""
+        ...
+
+    @property
+    def meets_coverage(self) -> bool:
+        """Whether it heeds a scene's `coverage`."""
         ...
 
     def choose(self, scene: SelectionScene) -> Tensor:
@@ -127,6 +139,8 @@ class TokenSelector(Protocol):
 class ChosenOnce:
     """Base of selectors that choose before the first layer and stay with it."""
 
+    meets_coverage = False
+
     def narrow(self, scene: SelectionScene, layer: int, chosen: Tensor, fresh: FreshRows) -> Tensor | None:
         """Return None: all of them stay."""
         return None
@@ -146,6 +160,21 @@ def worth_choosing(scene: SelectionScene) -> Tensor:
             runs.append((start, span.stop))
     parts = [torch.arange(start, stop, device=scene.device) for start, stop in runs]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=scene.device)
+
+
+def enough_tokens(scene: SelectionScene, coverage: Coverage, mass: Tensor, first: Tensor) -> int:
+    """Return the least number of tokens that meets `coverage`, exact chunks left out.
+
+    On a GPU the host waits for it, once a request: how many tokens go on is a shape, and depends on data.
+
+    Args:
+        scene: the prompt.
+        coverage: what is to be covered.
+        mass: (positions,) the question's attention.
+        first: ascending positions, of no exact chunk, that are taken before all others; these follow by mass.
+    """
+    wanted = worth_choosing(scene)
+    return coverage.tokens(mass[wanted], torch.searchsorted(wanted, first), scene.spans[-1].stop - scene.spans[0].start)
 
 
 def highest(scene: SelectionScene, scores: Tensor, budget: int, taken: Tensor | None = None) -> Tensor:

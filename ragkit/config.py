@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final, Literal
 
 from ragkit.errors import ConfigError
 
@@ -117,6 +118,12 @@ class SelectorName(StrEnum):
     CACHE_CRAFT = "cache-craft"
     QUESTION = "question"
     TWO_ROUNDS = "two-rounds"
+
+
+#: The ratio of a blend that each request finds for itself.
+AUTO: Final = "auto"
+#: The selectors that can: they know how much of the question's attention a token receives.
+AUTO_SELECTORS = (SelectorName.QUESTION, SelectorName.TWO_ROUNDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,15 +269,34 @@ class BlendConfig:
     """How reused chunks are blended. `auto` blends where the prompt holds at least `min_tokens` tokens of chunks.
 
     Below, full prefill is quick as well, and the bundled model's answers are sometimes lost at the default ratio.
+
+    `ratio` is the part of the chunks' tokens that is recomputed. With `auto` every request finds its own: tokens are
+    taken until they receive `auto_coverage` of the question's attention to chunks that are not exact already, so that
+    the rest of it, which falls on reused KV, is the error that is put up with; never less than `auto_least` nor more
+    than `auto_most` of the tokens.
     """
 
-    ratio: float = 0.15
+    ratio: float | Literal["auto"] = 0.15
     selector: SelectorName = SelectorName.QUESTION
     min_tokens: int = 2048
+    auto_coverage: float = 0.7
+    auto_least: float = 0.05
+    auto_most: float = 0.3
 
     def __post_init__(self) -> None:
-        _share("blend.ratio", self.ratio)
+        _share_or_auto("blend.ratio", self.ratio)
+        if self.ratio == AUTO and self.selector not in AUTO_SELECTORS:
+            raise ConfigError(
+                f"blend.ratio can be auto where blend.selector asks what the question looks at "
+                f"({' or '.join(AUTO_SELECTORS)}), got {str(self.selector)!r}: take one of these, or a number"
+            )
         _at_least("blend.min_tokens", self.min_tokens, 0)
+        _share("blend.auto_coverage", self.auto_coverage)
+        _share("blend.auto_most", self.auto_most)
+        if not 0 <= self.auto_least <= self.auto_most:
+            raise ConfigError(
+                f"blend.auto_least must lie in [0, blend.auto_most = {self.auto_most!r}], got {self.auto_least!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,3 +364,8 @@ def _at_least(name: str, value: int, low: int) -> None:
 def _share(name: str, value: float) -> None:
     if not (math.isfinite(value) and 0 <= value <= 1):
         raise ConfigError(f"{name} must lie in [0, 1], got {value!r}")
+
+
+def _share_or_auto(name: str, value: float | str) -> None:
+    if value != AUTO and (isinstance(value, str) or not (math.isfinite(value) and 0 <= value <= 1)):
+        raise ConfigError(f"{name} must lie in [0, 1] or be {AUTO}, got {value!r}")

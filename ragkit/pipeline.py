@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ragkit.config import PipelineConfig, SearchMode, Strategy
 from ragkit.errors import StoreError, StoreMissingError, UsageError
@@ -178,7 +178,7 @@ class Pipeline:
         *,
         k: int | None = None,
         strategy: Strategy | str | None = None,
-        ratio: float | None = None,
+        ratio: float | Literal["auto"] | None = None,
         filter: Mapping[str, MetadataValue] | None = None,
         document: str | None = None,
         system_prompt: str | None = None,
@@ -211,7 +211,7 @@ class Pipeline:
         *,
         k: int | None = None,
         strategy: Strategy | str | None = None,
-        ratio: float | None = None,
+        ratio: float | Literal["auto"] | None = None,
         filter: Mapping[str, MetadataValue] | None = None,
         document: str | None = None,
         system_prompt: str | None = None,
@@ -226,7 +226,7 @@ class Pipeline:
             question: what is asked.
             k: how many chunks are put before the model.
             strategy: how the prompt is prefilled: full, blend, or auto, which blends where that pays.
-            ratio: part of the chunks' tokens that blending computes anew.
+            ratio: part of the chunks' tokens that blending computes anew, or auto: as many as the question asks for.
             filter: metadata that a chunk's document must have; `uri` takes a glob.
             document: only this source or document, by URI.
             system_prompt: replaces the default instructions.

@@ -166,6 +166,7 @@ def _answered(
     from ragkit.answers.citations import cite
     from ragkit.generation.sampling import SamplingConfig
     from ragkit.generation.steps import GeneratedToken
+    from ragkit.kvcache.coverage import configured_ratio
 
     generation = options.generation
     built = engine.prompt_builder(generation.system_prompt).build(
@@ -180,7 +181,7 @@ def _answered(
     before_engine = clock.elapsed()
     pieces: list[str] = []
     finished: Finished | None = None
-    for step in engine.generate(built.prompt, sampling, prefill, options.blend.ratio):
+    for step in engine.generate(built.prompt, sampling, prefill, configured_ratio(options.blend)):
         if isinstance(step, GeneratedToken):
             clock.laps.setdefault("first_token", clock.elapsed())
         else:

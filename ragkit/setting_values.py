@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Callable
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from ragkit.errors import ConfigError
 
@@ -29,9 +30,12 @@ def convert(key: str, value: object, wanted: Any, origin: str) -> object:
         if isinstance(value, list | tuple):
             return tuple(convert(key, item, item_type, origin) for item in value)
     elif typing.get_origin(wanted) in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and types.NoneType in typing.get_args(wanted):
             return None
-        return convert(key, value, _without_none(wanted), origin)
+        return _first_that_fits(key, value, wanted, origin, convert)
+    elif typing.get_origin(wanted) is Literal:
+        if value in typing.get_args(wanted):
+            return value
     elif isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{key} must be {type_name(wanted)}, got {value!r} (set by {origin})")
@@ -44,7 +48,9 @@ def from_text(key: str, text: str, wanted: Any, origin: str) -> object:
         ConfigError: the text is no value of the type `wanted`.
     """
     if typing.get_origin(wanted) in (types.UnionType, typing.Union):
-        return None if text == "" else from_text(key, text, _without_none(wanted), origin)
+        if text == "" and types.NoneType in typing.get_args(wanted):
+            return None
+        return _first_that_fits(key, text, wanted, origin, from_text)
     if wanted is bool:
         word = text.strip().lower()
         return convert(key, True if word in _TRUE else False if word in _FALSE else text, bool, origin)
@@ -67,8 +73,11 @@ def type_name(wanted: Any) -> str:
     if typing.get_origin(wanted) is tuple:
         return "a list, each " + type_name(typing.get_args(wanted)[0])
     if typing.get_origin(wanted) in (types.UnionType, typing.Union):
-        return type_name(_without_none(wanted)) + ", or nothing"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[wanted]
+        return ", or ".join(type_name(item) for item in typing.get_args(wanted))
+    if typing.get_origin(wanted) is Literal:
+        return " or ".join(typing.get_args(wanted))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", types.NoneType: "nothing"}
+    return words[wanted]
 
 
 def to_text(value: object) -> str:
@@ -85,8 +94,14 @@ def to_text(value: object) -> str:
     return f'"{escaped}"'
 
 
-def _without_none(wanted: Any) -> Any:
-    kept = [item for item in typing.get_args(wanted) if item is not type(None)]
-    if len(kept) != 1:
-        raise TypeError(f"a setting has one type besides None, got {wanted}")
-    return kept[0]
+def _first_that_fits(
+    key: str, value: Any, union: Any, origin: str, converted: Callable[[str, Any, Any, str], object]
+) -> object:
+    """Return `value` as the first type of a union that it can be, or raise `ConfigError` naming them all."""
+    for wanted in typing.get_args(union):
+        if wanted is not types.NoneType:
+            try:
+                return converted(key, value, wanted, origin)
+            except ConfigError:
+                continue
+    raise ConfigError(f"{key} must be {type_name(union)}, got {value!r} (set by {origin})")

@@ -202,7 +202,29 @@ def test_kv_of_every_codec_and_context_gives_cold_and_warm_the_same_answer(
         assert reused(pipeline.query(QUESTIONS[0])) == (0, 5)
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
+def test_with_auto_each_question_finds_its_ratio_within_the_bounds(place: Path, engine: Engine) -> None:
+    blend = replace(CONFIG.blend, ratio="auto", auto_least=0.1, auto_most=0.6)
+    counts = []
+    for coverage in (0.0, 0.5, 1.0):
+        config = replace(CONFIG, blend=replace(blend, auto_coverage=coverage))
+        with open_blended(place, engine, config) as pipeline:
+            counts.append(pipeline.query(QUESTIONS[0]).tokens.recomputed)
+            least, most = (pipeline.query(QUESTIONS[0], ratio=bound).tokens.recomputed for bound in (0.1, 0.6))
+    assert least == counts[0] < counts[1] < counts[2] == most
+
+
+def test_auto_may_be_asked_of_one_question_where_the_selector_can(place: Path, engine: Engine) -> None:
+    with open_blended(place, engine, CONFIG) as pipeline:
+        least, most = (pipeline.query(QUESTIONS[0], ratio=bound).tokens.recomputed for bound in (0.05, 0.3))
+        assert least <= pipeline.query(QUESTIONS[0], ratio="auto").tokens.recomputed <= most
+    with (
+        open_blended(place, engine, replace(CONFIG, blend=BlendConfig(selector=SelectorName.FIRST))) as pipeline,
+        pytest.raises(ConfigError, match=r"blend\.ratio can be auto where .* got 'first'"),
+    ):
+        pipeline.query(QUESTIONS[0], ratio="auto")
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan"), "half"])
 def test_an_impossible_ratio_is_named(pipeline: Pipeline, ratio: float) -> None:
     with pytest.raises(ConfigError, match=r"blend\.ratio must lie in \[0, 1\]"):
         pipeline.query(QUESTIONS[0], ratio=ratio)

@@ -80,6 +80,12 @@ def test_a_named_file_replaces_the_one_in_the_working_folder(places: Places, tmp
     assert (retrieval.k, retrieval.candidates) == (8, 50)
 
 
+def test_a_ratio_of_a_file_is_a_number_or_auto_and_reads_back_as_written(places: Places) -> None:
+    for written in ("0.25", '"auto"'):
+        places.write(f"[blend]\nratio = {written}\n")
+        assert to_text(places.load().config.blend.ratio) == written
+
+
 def test_a_named_file_must_exist(places: Places) -> None:
     with pytest.raises(ConfigError, match=r"--config needs an existing TOML file, got 'gone\.toml'"):
         places.load(config_file=Path("gone.toml"))
@@ -115,6 +121,22 @@ def test_the_store_comes_from_the_environment_or_a_flag(places: Places) -> None:
             "ingest.include must be a list, each a text, got '*.md' (set by {path} line 2)",
         ),
         ("[ingest]\ninclude = [1]\n", "ingest.include must be a text, got 1 (set by {path} line 2)"),
+        ("[blend]\nratio = 'most'\n", "blend.ratio must be a number, or auto, got 'most' (set by {path} line 2)"),
+        ("[blend]\nratio = true\n", "blend.ratio must be a number, or auto, got True (set by {path} line 2)"),
+        ("[blend]\nratio = 2\n", "blend.ratio must lie in [0, 1] or be auto, got 2.0 (set by {path} line 2)"),
+        (
+            "[blend]\nratio = 'auto'\nauto_coverage = 1.5\n",
+            "blend.auto_coverage must lie in [0, 1], got 1.5 (set by {path} line 3)",
+        ),
+        (
+            "[blend]\nauto_least = 0.4\n",
+            "blend.auto_least must lie in [0, blend.auto_most = 0.3], got 0.4 (set by {path} line 2)",
+        ),
+        (
+            "[blend]\nratio = 'auto'\nselector = 'first'\n",
+            "blend.ratio can be auto where blend.selector asks what the question looks at (question or two-rounds), "
+            "got 'first': take one of these, or a number (set by {path} line 2 and {path} line 3)",
+        ),
         ("[retrieval]\nk = 0\n", "retrieval.k must be a whole number >= 1, got 0 (set by {path} line 2)"),
     ],
 )
@@ -144,6 +166,8 @@ def test_broken_toml_names_the_file_and_the_line(places: Places) -> None:
         ("RAGKIT_DEVICE", "cpu", "device", Device.CPU),
         ("RAGKIT_OFFLINE", "1", "offline", True),
         ("RAGKIT_OFFLINE", "Off", "offline", False),
+        ("RAGKIT_BLEND_RATIO", "0.2", "blend.ratio", 0.2),
+        ("RAGKIT_BLEND_RATIO", "auto", "blend.ratio", "auto"),
         ("RAGKIT_INGEST_EXCLUDE", "*.tmp, build/**", "ingest.exclude", ("*.tmp", "build/**")),
         ("RAGKIT_INGEST_EXCLUDE", "", "ingest.exclude", ()),
     ],
@@ -157,6 +181,7 @@ def test_an_environment_variable_sets_its_key(places: Places, name: str, text: s
     ("name", "text", "message"),
     [
         ("RAGKIT_RETRIEVAL_K", "many", "retrieval.k must be a whole number, got 'many' (set by RAGKIT_RETRIEVAL_K)"),
+        ("RAGKIT_BLEND_RATIO", "", "blend.ratio must be a number, or auto, got '' (set by RAGKIT_BLEND_RATIO)"),
         ("RAGKIT_OFFLINE", "maybe", "offline must be true or false, got 'maybe' (set by RAGKIT_OFFLINE)"),
         (
             "RAGKIT_GENERATION_MODLE",

@@ -14,6 +14,7 @@ from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.coverage import Coverage, Ratio
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import ContextKind, KVRecipe
 from ragkit.kvcache.kv_store import KVStore
@@ -35,12 +36,14 @@ class Variant:
 
     name: str
     selector: TokenSelector
-    ratio: float
+    ratio: Ratio
     propagation: Propagation = field(default_factory=Propagation)
 
     @property
     def label(self) -> str:
-        """The name and the ratio."""
+        """The name and the ratio, or what it covers."""
+        if isinstance(self.ratio, Coverage):
+            return f"{self.name} auto {self.ratio.share:g}"
         return f"{self.name} @ {self.ratio:g}"
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ragkit.bench.watch import Watch
-from ragkit.config import BlendConfig, KVConfig
+from ragkit.config import AUTO, BlendConfig, KVConfig
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.decoder import Decoder
@@ -27,6 +27,7 @@ from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.generation.strategy import PrefillRequest, PrefillResult, PrefillStrategy
 from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.coverage import configured_ratio
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import ContextKind, KVRecipe
 from ragkit.kvcache.kv_store import KVStore
@@ -189,11 +190,11 @@ class BlendSpeed:
         on_gpu = decoder.device.type == "cuda"
         self._memory = MemoryTier("ram", _UNBOUNDED, make_policy("lru"), page_locked=on_gpu)
         self._store = KVStore(codec, self._memory)
-        self._options = BlendOptions(blend.ratio, make_selector(blend.selector, decoder.config.num_layers))
+        self._options = BlendOptions(configured_ratio(blend), make_selector(blend.selector, decoder.config.num_layers))
         self._blend = BlendPrefill(self._store, self._chunks, self._options)
         blocks = max(_blocks(len(prompt)) + with_pool * _chunk_blocks(prompt) for prompt in prompts)
         self._pool = KVPool(decoder.layout, blocks + 1, decoder.device)
-        cold = blend.ratio if blend.ratio in ratios else sorted(ratios)[len(ratios) // 2]
+        cold = blend.ratio if blend.ratio != AUTO and blend.ratio in ratios else sorted(ratios)[len(ratios) // 2]
         self.sides = (
             FULL,
             *(Side(KVPlace.MEMORY, ratio) for ratio in ratios),

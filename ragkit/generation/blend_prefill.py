@@ -28,6 +28,7 @@ from ragkit.generation.strategy import PrefillRequest, PrefillResult
 from ragkit.generation.streamed_rows import StreamedChunks
 from ragkit.kvcache.chunk_kv import EncodedKV
 from ragkit.kvcache.codec import LayerKV
+from ragkit.kvcache.coverage import Coverage, Ratio, count_of, most_of
 from ragkit.kvcache.fetch import FetchReport
 from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.pool_tier import PinnedBlocks
@@ -42,17 +43,18 @@ class BlendOptions:
     """How chunks are blended; the defaults are what benchmarks/blend_quality.py supports.
 
     Attributes:
-        ratio: part of the chunks' tokens that is recomputed, from 0 (plain reuse) to 1 (equals full prefill).
+        ratio: part of the chunks' tokens that is recomputed, from 0 (plain reuse) to 1 (equals full prefill), or what
+            it must cover.
         selector: which tokens.
         propagation: how their change moves the others.
     """
 
-    ratio: float = 0.15
+    ratio: Ratio = 0.15
     selector: TokenSelector = field(default_factory=QuestionAttention)
     propagation: Propagation = field(default_factory=Propagation)
 
     def __post_init__(self) -> None:
-        require_ratio(self.ratio)
+        require_ratio(self.ratio, self.selector)
 
 
 class BlendPrefill:
@@ -76,12 +78,13 @@ class BlendPrefill:
 
         Raises:
             CacheCapacityError: the pool has too few free blocks.
-            ConfigError: the request's ratio is not from 0 to 1.
+            ConfigError: the request's ratio is not from 0 to 1, or is a coverage that the selector cannot meet.
         """
         layout = BlendLayout(request.prompt)
         if not layout.chunks:
             return FullPrefill().prefill(decoder, request)
-        ratio = self.options.ratio if request.ratio is None else require_ratio(request.ratio)
+        options = self.options
+        ratio = options.ratio if request.ratio is None else require_ratio(request.ratio, options.selector)
         request.kv.reserve(layout.num_tokens)
         clock = StepClock(decoder.device)
         spans = layout.spans(self.chunks.is_exact_behind(layout.prefix))
@@ -145,11 +148,12 @@ class BlendScene:
         inputs: BlendInputs,
         rows: RowSource,
         spans: Sequence[ChunkSpan],
-        ratio: float,
+        ratio: Ratio,
         propagation: Propagation,
     ) -> None:
         self.spans = tuple(spans)
-        self.budget = math.floor(ratio * (spans[-1].stop - spans[0].start) + 1e-9)
+        self.budget = count_of(most_of(ratio), spans[-1].stop - spans[0].start)
+        self.coverage = ratio if isinstance(ratio, Coverage) else None
         self.device = decoder.device
         self._decoder = decoder
         self._rotary = rotary
@@ -173,13 +177,19 @@ class BlendScene:
         return BlendPass(self._decoder, self._rotary, self, rows, self._inputs, self._propagation)
 
 
-def require_ratio(ratio: float) -> float:
+def require_ratio(ratio: Ratio, selector: TokenSelector) -> Ratio:
     """Return `ratio`.
 
     Raises:
-        ConfigError: it is not a number from 0 to 1.
+        ConfigError: it is neither a number from 0 to 1 nor a coverage that `selector` can meet.
     """
-    if not (math.isfinite(ratio) and 0 <= ratio <= 1):
+    if isinstance(ratio, Coverage):
+        if not selector.meets_coverage:
+            raise ConfigError(
+                f"the selector {selector.name} does not ask what the question looks at and can meet no coverage: "
+                "give it a ratio in [0, 1]"
+            )
+    elif not (math.isfinite(ratio) and 0 <= ratio <= 1):
         raise ConfigError(f"the ratio of recomputed tokens must lie in [0, 1], got {ratio!r}")
     return ratio
 

@@ -12,6 +12,7 @@ from ragkit.generation.engine import Engine
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef
 from ragkit.kvcache.codecs import encoding_seconds, make_codec
+from ragkit.kvcache.coverage import configured_ratio
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import ContextKind, KVRecipe
 from ragkit.kvcache.kv_store import KVStore
@@ -75,7 +76,7 @@ class Blending:
         controller = decides if kv.loading is LoadingMode.AUTO else None
         self.kv_store = KVStore(codec, memory, backing, pool=pool, controller=controller)
         selector = make_selector(blend.selector, decoder.config.num_layers)
-        self.prefill = BlendPrefill(self.kv_store, self.chunks, BlendOptions(blend.ratio, selector))
+        self.prefill = BlendPrefill(self.kv_store, self.chunks, BlendOptions(configured_ratio(blend), selector))
         self._store = store
         self._generation = -1
 

@@ -26,6 +26,7 @@ from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.generation.sampling import SamplingConfig
 from ragkit.generation.steps import Finished, GenerationStep
 from ragkit.generation.strategy import PrefillRequest, PrefillStrategy
+from ragkit.kvcache.coverage import Ratio
 from ragkit.kvcache.pool import BLOCK_SIZE, KVPool
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.models.chat_template import ChatTemplate
@@ -140,13 +141,14 @@ class Engine:
         prompt: Prompt,
         sampling: SamplingConfig | None = None,
         strategy: str | PrefillStrategy = "full",
-        ratio: float | None = None,
+        ratio: Ratio | None = None,
     ) -> Iterator[GenerationStep]:
         """Yield a `GeneratedToken` a token, and `Finished` at the end.
 
         `strategy` is one of `strategies` by name, or any other. `ratio` is the part of reused tokens that is
-        recomputed, for strategies that reuse; None is the strategy's own. `sampling.max_new_tokens` is cut to what the
-        window leaves. The request's blocks are free again when the iterator ends or is closed.
+        recomputed, or what that must cover, for strategies that reuse; None is the strategy's own.
+        `sampling.max_new_tokens` is cut to what the window leaves. The request's blocks are free again when the
+        iterator ends or is closed.
 
         Raises:
             GenerationError: the prompt is empty or fills the window, or the strategy is unknown.

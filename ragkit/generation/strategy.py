@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ragkit.generation.decoder import Decoder
 from ragkit.kernels.host_copy import to_device
+from ragkit.kvcache.coverage import Ratio
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.types import KVUse, Prompt
@@ -26,13 +27,14 @@ class PrefillRequest:
         kv: the request's empty KV state. The strategy lists or writes a row for every prompt token and sets
             `num_tokens`.
         rotary: the request's rotary table, long enough for prompt and answer.
-        ratio: part of the reused tokens to recompute, for strategies that do so; None is the strategy's own.
+        ratio: part of the reused tokens to recompute, or what that must cover, for strategies that do so; None is the
+            strategy's own.
     """
 
     prompt: Prompt
     kv: RequestKV
     rotary: RotaryTable
-    ratio: float | None = None
+    ratio: Ratio | None = None
 
     def token_ids(self) -> Tensor:
         """Return (tokens,) int64, the prompt's ids on the device of its rows; the host does not wait for the copy."""

@@ -7,6 +7,7 @@ import pytest
 from ragkit.bench.answer_distance import ANSWER_TOKENS, AnswerScorer
 from ragkit.bench.blend_quality import NO_PROPAGATION, PLAIN_REUSE, BlendQuality, Variant
 from ragkit.generation.full_prefill import FullPrefill
+from ragkit.kvcache.coverage import Coverage
 from ragkit.kvcache.kv_key import ContextKind
 from ragkit.kvcache.selectors_question import QuestionAttention
 from ragkit.kvcache.selectors_static import Everything
@@ -37,6 +38,14 @@ def test_the_share_recomputed_is_that_of_the_chunks_tokens(engine, scorer, promp
     found = quality(engine, scorer).score(prompt_of(0), [PLAIN_REUSE, EVERYTHING, QUARTER])
     shares = [one.recomputed for one in found.values()]
     assert shares == pytest.approx([0, 1, 0.25], abs=0.01)
+
+
+def test_a_ratio_that_the_prompt_finds_is_named_by_what_it_covers(engine, scorer, prompt_of):
+    auto = [Variant("question", QuestionAttention(), Coverage(share, 0.05, 0.5)) for share in (0.5, 1.0)]
+    found = quality(engine, scorer).score(prompt_of(0), auto)
+    assert list(found) == ["question auto 0.5", "question auto 1"]
+    assert 0.05 <= found["question auto 0.5"].recomputed < found["question auto 1"].recomputed
+    assert found["question auto 1"].recomputed == pytest.approx(0.5, abs=0.01)
 
 
 def test_plain_reuse_is_measured_the_same_way_whatever_the_codec_and_context(engine, scorer, prompt_of):

@@ -112,6 +112,14 @@ def test_what_the_configured_ratio_gives_is_said_in_short(bench, store):
     )
 
 
+def test_a_ratio_that_each_question_finds_is_no_figure_in_short(bench, store, monkeypatch):
+    monkeypatch.setenv("RAGKIT_BLEND_RATIO", "auto")
+    code, out, err = bench("--store", store, *QUICK)
+    assert (code, err) == (0, "")
+    assert "blend 10%" in out
+    assert "In short" not in out
+
+
 def test_one_part_alone_is_measured(bench, store):
     assert "How soon" not in bench("--store", store, *QUICK, "--only", "quality")[1]
     assert "How near" not in bench("--store", store, *QUICK, "--only", "speed")[1]

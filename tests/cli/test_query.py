@@ -113,7 +113,7 @@ def test_what_was_reused_is_said_in_a_line_of_its_own(run, world):
     kv = KVUse(hits=3, misses=1, bytes_by_tier={"ram": 1_200_000, "disk": 2_500_000})
     world.answer = replace(world.answer, tokens=TokenUsage(200, 150, 50, 5), kv=kv)
     assert run("query", "q").err.splitlines()[1] == (
-        "150 prompt tokens reused; KV of chunks: 3 found (1.2 MB from ram, 2.5 MB from disk), 1 computed"
+        "150 prompt tokens reused, 50 recomputed; KV of chunks: 3 found (1.2 MB from ram, 2.5 MB from disk), 1 computed"
     )
     world.answer = replace(world.answer, kv=KVUse(recomputed=4))
     line = run("query", "q").err.splitlines()[1]
@@ -121,9 +121,25 @@ def test_what_was_reused_is_said_in_a_line_of_its_own(run, world):
     assert run("query", "q", "-q").err == ""
 
 
-@pytest.mark.parametrize("ratio", ["1.5", "-1", "half"])
-def test_an_impossible_ratio_is_wrong_usage(run, ratio):
-    assert run("query", "q", "--ratio", ratio).code == 2
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [
+        ("1.5", "blend.ratio must lie in [0, 1] or be auto, got 1.5 (set by --ratio)"),
+        ("-1", "blend.ratio must lie in [0, 1] or be auto, got -1.0 (set by --ratio)"),
+        ("nan", "blend.ratio must lie in [0, 1] or be auto, got nan (set by --ratio)"),
+        ("half", "--ratio takes a number from 0 to 1 or auto, got 'half'"),
+        ("Auto", "--ratio takes a number from 0 to 1 or auto, got 'Auto'"),
+    ],
+)
+def test_an_impossible_ratio_is_wrong_usage(run, ratio, said):
+    done = run("query", "q", "--ratio", ratio)
+    assert done.code == 2
+    assert done.err.splitlines() == [f"error: {said}"]
+
+
+def test_the_ratio_may_be_left_to_each_question(run, world):
+    run("query", "q", "--ratio", "auto")
+    assert world.configs[0].blend.ratio == "auto"
 
 
 def test_every_option_reaches_the_configuration(run, world):

@@ -15,6 +15,7 @@ from ragkit.generation.reused_rows import BlendLayout, ReusedRows
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.generation.strategy import PrefillRequest
 from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.coverage import Coverage
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import ContextKind, KVRecipe
 from ragkit.kvcache.kv_store import KVStore
@@ -459,6 +460,52 @@ def test_an_impossible_ratio_is_refused(llama, ratio):
     bench = Bench(llama)
     with pytest.raises(ConfigError, match=r"must lie in \[0, 1\]"):
         bench.run(BlendPrefill(bench.store, bench.chunks), ratio=ratio)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("selector", [QuestionAttention(), TwoRounds()], ids=["question", "two rounds"])
+def test_a_coverage_gives_what_the_ratio_of_as_many_tokens_does(llama, selector):
+    bench, shares = Bench(llama), (0.3, 0.6, 0.9)
+    found = [bench.blend(ratio=Coverage(share, 0.05, 0.8), selector=selector) for share in shares]
+    counts = [result.recomputed - len(ENDING) for result, _ in found]
+    assert 6 <= counts[0] < counts[1] < counts[2] <= 104
+    for count, (result, rows) in zip(counts, found, strict=True):
+        fixed, expected = bench.blend(ratio=count / 130, selector=selector)
+        assert torch.equal(result.logits, fixed.logits)
+        assert result.recomputed == fixed.recomputed
+        _close(rows, expected, 0)
+
+
+@torch.inference_mode()
+def test_a_coverage_leaves_no_more_of_the_questions_attention_than_it_says(llama):
+    bench = Bench(llama)
+    with RequestKV(bench.pool) as kv:
+        scene, _ = bench.scene(kv, ratio=Coverage(0.75, 0.0, 1.0))
+        chosen = QuestionAttention().choose(scene)
+        mass = scene.question_mass(QuestionAttention().layers)
+    worth = mass[52:142]  # the first chunk is exact
+    assert int(chosen.min()) >= 52
+    assert float(worth.sum() - mass[chosen].sum()) <= 0.25 * float(worth.sum())
+    assert float(worth.sum() - mass[chosen].sum() + mass[chosen].min()) > 0.2 * float(worth.sum())
+
+
+def test_a_request_may_ask_for_a_coverage_and_the_bounds_hold(llama):
+    bench = Bench(llama)
+    strategy = BlendPrefill(bench.store, bench.chunks)
+    for coverage, count in ((Coverage(0.0, 0.1, 0.5), 13), (Coverage(1.0, 0.1, 0.5), 65)):
+        result, _ = bench.run(strategy, ratio=coverage)
+        assert result.recomputed - len(ENDING) == count
+        fixed, _ = bench.run(strategy, ratio=count / 130)
+        assert torch.equal(result.logits, fixed.logits)
+
+
+@pytest.mark.parametrize("name", ["first", "random", "values", "gradual", "cache-craft"])
+def test_a_coverage_is_refused_where_the_selector_does_not_ask_the_question(llama, name):
+    coverage, bench = Coverage(0.7, 0.05, 0.3), Bench(llama)
+    with pytest.raises(ConfigError, match="can meet no coverage: give it a ratio"):
+        BlendOptions(coverage, SELECTORS[name])
+    with pytest.raises(ConfigError, match="can meet no coverage: give it a ratio"):
+        bench.run(BlendPrefill(bench.store, bench.chunks, BlendOptions(0.2, SELECTORS[name])), ratio=coverage)
 
 
 def test_strength_by_evidence_is_full_for_smooth_changes_and_none_for_noise(llama):

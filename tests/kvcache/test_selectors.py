@@ -3,6 +3,10 @@ import math
 import pytest
 import torch
 
+from ragkit.config import AUTO_SELECTORS, BlendConfig, SelectorName
+from ragkit.errors import ConfigError
+from ragkit.kvcache.coverage import Coverage, count_of
+from ragkit.kvcache.selectors import make_selector
 from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf, GradualFiltering
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, NoTokens, RandomTokens
@@ -22,8 +26,9 @@ class Scene:
 
     device = torch.device("cpu")
 
-    def __init__(self, budget, sizes=(10, 20, 30), first_is_exact=True, mass=None):
-        self.budget = budget
+    def __init__(self, budget, sizes=(10, 20, 30), first_is_exact=True, mass=None, coverage=None):
+        self.budget = budget if coverage is None else count_of(coverage.most, sum(sizes))
+        self.coverage = coverage
         starts = [5 + sum(sizes[:index]) for index in range(len(sizes))]
         self.spans = [
             ChunkSpan(start, start + size, first_is_exact and index == 0)
@@ -171,3 +176,59 @@ def test_filtering_narrows_layer_by_layer_and_spends_the_budget_on_average(num_l
 def test_the_highest_scores_may_be_negative():
     scores = -torch.arange(69.0)
     assert highest(Scene(3), scores, 3).tolist() == [15, 16, 17]
+
+
+def _covering(share, least=0.0, most=1.0, **scene):
+    return Scene(None, coverage=Coverage(share, least, most), **scene)
+
+
+@pytest.mark.parametrize("name", ["question", "two rounds"])
+@pytest.mark.parametrize("count", [4, 9, 20, 50])
+def test_bounds_that_meet_choose_what_a_fixed_budget_does(name, count):
+    auto, fixed = _covering(0.7, count / 60, count / 60), Scene(count)
+    assert ALL[name].choose(auto).tolist() == ALL[name].choose(fixed).tolist()
+
+
+@pytest.mark.parametrize("name", ["question", "two rounds"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_what_covers_is_what_a_fixed_budget_of_that_many_chooses(name, share):
+    auto = _covering(share)
+    chosen = ALL[name].choose(auto).tolist()
+    assert 5 < len(chosen) < 50
+    assert chosen == ALL[name].choose(Scene(len(chosen))).tolist()
+    assert auto.asked.count(None) == 1  # one pass over the reused KV settles the number and chooses
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.8, 0.95])  # of so many that evenly spaced ones are no fixed part
+def test_the_chosen_cover_the_share_and_one_token_fewer_would_not(share):
+    mass = torch.rand(5009, generator=torch.Generator().manual_seed(3)) ** 4
+    sizes = (1000, 1500, 2500)
+    chosen = QuestionAttention().choose(_covering(share, mass=mass, sizes=sizes))
+    total = float(mass[1005:5005].double().sum())
+    assert int(chosen.min()) >= 1005
+    assert float(mass[chosen].double().sum()) >= share * total
+    fewer = QuestionAttention().choose(Scene(len(chosen) - 1, mass=mass, sizes=sizes))
+    assert float(mass[fewer].double().sum()) < share * total
+
+
+def test_the_attention_to_an_exact_chunk_does_not_count():
+    mass = torch.rand(69, generator=torch.Generator().manual_seed(5))
+    counts = []
+    for there in (0.0, 1.0, 100.0):
+        mass[:15] = there  # the prefix and the exact chunk
+        counts.append(len(QuestionAttention().choose(_covering(0.6, mass=mass))))
+    assert counts[0] == counts[1] == counts[2] < 50
+    assert len(QuestionAttention().choose(_covering(0.6, mass=mass, first_is_exact=False))) < counts[0]
+
+
+def test_nothing_is_spent_where_every_chunk_is_exact():
+    assert QuestionAttention().choose(_covering(0.7, 0.1, 0.3, sizes=(60,))).tolist() == []
+    assert TwoRounds().choose(_covering(0.7, 0.1, 0.3, sizes=(60,))).tolist() == []
+
+
+def test_only_selectors_that_ask_the_question_meet_a_coverage():
+    for name in SelectorName:
+        assert make_selector(name, 4).meets_coverage == (name in AUTO_SELECTORS)
+        if name not in AUTO_SELECTORS:
+            with pytest.raises(ConfigError, match=rf"question or two-rounds\), got '{name}': take one of these"):
+                BlendConfig(ratio="auto", selector=name)
