@@ -18,9 +18,8 @@ from ragkit.chunking.segmenter import RuleSegmenter, SentenceSegmenter
 from ragkit.chunking.words import WordCounter, word_starts
 from ragkit.types import Chunk, Document
 
-_RULES_VERSION = 1  # raised when the cuts change
-_AHEAD = 256  # characters behind the cap that tell whether a sentence ends before it
-_NEAR = 500  # characters before the cap in which a sentence or word is looked for first
+_RULES_VERSION = 2  # raised when the cuts change
+_NEAR = 192  # characters before the cap, the segmenter's context aside, in which a sentence is looked for first
 _UNSURE = 60  # of these, the first ones: what stands before them is not seen, and tells a title or an abbreviation
 _CLUSTER = 64  # a grapheme cluster longer than this may be cut
 
@@ -123,7 +122,7 @@ class CharacterChunker:
 
     def _last_local(self, text: str, kind: Boundary, above: int, limit: int) -> int | None:
         """Return the last sentence or word that opens in (above, limit], looked for near the limit first."""
-        near = limit - _NEAR
+        near = limit - _NEAR - self._segmenter.context
         if near - _UNSURE > above:
             found = self._local(text, kind, near, limit)
             if found and found[-1] > near + _UNSURE:
@@ -133,7 +132,7 @@ class CharacterChunker:
 
     def _local(self, text: str, kind: Boundary, start: int, limit: int) -> list[int]:
         """Return the sentences or words that open in (start, limit], found in this stretch alone."""
-        stretch = text[start : limit + _AHEAD]
+        stretch = text[start : limit + self._segmenter.context]
         if kind is Boundary.WORD:
             found = word_starts(stretch[: limit - start + 2])
         else:

@@ -37,6 +37,8 @@ class SatSegmenter:
         MissingExtraError: wtpsplit-lite is not installed.
     """
 
+    context = 256
+
     def __init__(self, folder: Path, threshold: float) -> None:
         missing = [name for name in _FILES if not (folder / name).is_file()]
         if missing:

@@ -18,6 +18,11 @@ class SentenceSegmenter(Protocol):
         """Changes with everything that changes the boundaries; empty for the rules."""
         ...
 
+    @property
+    def context(self) -> int:
+        """Code points behind a place that tell whether a sentence starts there."""
+        ...
+
     def starts(self, text: str) -> list[int]:
         """Return the offset of the first code point of each sentence of `text`, ascending; the first is 0."""
         ...
@@ -27,6 +32,7 @@ class RuleSegmenter:
     """Finds sentences by the rules of `ragkit.chunking.sentences`."""
 
     fingerprint = ""
+    context = 64  # what may open a sentence, and the word behind it
 
     def starts(self, text: str) -> list[int]:
         """Return where sentences start."""

@@ -16,11 +16,15 @@ _CLOSERS = "\"'”’»›)\\]}」』）】》〉"
 _OPENERS = "\"'“‘«‹([{「『（【《〈¿¡*_"
 _CJK_STOPS = "。！？｡"
 
+# One class first, which the engine skips to as fast as it can; the branches then ask which of its kinds was found.
+_STOPS, _BREAKS = ".!?…‽؟۔।", r"\n\r\x0c\x85\u2028\u2029"
 _CANDIDATE = re.compile(
     rf"""
-      (?P<stop>(?<![.!?…‽؟۔।])[.!?…‽؟۔।]++[{_CLOSERS}]*+(?:\[\w{{1,4}}\])*+)(?P<space>\s++)
-    | [{_CJK_STOPS}]++[{_CLOSERS}]*+\s*+
-    | [\n\r\x0c\x85\u2028\u2029]\s*+
+    [{_STOPS}{_CJK_STOPS}{_BREAKS}]
+    (?: (?<=[{_STOPS}])(?<![{_STOPS}]{{2}})[{_STOPS}]*+[{_CLOSERS}]*+(?:\[\w{{1,4}}\])*+(?P<space>\s++)
+      | (?<=[{_CJK_STOPS}])[{_CJK_STOPS}]*+[{_CLOSERS}]*+\s*+
+      | (?<=[{_BREAKS}])\s*+
+    )
     """,
     re.VERBOSE,
 )
@@ -84,16 +88,15 @@ def sentence_starts(text: str) -> list[int]:
 
 
 def _ends_sentence(text: str, sentence_start: int, match: re.Match[str]) -> bool:
-    if match["stop"] is None:
+    space = match["space"]
+    if space is None:
         gap = match.group()
         return gap[0] in _CJK_STOPS or _line_ends(text, sentence_start, match.start(), gap, match.end())
-    space = match["space"]
     if _BLANK_LINE.search(space):
         return True
     if not _can_open(text, match.end()):
         return False
-    stop = match["stop"]
-    if stop[0] == "." and stop[1:2] not in (".", "!", "?"):
+    if text[match.start()] == "." and text[match.start() + 1] not in ".!?":
         return not _is_abbreviation(text, sentence_start, match.start(), match.end())
     return True
 
