@@ -118,7 +118,7 @@ class StandaloneAttention:
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Return the attention output, as `Attend` says."""
         if self._keep:
-            self.kept.append((keys.clone(), values.clone()))
+            self.keep_rows(keys, values)
         if self._past:
             earlier_keys, earlier_values = self._past[layer]
             keys, values = torch.cat((earlier_keys, keys)), torch.cat((earlier_values, values))
@@ -126,6 +126,10 @@ class StandaloneAttention:
         rotated = self._rotary.rotate(keys, positions)
         queries = self._rotary.rotate(queries, positions[len(keys) - len(queries) :])
         return causal_attention(queries, rotated, values, self._scale)
+
+    def keep_rows(self, keys: Tensor, values: Tensor) -> None:
+        """Keep the rows of the next layer, which may be all that is wanted of it."""
+        self.kept.append((keys.clone(), values.clone()))
 
 
 def _masked_blocks(queries: Tensor, keys: Tensor, values: Tensor, scale: float, grouped: bool) -> Tensor:

@@ -424,6 +424,17 @@ def test_filtering_layer_by_layer_counts_what_each_layer_computed(llama):
     assert blend.row_layers == 130 + 130 + 26
 
 
+def test_the_rows_of_a_chunk_take_one_layer_less_than_the_model_has(llama, monkeypatch):
+    bench = Bench(llama)
+    ref = bench.chunks.ref(CHUNKS[0])
+    completed = []
+    complete = llama.complete
+    monkeypatch.setattr(llama, "complete", lambda layer, *rest: completed.append(layer) or complete(layer, *rest))
+    (computed,) = bench.chunks.compute([ref])
+    assert len(computed.layers) == 3
+    assert sorted(set(completed)) == [0, 1]
+
+
 @pytest.mark.parametrize("kind", [ContextKind.ISOLATED, ContextKind.NEIGHBOURS])
 @torch.inference_mode()
 def test_chunks_are_computed_behind_what_their_context_says(llama, kind):
