@@ -20,11 +20,21 @@ class Source:
 
 
 class Compiled:
+    """A compiled kernel with what Triton's launcher takes: `launches` is what was asked of it, `heard` by `[grid]`."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, launches):
         self.launches = launches
 
+    def run(self, *given):
+        grid, (stream, function, metadata, *for_listeners), arguments = given[:3], given[3:9], given[9:]
+        assert (stream, function, metadata) == ("stream of 0", "function", "metadata")
+        assert for_listeners == [None, None, None]
+        self.launches.append((grid, arguments))
+
     def __getitem__(self, grid):
-        return lambda *arguments: self.launches.append((grid, arguments))
+        return lambda *arguments: self.launches.append(("heard", grid, arguments))
 
 
 class OnGPU(torch.Tensor):
@@ -40,6 +50,9 @@ def _kernel(pointer, count, step, scale, WIDE, BLOCK):
 def kernel(monkeypatch):
     source = Source()
     monkeypatch.setattr(launched, "jit", lambda function, **options: source)
+    monkeypatch.setattr(launched, "_current_stream", "stream of {}".format)
+    if not launched.TRITON_INSTALLED:
+        monkeypatch.setattr(launched, "_is_watched", lambda: False)
     return LaunchedKernel(_kernel, ("count",)), source
 
 
@@ -76,6 +89,26 @@ def test_what_triton_would_compile_anew_is_bound_anew(kernel, arguments, constan
     usual = {"BLOCK": 64, "WIDE": True, "num_warps": 4}
     launch[(3,)](_pointer(), 5, 16, 0.5, **usual)
     launch[(3,)](*arguments, **(usual | constants))
+    assert len(source.bound) == 2
+
+
+@pytest.mark.skipif(not launched.TRITON_INSTALLED, reason="Triton is not installed")
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_while_a_profiler_listens_launches_go_the_way_that_tells_it(kernel, hook, monkeypatch):
+    launch, source = kernel
+    for _ in range(2):
+        launch[(3,)](_pointer(), 5, 16, 0.5, BLOCK=64, WIDE=True)
+    monkeypatch.setattr(launched.knobs.runtime, hook, lambda metadata: None)
+    launch[(3,)](_pointer(), 5, 16, 0.5, BLOCK=64, WIDE=True)
+    monkeypatch.setattr(launched.knobs.runtime, hook, None)
+    launch[(3,)](_pointer(), 5, 16, 0.5, BLOCK=64, WIDE=True)
+    assert [len(entry) for entry in source.launches] == [2, 3, 2]
+
+
+def test_tensors_of_one_type_and_alignment_share_a_kernel(kernel):
+    launch, source = kernel
+    for pointer in (_pointer(), _pointer(), _pointer(offset=1), _pointer(offset=1)):
+        launch[(3,)](pointer, 5, 16, 0.5, BLOCK=64, WIDE=True)
     assert len(source.bound) == 2
 
 
