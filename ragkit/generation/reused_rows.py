@@ -18,8 +18,11 @@ from ragkit.types import Prompt, Segment
 class BlendLayout:
     """How a prompt is divided: prefix | chunks | ending. The ending, where the question is, is always computed.
 
+    A prompt that ends with a chunk has that chunk as its ending: logits follow from the last token.
+
     Attributes:
-        chunks: the segments of the chunks that stand behind each other right after the prefix.
+        chunks: the segments of the chunks that stand behind each other right after the prefix; none where they hold no
+            token.
         prefix: token ids before the first chunk.
         first, stop: the chunks' positions are `first` up to `stop`.
         num_tokens: tokens of the whole prompt.
@@ -29,7 +32,10 @@ class BlendLayout:
         segments = prompt.segments
         begin = next((index for index, one in enumerate(segments) if one.chunk_id is not None), len(segments))
         end = next((index for index in range(begin, len(segments)) if segments[index].chunk_id is None), len(segments))
-        self.chunks: tuple[Segment, ...] = segments[begin:end]
+        while end > begin and not any(one.token_ids for one in segments[end:]):
+            end -= 1
+        chunks = segments[begin:end]
+        self.chunks: tuple[Segment, ...] = chunks if any(one.token_ids for one in chunks) else ()
         self.prefix = tuple(token for one in segments[:begin] for token in one.token_ids)
         self.first = len(self.prefix)
         self.stop = self.first + sum(len(one.token_ids) for one in self.chunks)

@@ -540,3 +540,24 @@ def test_a_pass_holds_no_state_of_the_one_before(llama):
     assert torch.equal(first.logits, again.logits)
     for one, other in zip(rows, same, strict=True):
         assert torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize("behind", [(), (Segment(()),)], ids=["nothing", "an empty segment"])
+def test_logits_are_those_of_the_last_token_where_a_prompt_ends_with_a_chunk(llama, behind):
+    bench = Bench(llama)
+    prompt = Prompt((Segment(PREFIX), *CHUNKS, *behind))
+    behind_the_prefix = Prompt((Segment(PREFIX), CHUNKS[0], *behind))
+    for ratio in (0.0, 0.3, 1.0):
+        result, _ = bench.blend(prompt, ratio=ratio)
+        assert result.recomputed >= len(CHUNKS[-1].token_ids)
+        result, _ = bench.blend(behind_the_prefix, ratio=ratio)
+        torch.testing.assert_close(result.logits, bench.run(FullPrefill(), behind_the_prefix)[0].logits)
+    result, _ = bench.blend(prompt, ratio=1.0)
+    torch.testing.assert_close(result.logits, bench.run(FullPrefill(), prompt)[0].logits, rtol=0, atol=1e-3)
+
+
+def test_chunks_without_a_token_are_prefilled_like_none(llama):
+    bench = Bench(llama)
+    prompt = Prompt((Segment(PREFIX), Segment((), "empty"), Segment(ENDING)))
+    result, _ = bench.blend(prompt, selector=RandomTokens())
+    torch.testing.assert_close(result.logits, bench.run(FullPrefill(), prompt)[0].logits)
