@@ -30,18 +30,21 @@ class Assembler:
         self._max_tokens = max_tokens
         self._broken: list[int] = []  # starts of the grapheme clusters that had to be cut
 
-    def counted(self, document: Document, spans: Sequence[Span], covered: int = 0) -> list[CountedSpan]:
+    def counted(
+        self, document: Document, spans: Sequence[Span], covered: int = 0, known: Sequence[int | None] = ()
+    ) -> list[CountedSpan]:
         """Return (start, stop, tokens) spans under the cap that cover what `spans` cover, in order.
 
         Args:
             document: whose text the spans are offsets of.
             spans: ascending spans that go on from `covered` without gaps; they may overlap the one before.
             covered: up to where the text belongs to an earlier chunk.
+            known: the tokens of each span where the words told them exactly, None where they did not.
 
         Raises:
             ChunkingError: one code point alone has more tokens than the cap.
         """
-        counts = self._counts(document.text, spans)
+        counts = self._true_counts(document.text, spans, known)
         result: list[CountedSpan] = []
         self._broken = []
         for (start, stop), count in zip(spans, counts, strict=True):
@@ -72,6 +75,11 @@ class Assembler:
                 token_count=count,
                 page=document.page_at(start),
             )
+
+    def _true_counts(self, text: str, spans: Sequence[Span], known: Sequence[int | None]) -> list[int]:
+        unknown = [span for span, count in zip(spans, known, strict=True) if count is None] if known else spans
+        counted = iter(self._counts(text, unknown))
+        return [next(counted) if count is None else count for count in known] if known else list(counted)
 
     def _counts(self, text: str, spans: Sequence[Span]) -> list[int]:
         return self._tokenizer.count_batch([text[start:stop] for start, stop in spans])

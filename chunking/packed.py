@@ -10,7 +10,7 @@ from ragkit.chunking.assembly import Assembler, Span
 from ragkit.chunking.boundaries import Boundary, boundary_offsets
 from ragkit.chunking.packing import Level, level_of, pack, piece_level, word_level
 from ragkit.chunking.segmenter import RuleSegmenter, SentenceSegmenter
-from ragkit.chunking.words import WordCounter
+from ragkit.chunking.words import WordCounter, Words
 from ragkit.types import Chunk, Document, TextTokenizer
 
 _RULES_VERSION = 1  # raised when the cuts change
@@ -70,36 +70,39 @@ class PackedChunker:
     def iter_chunks(self, document: Document) -> Iterator[Chunk]:
         """Yield the chunks of `document` one window at a time, for texts whose chunks should not all be held."""
         covered = index = 0
-        for spans in self._windows(document.text):
-            counted = self._assembler.counted(document, spans, covered)
+        for spans, known in self._windows(document.text):
+            counted = self._assembler.counted(document, spans, covered, known)
             yield from self._assembler.chunks(document, counted, index)
             covered = spans[-1][1]
             index += len(counted)
 
-    def _windows(self, text: str) -> Iterator[list[Span]]:
+    def _windows(self, text: str) -> Iterator[tuple[list[Span], list[int | None]]]:
+        """Yield the spans of window after window, and their tokens where the words tell them exactly."""
         begin = covered = 0
         size = self._window
         while covered < len(text):
             window = text[begin : begin + size]
             last = begin + len(window) == len(text)
             settled = len(window) + 1 if last else len(window) - _SETTLED
+            words = self._counter.measure(window)
             spans: list[Span] = []
+            first = begin
             for start, stop, reach in pack(
-                self._levels(window), self._max_tokens, self._overlap_tokens, covered - begin
+                self._levels(window, words), self._max_tokens, self._overlap_tokens, covered - begin
             ):
                 if reach > settled:
                     begin += start
                     break
-                spans.append((begin + start, begin + stop))
+                spans.append((start, stop))
             if spans:
-                covered = spans[-1][1]
+                covered = first + spans[-1][1]
                 size = self._window
-                yield spans
+                known = words.true_counts(window, spans)
+                yield [(first + start, first + stop) for start, stop in spans], known
             else:
                 size *= 2  # not one chunk fits in: the cap is large
 
-    def _levels(self, text: str) -> list[Level]:
-        words = self._counter.measure(text)
+    def _levels(self, text: str, words: Words) -> list[Level]:
         levels = [
             word_level(words)
             if kind is Boundary.WORD

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +28,23 @@ _CJK_WORD = re.compile(
     rf"\s*[\n\r\x0c\x85\u2028\u2029]|\s?[^\s{_CJK_STOPS}]*+[{_CJK_STOPS}]++[\"'”’»›)\]}}」』）】》〉]*+"
     r"|\s?\S+|\s+(?!\S)|\s"
 )
+# White space for Python, and none, or nothing at all, for tokenizers.
+_NO_SPACE = re.compile(r"[\x0b\x0c\x1c-\x1f\x85]")
 _LONGEST = 32  # longer words (URLs, base64, scripts without spaces) are cut into pieces
 _LONGEST_NON_ASCII = 24  # the same for words with other characters, which have more tokens each
 _GRAPHEMES_A_PIECE = 6
 _REMEMBERED = 200_000
 _ANY_WORD = "a"
+
+
+@runtime_checkable
+class AdditiveTokenizer(Protocol):
+    """What a `TextTokenizer` may say of itself, so that texts need not be tokenised again to be counted."""
+
+    @property
+    def words_add_up(self) -> bool:
+        """Whether a text has as many tokens as its words, cut at white space, have together, and white space none."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +55,34 @@ class Words:
         starts: (pieces + 1,) offset of each piece; the last entry is the length of the text.
         tokens: (pieces + 1,) estimated tokens before each piece; the last entry is the total.
         opens_word: (pieces,) False for the second and later pieces of a word that was too long.
+        blank: (pieces + 1,) pieces of white space before each piece, where the tokenizer's words add up, so that the
+            others' estimates are exact and the true tokens of these are 0; None where the estimates are all there is.
     """
 
     starts: Offsets
     tokens: Offsets
     opens_word: NDArray[np.bool_]
+    blank: Offsets | None = None
+
+    def true_counts(self, text: str, spans: Sequence[tuple[int, int]]) -> list[int | None]:
+        """Return the tokens of each span of `text`, whose words these are; None where they are not known exactly."""
+        if self.blank is None:
+            return [None] * len(spans)
+        exact = self.tokens - self.blank
+        # A word in pieces has another number of tokens than its pieces together.
+        torn = np.zeros(len(self.starts), dtype=np.int64)
+        np.cumsum(~self.opens_word, out=torn[1:])
+        edges = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
+        pieces = np.searchsorted(self.starts, edges, side="right") - 1
+        first, last = pieces[:, 0], pieces[:, 1]
+        counts = (exact[last] - exact[first]).tolist()
+        behind = self.starts[pieces].tolist()
+        # Neither a torn word within nor one that an edge goes through; white space may be parted.
+        whole = (torn[np.minimum(last + 1, len(torn) - 1)] == torn[first]).tolist()
+        return [
+            count if known and _blank(text, start_piece, start) and _blank(text, stop_piece, stop) else None
+            for count, known, (start, stop), (start_piece, stop_piece) in zip(counts, whole, spans, behind, strict=True)
+        ]
 
 
 class WordCounter:
@@ -55,15 +91,18 @@ class WordCounter:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, int] = {}
+        self._adds_up = isinstance(tokenizer, AdditiveTokenizer) and tokenizer.words_add_up
 
     def measure(self, text: str) -> Words:
         """Return the words of `text`; words longer than 32 characters come in pieces, never cut inside a grapheme."""
-        words: list[str] = _pattern(text).findall(text)
+        pattern = _pattern(text)
+        words: list[str] = pattern.findall(text)
         lengths = list(map(len, words))
+        adds_up = self._adds_up and pattern is _WORD and not _NO_SPACE.search(text)
         if max(lengths, default=0) <= _LONGEST_NON_ASCII:
-            return self._measured(words, lengths, None)
+            return self._measured(words, lengths, None, adds_up=adds_up)
         pieces, opens = _cut_long(words, lengths)
-        return self._measured(pieces, list(map(len, pieces)), opens)
+        return self._measured(pieces, list(map(len, pieces)), opens, adds_up=adds_up)
 
     def measure_graphemes(self, text: str) -> Words:
         """Return the grapheme clusters of `text` one by one, each tokenised apart."""
@@ -74,10 +113,13 @@ class WordCounter:
         """Return the code points of `text` one by one, each tokenised apart."""
         return self._measured(list(text), [1] * len(text), None)
 
-    def _measured(self, words: list[str], lengths: list[int], opens: NDArray[np.bool_] | None) -> Words:
+    def _measured(
+        self, words: list[str], lengths: list[int], opens: NDArray[np.bool_] | None, *, adds_up: bool = False
+    ) -> Words:
         starts = _running_sum(lengths)
         tokens = _running_sum(self._counts(words))
-        return Words(starts, tokens, np.ones(len(words), dtype=np.bool_) if opens is None else opens)
+        blank = _running_sum(list(map(str.isspace, words))) if adds_up else None
+        return Words(starts, tokens, np.ones(len(words), dtype=np.bool_) if opens is None else opens, blank)
 
     def _counts(self, words: Sequence[str]) -> list[int]:
         known = self._known
@@ -105,6 +147,10 @@ def word_starts(text: str) -> list[int]:
 
 def _pattern(text: str) -> re.Pattern[str]:
     return _WORD if text.isascii() or not any(stop in text for stop in _CJK_STOPS) else _CJK_WORD
+
+
+def _blank(text: str, start: int, stop: int) -> bool:
+    return start == stop or text[start:stop].isspace()
 
 
 def _running_sum(values: list[int]) -> Offsets:

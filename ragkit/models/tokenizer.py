@@ -53,6 +53,21 @@ class ModelTokenizer:
         added = self._template.get_added_tokens_decoder()
         return frozenset(token for token, entry in added.items() if entry.special)
 
+    @cached_property
+    def words_add_up(self) -> bool:
+        """Whether a text has as many tokens as its words, cut at white space, have together, and white space none.
+
+        So it is for the tokenizers of BERT: the pre-tokenizer drops white space, and no rule reaches across it.
+        """
+        kinds = {part: (self._raw.get(part) or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")}
+        added = self._raw.get("added_tokens") or ()
+        return (
+            kinds["model"] == "WordPiece"
+            and kinds["pre_tokenizer"] == "BertPreTokenizer"
+            and kinds["normalizer"] in (None, "BertNormalizer")
+            and all(str(token.get("content", "")).strip() for token in added)
+        )
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text` as plain text, without special tokens."""
         ids: list[int] = self._text.encode(_checked(text), add_special_tokens=False).ids
