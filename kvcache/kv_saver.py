@@ -34,23 +34,23 @@ class KVSaver:
         self._lock = threading.Lock()
         self._unsaved: queue.Queue[EncodedKV | None] = queue.Queue()
         self._unsaved_bytes = 0
+        self._is_closed = False
         self._thread = threading.Thread(target=self._save_forever, name="ragkit-kv-save", daemon=True)
         self._thread.start()
 
     def enqueue(self, encoded: EncodedKV) -> None:
-        """Have a chunk written later."""
+        """Have a chunk written later, unless too much waits already or nothing is written any more."""
         if not self._tiers:
             return
         with self._lock:
-            accepted = self._unsaved_bytes + encoded.nbytes <= _UNSAVED_BYTES
-            if accepted:
-                self._unsaved_bytes += encoded.nbytes
-            else:
-                self._stats.not_saved.update(tier.name for tier in self._tiers)
-        if accepted:
-            self._unsaved.put(encoded)
-        else:
-            _log.warning("the KV of %s is not written: too much waits to be written", encoded.ref.key)
+            is_closed, waiting = self._is_closed, self._unsaved_bytes + encoded.nbytes
+            if not is_closed and waiting <= _UNSAVED_BYTES:
+                self._unsaved_bytes = waiting
+                self._unsaved.put(encoded)  # with the lock held: what comes behind the end would never be taken
+                return
+            self._stats.not_saved.update(tier.name for tier in self._tiers)
+        reason = "the store was closed" if is_closed else "too much waits to be written"
+        _log.warning("the KV of %s is not written: %s", encoded.ref.key, reason)
 
     def write(self, chunks: Sequence[EncodedKV]) -> bool:
         """Write chunks now, as `KVStore.write` says."""
@@ -68,7 +68,9 @@ class KVSaver:
 
     def close(self) -> None:
         """Write what is unsaved and stop the thread."""
-        self._unsaved.put(None)
+        with self._lock:
+            self._is_closed = True
+            self._unsaved.put(None)
         self._thread.join()
 
     def _save_forever(self) -> None:

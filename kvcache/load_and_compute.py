@@ -71,8 +71,14 @@ class LoadAndCompute:
         """Have up to `threads` of the executor's threads load."""
         count = min(threads, len(self._loads) + len(self._declined))
         self._workers = count
-        for _ in range(count):
-            executor.submit(self._work).add_done_callback(self._worker_is_done)
+        for begun in range(count):
+            try:
+                worker = executor.submit(self._work)
+            except RuntimeError:  # the store was closed: `run` says so if it lacks what was to be loaded
+                with self._condition:
+                    self._workers -= count - begun
+                return
+            worker.add_done_callback(self._worker_is_done)
 
     def run(self, compute: Compute, hold: Hold) -> None:
         """Bring everything: `compute` is given chunks with their origin, `hold` gets what was loaded.

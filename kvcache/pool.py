@@ -24,7 +24,8 @@ class KVPool:
 
     Attributes:
         keys, values: one (num_blocks, block_size, kv_heads, head_dim) tensor a layer.
-        reclaim: called where too few blocks are free, with how many are wanted: a tier gives some of its own back.
+        reclaim: called where too few blocks are free, with how many are wanted: a tier gives some of its own back, and
+            says how many are free then.
     """
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device, block_size: int = BLOCK_SIZE) -> None:
@@ -36,7 +37,7 @@ class KVPool:
         shapes = [(num_blocks, block_size, layer.num_kv_heads, layer.head_dim) for layer in layout.layers]
         self.keys: list[Tensor] = [torch.empty(shape, dtype=layout.dtype, device=device) for shape in shapes]
         self.values: list[Tensor] = [torch.empty(shape, dtype=layout.dtype, device=device) for shape in shapes]
-        self.reclaim: Callable[[int], object] | None = None
+        self.reclaim: Callable[[int], int] | None = None
         self._references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._lock = threading.Lock()
@@ -60,17 +61,14 @@ class KVPool:
         Raises:
             CacheCapacityError: fewer are free; nothing is handed out then.
         """
-        if reclaim and self.reclaim is not None and count > len(self._free):
-            self.reclaim(count)
-        with self._lock:
-            if count > len(self._free):
+        while (blocks := self._take(count)) is None:
+            # What a tier gives back others may take before this thread does; then it is asked again.
+            give_back = self.reclaim if reclaim else None
+            if give_back is None or give_back(count) < count:
                 raise CacheCapacityError(
                     f"asked for {count} KV blocks of {self.block_size} tokens, {len(self._free)} of "
                     f"{self.num_blocks} are free: end other requests, shorten the prompt or enlarge the pool"
                 )
-            blocks = [self._free.pop() for _ in range(count)]
-            for block in blocks:
-                self._references[block] = 1
         return blocks
 
     def retain(self, blocks: Sequence[int]) -> None:
@@ -102,6 +100,15 @@ class KVPool:
     def rows(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return copies of the keys and values (tokens, kv_heads, head_dim) of one layer at `slots` (tokens,)."""
         return self.keys[layer].flatten(0, 1)[slots], self.values[layer].flatten(0, 1)[slots]
+
+    def _take(self, count: int) -> list[int] | None:
+        with self._lock:
+            if count > len(self._free):
+                return None
+            blocks = [self._free.pop() for _ in range(count)]
+            for block in blocks:
+                self._references[block] = 1
+            return blocks
 
     def _require_held(self, blocks: Sequence[int]) -> None:
         for block in blocks:

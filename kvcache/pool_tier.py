@@ -111,6 +111,7 @@ class PoolTier:
         self.name = name
         self.max_blocks = max_blocks
         self._lock = threading.Lock()
+        self._is_closed = False
         pool.reclaim = self.give_back
         self._queue: EvictionQueue[KVKey] = EvictionQueue(policy)
         self._held: dict[KVKey, _Held] = {}
@@ -198,9 +199,15 @@ class PoolTier:
             self._forget(keys)
 
     def close(self) -> None:
-        """Give all blocks back to the pool but those that are pinned, which follow when they are released."""
-        self.pool.reclaim = None
-        self.discard([ref.key for ref in self.refs()])
+        """Give all blocks back to the pool but those that are pinned, which follow when they are released.
+
+        What requests that still run would add is not kept.
+        """
+        with self._lock:
+            self._is_closed = True
+            if self.pool.reclaim == self.give_back:  # else the pool has a later tier
+                self.pool.reclaim = None
+            self._forget(self._held)
 
     def give_back(self, blocks: int) -> int:
         """Evict unpinned chunks until `blocks` blocks of the pool are free, and return how many are free then."""
@@ -235,7 +242,7 @@ class PoolTier:
             return None
         if before is not None:  # a collision: the later one stays
             self._forget([ref.key])
-        if not count or not self._room(count):
+        if self._is_closed or not count or not self._room(count):
             return None
         try:
             block_ids = tuple(self.pool.allocate(count, reclaim=False))

@@ -597,3 +597,31 @@ def test_a_chunk_in_both_memories_leaves_both(compute):
         store.discard([refs[0].key])
         assert store.refs() == refs[1:]
         assert store.bytes_by_tier()["gpu"] == 0
+
+
+def test_a_request_whose_store_is_closed_meanwhile_says_so_and_holds_nothing(place, compute, monkeypatch):
+    store, chunk_ids = place
+    refs = [ref_of("a", chunk_id=chunk_ids[0])]
+    kv = kv_store(store)
+    monkeypatch.setattr(kv, "stored", lambda refs: kv.close() or {})  # just before it would load
+    with pytest.raises(KVCacheError, match="closed"), kv.fetch(refs, compute):
+        pass
+    assert not kv._in_flight
+
+
+def test_what_is_computed_after_the_store_was_closed_is_not_written_and_nobody_waits_for_that(place, compute):
+    store, chunk_ids = place
+    refs = [ref_of("a", chunk_id=chunk_ids[0])]
+    kv = kv_store(store)
+
+    def compute_and_close(refs):
+        kv.close()
+        return compute(refs)
+
+    with kv.fetch(refs, compute_and_close) as fetched:
+        assert is_right(fetched.chunks[0], refs[0])
+    waits = threading.Thread(target=kv.flush, daemon=True)
+    waits.start()
+    waits.join(5)
+    assert not waits.is_alive()
+    assert kv.stats.not_saved["disk"] == 1

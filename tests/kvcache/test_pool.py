@@ -65,3 +65,19 @@ def test_rows_are_read_by_slot(pool):
     pool.keys[1].copy_(torch.arange(4 * 64).view(4, 64, 1, 1).expand_as(pool.keys[1]))
     keys, _ = pool.rows(1, torch.tensor([200, 3]))
     assert keys[:, 0, 0].tolist() == [200.0, 3.0]
+
+
+def test_blocks_that_another_request_takes_meanwhile_are_reclaimed_again(pool):
+    cached = pool.allocate(pool.num_blocks)
+    taken = []
+
+    def reclaim(count):
+        pool.release([cached.pop() for _ in range(count - pool.num_free)])
+        free = pool.num_free
+        if not taken:
+            taken.extend(pool.allocate(1, reclaim=False))
+        return free
+
+    pool.reclaim = reclaim
+    assert len(pool.allocate(2)) == 2
+    assert len(taken) == 1

@@ -178,3 +178,17 @@ def test_forgotten_and_handed_on_chunks(pool):
     tier.discard([key_of("a"), key_of("x")])
     assert [ref.chunk_id for ref in tier.refs()] == ["heir"]
     assert pool.num_free == 6
+
+
+def test_a_closed_tier_takes_no_blocks_any_more(pool):
+    tier = tier_of(pool)
+    tier.close()
+    assert tier.add(chunk_of(ref_of("a")), ref_of("a")) is None
+    assert pool.num_free == 8
+
+
+def test_closing_a_tier_leaves_the_pool_to_a_later_one(pool):
+    earlier, later = tier_of(pool), tier_of(pool)
+    add(later, "a").release()
+    earlier.close()
+    assert len(pool.allocate(8)) == 8
