@@ -82,10 +82,10 @@ class KVPool:
         """Give up one reference to each of `blocks`; those that nobody holds any more become free."""
         with self._lock:
             self._require_held(blocks)
+            references = self._references
             for block in blocks:
-                self._references[block] -= 1
-                if self._references[block] == 0:
-                    self._free.append(block)
+                references[block] -= 1
+            self._free += [block for block in blocks if not references[block]]
 
     def references(self, block: int) -> int:
         """Return how often `block` is held."""
@@ -111,8 +111,9 @@ class KVPool:
             return blocks
 
     def _require_held(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            if self._references[block] < 1:
-                raise KVCacheError(f"KV block {block} is not held by anybody, so it cannot be retained or released")
+        references = self._references
+        unheld = [block for block in blocks if references[block] < 1]
+        if unheld:
+            raise KVCacheError(f"KV block {unheld[0]} is not held by anybody, so it cannot be retained or released")
         if len(set(blocks)) != len(blocks):
             raise KVCacheError("a KV block is named twice in one call")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -149,8 +150,10 @@ class RequestKV:
         self.num_tokens = self._tail_start = 0
         self._spare = self._spare[:0]
         self.version += 1
-        for block in blocks:  # one by one: a chunk that the prompt holds twice lists its blocks twice
-            self.pool.release([block])
+        while blocks:  # a chunk that the prompt holds twice lists its blocks twice, and a call takes each but once
+            once = dict.fromkeys(blocks)
+            self.pool.release(list(once))
+            blocks = [] if len(once) == len(blocks) else _without(blocks, once)
 
     def __enter__(self) -> RequestKV:
         return self
@@ -191,6 +194,11 @@ class RequestKV:
             self._spare = torch.cat((self._spare, torch.arange(first, first + len(blocks) * size)))
         taken, self._spare = self._spare[:count], self._spare[count:]
         return taken
+
+
+def _without(blocks: Sequence[int], once: Iterable[int]) -> list[int]:
+    """Return `blocks` with each of `once` taken out one time."""
+    return list((Counter(blocks) - Counter(list(once))).elements())
 
 
 def pack_rows(requests: Sequence[RequestKV]) -> PackedRows:
