@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -154,10 +155,12 @@ def _cut(cu_rows: Sequence[int], reach: int, size: int) -> tuple[Tensor, Tensor]
 
     Rows of other chunks are never within reach.
     """
-    rows, bounds = [], []
-    for start, stop in pairwise(cu_rows):
-        for first in range(start, stop, size):
-            end = min(first + size, stop)
-            rows.append((first, end))
-            bounds.append((max(first - reach, start), min(end + reach, stop)))
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 2), torch.tensor(bounds, dtype=torch.int64).view(-1, 2)
+    cuts = np.asarray(cu_rows, dtype=np.int64)
+    tiles = -(-np.diff(cuts) // size)  # of each chunk
+    start, stop = np.repeat(cuts[:-1], tiles), np.repeat(cuts[1:], tiles)
+    before = np.repeat(np.cumsum(tiles) - tiles, tiles)  # tiles of the chunks before
+    first = start + (np.arange(len(start)) - before) * size
+    end = np.minimum(first + size, stop)
+    rows = np.stack((first, end), axis=1)
+    bounds = np.stack((np.maximum(first - reach, start), np.minimum(end + reach, stop)), axis=1)
+    return torch.from_numpy(rows), torch.from_numpy(bounds)
