@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from ragkit.kvcache.copy_queue import CopyQueue
 from ragkit.kvcache.encoded_rows import EncodedRows, StoredRows
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.pool_tier import PinnedBlocks, PoolCandidate, PoolTier
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,11 +44,14 @@ class PooledRows:
     def of(cls, chunks: Sequence[tuple[PinnedBlocks, int]], first: int, stop: int) -> PooledRows:
         """Return the rows of `chunks`, each with the row of its first token, among those from `first` up to `stop`."""
         pool = chunks[0][0].pool
-        slots = torch.zeros(stop - first, dtype=torch.int64)
+        rows = pool.rows_of([block for blocks, _ in chunks for block in blocks.block_ids]).numpy()
+        slots = np.zeros(stop - first, dtype=np.int64)
+        taken = 0
         for blocks, start in chunks:
-            own = pool.rows_of(blocks.block_ids)[: blocks.num_tokens]
-            slots[start - first : start - first + blocks.num_tokens] = own
-        return cls(pool, to_device(slots, pool.device), first)
+            count = blocks.num_tokens
+            slots[start - first : start - first + count] = rows[taken : taken + count]
+            taken += len(blocks.block_ids) * pool.block_size
+        return cls(pool, to_device(torch.from_numpy(slots), pool.device), first)
 
     def place(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write the rows of one layer into `keys` and `values`: two launches, however many chunks there are."""
@@ -81,6 +88,7 @@ class StreamedRows:
         self._pooled = pooled
         self._encoded = encoded
         self._buffer: LayerKV | None = None
+        self._places: list[Tensor] | None = None  # of the prefix in the buffer
         self._holds = -1
 
     @property
@@ -92,9 +100,11 @@ class StreamedRows:
         """Return keys and values of a layer, as `RowSource` says."""
         if self._buffer is None:
             self._buffer = unwritten_layer(self._decoder, index, self.num_tokens)
+            count = len(self._prefix[index][0])
+            self._places = [part[:count] for part in self._buffer] if count else None
         if self._holds != index:
-            for part, rows in zip(self._buffer, self._prefix[index], strict=True):
-                part[: len(rows)] = rows
+            if self._places is not None:
+                torch._foreach_copy_(self._places, list(self._prefix[index]))  # keys and values at once
             if self._pooled is not None:
                 self._pooled.place(index, *self._buffer)
             if self._encoded is not None:
@@ -168,7 +178,10 @@ class StreamedChunks:
             self._drafts.postpone()
 
     def keep(self, tier: PoolTier) -> None:
-        """Add the chunks that came from host memory to the pool where it has room, and let go of all others' bytes."""
+        """Add the chunks that came from host memory to the pool where it has room, and let go of all others' bytes.
+
+        The first token is out and the chunks are in host memory: where a GPU has no memory for this, it is left undone.
+        """
         encoded, drafts, placed = self._encoded, self._drafts, self._placed
         self._encoded, self._drafts, self._placed = None, None, []
         if encoded is None:
@@ -178,7 +191,13 @@ class StreamedChunks:
             for index, (chunk, _) in enumerate(placed)
             if isinstance(chunk, EncodedKV)
         ]
-        tier.add_all(candidates, lambda kept, slots: encoded.place_into_pool(tier.pool, kept, slots))
+        try:
+            tier.add_all(candidates, lambda kept, slots: encoded.place_into_pool(tier.pool, kept, slots))
+        except torch.OutOfMemoryError as error:
+            _log.warning("%d chunks are not kept in the tier %s: %s", len(candidates), tier.name, error)
+        # Drafts that nobody had asked for are copied only now. Nobody holds their chunks but this request, so their
+        # page-locked memory would be given to others below the copies.
+        self.queue.finish()
 
 
 def _stored_draft(chunk: EncodedKV | PinnedBlocks, row: int) -> StoredRows:
