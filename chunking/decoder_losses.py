@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Losses = NDArray[np.float32]
 
 _SINKS = 4
+_WINDOW, _SEGMENT = 1024, 2048
 _LOGITS = 1 << 28  # logits held at once, in numbers, on a GPU; a sixteenth of that on a CPU
 
 
@@ -47,16 +48,22 @@ class DecoderLosses:
 
     Args:
         decoder: the model.
-        window: tokens before a segment that it attends to.
-        segment: most tokens of one text that a pass takes.
+        window: tokens before a segment that it attends to; 1,024, or what the model's own window leaves.
+        segment: most tokens of one text that a pass takes; 2,048, or two thirds of a smaller window of the model.
         batch: most tokens of all texts that a pass takes.
 
     Attributes:
         tokens_forwarded: tokens that went through the model since it was made.
     """
 
-    def __init__(self, decoder: Decoder, window: int = 1024, segment: int = 2048, batch: int = 4096) -> None:
+    def __init__(
+        self, decoder: Decoder, window: int | None = None, segment: int | None = None, batch: int = 4096
+    ) -> None:
         longest = decoder.config.max_context
+        if segment is None:
+            segment = min(_SEGMENT, max(1, (longest - _SINKS) * 2 // 3))
+        if window is None:
+            window = min(_WINDOW, max(1, longest - _SINKS - segment))
         reach = _SINKS + window + segment
         if min(window, segment, batch) < 1 or reach > longest:
             raise UsageError(

@@ -23,7 +23,8 @@ class PackedChunker:
 
     A text is worked on in windows of about a million code points, each starting where the last settled chunk
     stopped, so memory does not grow with the text beyond the chunks themselves. Each code point is tokenised once
-    for its chunk's count and, where its word was not seen before, once for the estimate.
+    for its chunk's count, unless the tokenizer's words add up, and where its word was not seen before, once for the
+    estimate.
     """
 
     def __init__(

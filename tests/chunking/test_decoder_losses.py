@@ -87,3 +87,10 @@ def test_every_token_is_forwarded_once(model):
 def test_a_window_beyond_the_model_is_refused(model):
     with pytest.raises(UsageError, match="at most 124 tokens for this model, got 100, 25 and 4096"):
         DecoderLosses(decoder_of(model), window=100, segment=25)
+
+
+def test_a_model_with_a_small_window_gets_a_window_and_segments_that_fit(model):
+    losses = DecoderLosses(decoder_of(model))
+    assert losses.settings == "window 42 segment 82 torch.float32"
+    assert np.isfinite(losses.token_losses([text_of(1000)])[0]).all()
+    assert losses.tokens_forwarded == 1000

@@ -1,26 +1,15 @@
-"""What every chunker with a model must hold, on text that nobody wishes for. A new one is a line in `CHUNKERS`."""
+"""What every chunker with a model must hold, on text that nobody wishes for. A new one is a line in chunker_doubles."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from embedding_doubles import TopicEmbedder
+from chunker_doubles import SCORED_CHUNKERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loss_doubles import CodePointTokenizer, TableLosses, TopicJudge
 
-from ragkit.chunking.balanced import balanced_chunker
 from ragkit.chunking.base import check_chunks
-from ragkit.chunking.boundary_head import BoundaryHead, boundary_head_chunker
-from ragkit.chunking.breakpoints import BreakpointRule
-from ragkit.chunking.cluster import ClusterChunker, ClusterOptions
-from ragkit.chunking.code import CodeOptions, code_chunker
-from ragkit.chunking.margin import margin_chunker
-from ragkit.chunking.perplexity import PerplexityOptions, PerplexityScorer, perplexity_chunker
-from ragkit.chunking.semantic import SemanticOptions, semantic_chunker
 from ragkit.chunking.signals import SignalChunker
-from ragkit.chunking.structural import structural_chunker
-from ragkit.chunking.topic import topic_chunker
 from ragkit.config import ChunkingConfig
 from ragkit.types import Document, PageSpan
 
@@ -60,48 +49,7 @@ TEXTS = st.one_of(st.lists(PIECES, max_size=50).map("".join), st.text(max_size=2
 PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def semantic(rule):
-    options = SemanticOptions(rule, 60 if rule is not BreakpointRule.STANDARD_DEVIATION else 0.5)
-    return lambda config, tokenizer: semantic_chunker(config, tokenizer, TopicEmbedder(), options)
-
-
-def perplexity(**options):
-    def make(config, tokenizer):
-        own = CodePointTokenizer()  # a language model brings its own tokenizer
-        scorer = PerplexityScorer(TableLosses(own, ["c", "T"]), own, "table@1", PerplexityOptions(**options))
-        return perplexity_chunker(config, tokenizer, scorer)
-
-    return make
-
-
-def random_head():
-    draw = np.random.default_rng(0).normal
-    weights = draw(size=(5, 16)).astype(np.float32), draw(size=5).astype(np.float32), draw(size=5).astype(np.float32)
-    return BoundaryHead(*weights, 0.0, "topics@1")
-
-
-def boundary_head(config, tokenizer):
-    return boundary_head_chunker(config, tokenizer, TopicEmbedder(), random_head())
-
-
-def topic(config, tokenizer):
-    return topic_chunker(config, tokenizer, TopicEmbedder(), random_head())
-
-
-CHUNKERS = {
-    "balanced": balanced_chunker,
-    "boundary_head": boundary_head,
-    **{f"semantic-{rule.value}": semantic(rule) for rule in BreakpointRule},
-    "cluster": lambda config, tokenizer: ClusterChunker(config, tokenizer, TopicEmbedder(), ClusterOptions(8)),
-    "code": lambda config, tokenizer: code_chunker(config, tokenizer),
-    "code-python": lambda config, tokenizer: code_chunker(config, tokenizer, CodeOptions("python")),
-    "margin": lambda config, tokenizer: margin_chunker(config, tokenizer, TopicJudge(2000), "judge@1"),
-    "perplexity": perplexity(),
-    "perplexity-merge": perplexity(merge_tokens=20, dynamic_threshold=True),
-    "structural": lambda config, tokenizer: structural_chunker(config, tokenizer),
-    "topic": topic,
-}
-every_chunker = pytest.mark.parametrize("name", sorted(CHUNKERS))
+every_chunker = pytest.mark.parametrize("name", sorted(SCORED_CHUNKERS))
 
 
 @every_chunker
@@ -115,7 +63,7 @@ every_chunker = pytest.mark.parametrize("name", sorted(CHUNKERS))
 def test_chunks_keep_the_contract_on_any_text(name, doubles, text, double, cap, overlap):
     tokenizer = doubles[double]()
     document = Document.from_text(text)
-    chunks = CHUNKERS[name](ChunkingConfig(max_tokens=cap, overlap_tokens=overlap), tokenizer).chunk(document)
+    chunks = SCORED_CHUNKERS[name](ChunkingConfig(max_tokens=cap, overlap_tokens=overlap), tokenizer).chunk(document)
     check_chunks(document, chunks, cap)
     assert [chunk.token_count for chunk in chunks] == tokenizer.count_batch([chunk.text for chunk in chunks])
     starts = [chunk.char_start for chunk in chunks]
@@ -129,7 +77,7 @@ def test_chunks_keep_the_contract_on_any_text(name, doubles, text, double, cap, 
 @given(text=TEXTS, cap=st.integers(5, 80))
 def test_signals_are_finite_and_say_where_the_text_was_cut(name, doubles, text, cap):
     document = Document.from_text(text)
-    chunker = CHUNKERS[name](ChunkingConfig(max_tokens=cap), doubles["byte"]())
+    chunker = SCORED_CHUNKERS[name](ChunkingConfig(max_tokens=cap), doubles["byte"]())
     assert isinstance(chunker, SignalChunker)
     chunks, signals = chunker.chunk_with_signals(document)
     assert chunks == chunker.chunk(document)
@@ -146,15 +94,15 @@ def test_signals_are_finite_and_say_where_the_text_was_cut(name, doubles, text, 
 @given(text=TEXTS, other=TEXTS, cap=st.integers(5, 40))
 def test_equal_documents_give_equal_chunks_whatever_was_chunked_before(name, doubles, text, other, cap):
     config = ChunkingConfig(max_tokens=cap)
-    used = CHUNKERS[name](config, doubles["byte"]())
+    used = SCORED_CHUNKERS[name](config, doubles["byte"]())
     used.chunk(Document.from_text(other))
-    fresh = CHUNKERS[name](config, doubles["byte"]())
+    fresh = SCORED_CHUNKERS[name](config, doubles["byte"]())
     assert fresh.chunk(Document.from_text(text)) == used.chunk(Document.from_text(text))
 
 
 @every_chunker
 def test_text_of_no_characters_gives_no_chunks(name, byte_tokenizer):
-    assert CHUNKERS[name](ChunkingConfig(), byte_tokenizer).chunk(Document.from_text("")) == []
+    assert SCORED_CHUNKERS[name](ChunkingConfig(), byte_tokenizer).chunk(Document.from_text("")) == []
 
 
 @every_chunker
@@ -165,7 +113,7 @@ def test_text_of_no_characters_gives_no_chunks(name, byte_tokenizer):
 )
 def test_a_character_is_tokenised_at_most_three_times_for_the_cap(name, byte_tokenizer, unit):
     text = unit * (20_000 // len(unit))
-    CHUNKERS[name](ChunkingConfig(), byte_tokenizer).chunk(Document.from_text(text))
+    SCORED_CHUNKERS[name](ChunkingConfig(), byte_tokenizer).chunk(Document.from_text(text))
     assert byte_tokenizer.characters <= 3 * len(text)
 
 
@@ -175,7 +123,7 @@ def test_a_chunk_lies_on_the_page_of_its_first_character(name, byte_tokenizer):
     size = len(text) // 9
     pages = [PageSpan(number + 1, number * size, (number + 1) * size) for number in range(9)]
     document = Document.from_text(text, pages=pages)
-    chunks = CHUNKERS[name](ChunkingConfig(max_tokens=30), byte_tokenizer).chunk(document)
+    chunks = SCORED_CHUNKERS[name](ChunkingConfig(max_tokens=30), byte_tokenizer).chunk(document)
     assert len(chunks) >= 5
     assert [chunk.page for chunk in chunks] == [chunk.char_start // size + 1 for chunk in chunks]
 
@@ -183,9 +131,9 @@ def test_a_chunk_lies_on_the_page_of_its_first_character(name, byte_tokenizer):
 @every_chunker
 def test_the_fingerprint_changes_with_cap_overlap_and_tokenizer(name, doubles):
     variants = [
-        CHUNKERS[name](ChunkingConfig(max_tokens=cap, overlap_tokens=overlap), doubles[double]()).fingerprint
+        SCORED_CHUNKERS[name](ChunkingConfig(max_tokens=cap, overlap_tokens=overlap), doubles[double]()).fingerprint
         for cap, overlap, double in [(64, 0, "byte"), (65, 0, "byte"), (64, 1, "byte"), (64, 0, "word")]
     ]
-    again = CHUNKERS[name](ChunkingConfig(max_tokens=64), doubles["byte"]()).fingerprint
+    again = SCORED_CHUNKERS[name](ChunkingConfig(max_tokens=64), doubles["byte"]()).fingerprint
     assert len(set(variants)) == 4
     assert again == variants[0]
