@@ -50,6 +50,12 @@ class CopyQueue:
         if self.stream is not None:
             torch.cuda.current_stream(self._device).wait_event(self._arrived[number])
 
+    def finish(self) -> None:
+        """Have the host wait until every copy that was issued has arrived: then what it was made of may go."""
+        arrival = self.last_arrival()
+        if arrival is not None:
+            arrival.synchronize()
+
     def last_arrival(self) -> torch.cuda.Event | None:
         """Return the event, with a time, after the last copy that was issued; None on a CPU or without a copy."""
         return self._arrived[self._order[self._issued - 1]] if self._arrived else None

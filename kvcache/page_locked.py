@@ -107,7 +107,12 @@ class PageLockedMemory:
         size = max(self._slab_bytes, nbytes)
         if self.bytes_locked + size > self._most_bytes:
             return None
-        self._slabs.append(self._new_slab(size))
+        try:
+            self._slabs.append(self._new_slab(size))
+        except RuntimeError as error:  # the system locks no more: a request must not fail for that
+            _log.warning("the system gives no %d bytes of page-locked memory: %s", size, error)
+            self._most_bytes = self.bytes_locked
+            return None
         if size > nbytes:
             self._holes.append((len(self._slabs) - 1, nbytes, size))
         return len(self._slabs) - 1, 0, nbytes

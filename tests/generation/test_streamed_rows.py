@@ -1,4 +1,5 @@
 import gc
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ragkit.generation.strategy import PrefillRequest
 from ragkit.generation.streamed_rows import StreamedChunks
 from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.copy_queue import CopyQueue
+from ragkit.kvcache.encoded_rows import EncodedRows
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import KVRecipe
 from ragkit.kvcache.kv_store import KVStore
@@ -186,3 +188,33 @@ def test_a_selector_that_scores_nothing_has_the_chunks_themselves_brought_next(d
     hosted, _ = bench.run()
     assert postponed
     assert torch.equal(hosted.logits, computed.logits)
+
+
+def test_copies_that_keeping_begins_have_arrived_before_their_bytes_are_let_go(decoder, monkeypatch):
+    bench = Bench(decoder, "int4+bf16")
+    seen = []
+    monkeypatch.setattr(CopyQueue, "finish", lambda queue: seen.append((len(bench.tier.refs()), data() is not None)))
+    with torch.inference_mode(), bench.fetch() as fetched:
+        streamed = StreamedChunks(decoder, LAYOUT, bench.chunks.prefix_kv(PREFIX), fetched.chunks, bench.codec)
+        bench.store.memory.discard(bench.store.memory._held.copy())
+        data = weakref.ref(fetched.chunks[0].data)
+    del fetched
+    streamed.keep(bench.tier)
+    assert seen == [(3, True)]
+    gc.collect()
+    assert data() is None
+
+
+def test_a_gpu_without_memory_for_drafts_leaves_the_chunks_where_they_are(decoder, monkeypatch, caplog):
+    bench = Bench(decoder, "int4+bf16")
+    first, _ = bench.run()
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EncodedRows, "bytes_of", no_memory)
+    first.afterwards()
+    assert "3 chunks are not kept in the tier gpu" in caplog.text
+    assert bench.pool.num_free == 64
+    again, _ = bench.run()
+    assert again.kv.bytes_by_tier.keys() == {"ram"}

@@ -104,3 +104,17 @@ def test_threads_share_it():
         thread.join()
     assert wrong == []
     assert memory.bytes_free == memory.bytes_locked
+
+
+def test_where_the_system_locks_no_more_memory_there_is_none_and_it_is_asked_once(caplog):
+    asked = []
+
+    def refuses(nbytes):
+        asked.append(nbytes)
+        raise RuntimeError("CUDA error: out of memory")
+
+    memory = PageLockedMemory(1 << 18, 1 << 16, refuses)
+    assert memory.allocate(1000) is None
+    assert memory.allocate(1000) is None
+    assert asked == [1 << 16]
+    assert "the system gives no 65536 bytes of page-locked memory" in caplog.text
