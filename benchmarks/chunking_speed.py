@@ -1,6 +1,6 @@
 """MB/s of the chunkers against those of chonkie and LlamaIndex, and of the models that bound them.
 
-    python benchmarks/chunking_speed.py [--text FILE] [--megabytes 4.4] [--semantic-kb 100] [--perplexity-kb 20]
+    python benchmarks/chunking_speed.py [--text FILE] [--megabytes 4.5] [--semantic-kb 200] [--perplexity-kb 20]
         [--rounds 3] [--cores 2] [--parts tokens characters semantic perplexity] [--record NAME]
 
 The text is the King James Bible, which Debian's packages bible-kjv and bible-kjv-text bring (4.4 MB, public domain),
@@ -250,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--megabytes", type=float, default=4.5)
-    parser.add_argument("--semantic-kb", type=float, default=100)
+    parser.add_argument("--semantic-kb", type=float, default=200)
     parser.add_argument("--perplexity-kb", type=float, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=2)

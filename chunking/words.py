@@ -1,9 +1,9 @@
 """Text as words with an estimate of each word's tokens: what packing works on.
 
-Tokenising is the dearest part of chunking, so the text is not tokenised to find the cuts. Words are counted once
-each and remembered; the sum over a stretch is its estimated count, exact for tokenizers whose tokens never span
-two words (all byte-level BPE models) and close for the others. The true count of every chunk is taken afterwards, unless the tokenizer says that its words add
-up (`AdditiveTokenizer`).
+Tokenising is the dearest part of chunking, so the text is not tokenised to find the cuts. Words are counted once each
+and remembered; the sum over a stretch is its estimated count, exact for tokenizers whose tokens never span two words
+(all byte-level BPE models) and close for the others. The true count of every chunk is taken afterwards, unless the
+tokenizer says that its words add up (`AdditiveTokenizer`).
 """
 
 from __future__ import annotations
