@@ -51,10 +51,11 @@ class CopyQueue:
             torch.cuda.current_stream(self._device).wait_event(self._arrived[number])
 
     def finish(self) -> None:
-        """Have the host wait until every copy that was issued has arrived: then what it was made of may go."""
+        """Have the host wait until every copy that was issued has arrived, and let go of what all jobs copy."""
         arrival = self.last_arrival()
         if arrival is not None:
             arrival.synchronize()
+        self._jobs.clear()
 
     def last_arrival(self) -> torch.cuda.Event | None:
         """Return the event, with a time, after the last copy that was issued; None on a CPU or without a copy."""

@@ -193,13 +193,20 @@ def test_a_selector_that_scores_nothing_has_the_chunks_themselves_brought_next(d
 def test_copies_that_keeping_begins_have_arrived_before_their_bytes_are_let_go(decoder, monkeypatch):
     bench = Bench(decoder, "int4+bf16")
     seen = []
-    monkeypatch.setattr(CopyQueue, "finish", lambda queue: seen.append((len(bench.tier.refs()), data() is not None)))
-    with torch.inference_mode(), bench.fetch() as fetched:
-        streamed = StreamedChunks(decoder, LAYOUT, bench.chunks.prefix_kv(PREFIX), fetched.chunks, bench.codec)
-        bench.store.memory.discard(bench.store.memory._held.copy())
-        data = weakref.ref(fetched.chunks[0].data)
-    del fetched
-    streamed.keep(bench.tier)
+    finish = CopyQueue.finish
+
+    def noting(queue):
+        seen.append((len(bench.tier.refs()), data() is not None))
+        finish(queue)
+
+    monkeypatch.setattr(CopyQueue, "finish", noting)
+    with torch.inference_mode():
+        with bench.fetch() as fetched:
+            streamed = StreamedChunks(decoder, LAYOUT, bench.chunks.prefix_kv(PREFIX), fetched.chunks, bench.codec)
+            bench.store.memory.discard([ref.key for ref in bench.store.memory.refs()])
+            data = weakref.ref(fetched.chunks[0].data)
+            del fetched
+        streamed.keep(bench.tier)
     assert seen == [(3, True)]
     gc.collect()
     assert data() is None
