@@ -88,8 +88,12 @@ class Fetch:
 
     def release(self) -> None:
         """Unpin everything."""
+        pool = self._store.pool
+        if pool is not None:
+            pool.release_all([pin for pin in self._pins.values() if isinstance(pin, PinnedBlocks)])
         for pin in self._pins.values():
-            pin.release()
+            if isinstance(pin, PinnedKV):
+                pin.release()
 
     def report(self, refs: Sequence[ChunkRef]) -> FetchReport:
         """Return where the chunks came from."""
@@ -115,8 +119,13 @@ class Fetch:
         """Pin what is in memory; return what this request has to bring, and what others are bringing."""
         led: list[ChunkRef] = []
         awaited: dict[ChunkRef, InFlight] = {}
+        pool = self._store.pool
+        if pool is not None:  # all at once: there are many, and the GPU waits for the host meanwhile
+            for ref, pin in zip(refs, pool.pin_all(refs), strict=True):
+                if pin is not None:
+                    self._hold(ref, pin, pool.name)
         for ref in refs:
-            if self._pin(ref):
+            if ref in self._pins or self._pin(ref):
                 continue
             future, mine = self._store.lead(ref)
             if mine:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +70,14 @@ class PinnedBlocks:
 
     def release(self) -> None:
         """Let the blocks be used for something else. Releasing twice is harmless."""
-        tier, self._tier = self._tier, None
+        tier = self._tier
         if tier is not None:
-            tier.unpin(self.block_ids)
+            tier.release_all([self])
+
+    def let_go(self) -> tuple[int, ...] | None:
+        """Return the blocks the first time, None later: the tier asks for what it is to unpin."""
+        tier, self._tier = self._tier, None
+        return None if tier is None else self.block_ids
 
     def __enter__(self) -> PinnedBlocks:
         return self
@@ -126,8 +132,21 @@ class PoolTier:
 
     def pin(self, ref: ChunkRef) -> PinnedBlocks | None:
         """Return the chunk's blocks, or None where they are not here; a chunk of other tokens is not the one meant."""
+        return self.pin_all([ref])[0]
+
+    def pin_all(self, refs: Sequence[ChunkRef]) -> list[PinnedBlocks | None]:
+        """Return what `pin` gives for each of `refs`: locks are taken once for all of them."""
         with self._lock:
-            return self._pin(ref)
+            found = [self._found(ref) for ref in refs]
+            self._retain([held.block_ids for held in found if held is not None])
+        return [
+            None if held is None else PinnedBlocks(self, ref, held.block_ids, held.draft)
+            for ref, held in zip(refs, found, strict=True)
+        ]
+
+    def release_all(self, pins: Iterable[PinnedBlocks]) -> None:
+        """Release `pins`, all of this tier: locks are taken once for all of them."""
+        self.unpin([block_ids for pin in pins if (block_ids := pin.let_go()) is not None])
 
     def holds(self, ref: ChunkRef) -> bool:
         """Return whether the chunk is here, without counting a use."""
@@ -177,8 +196,7 @@ class PoolTier:
                 self._forget(held.ref.key for held in placed)  # their rows may be unwritten
                 raise
             finally:
-                for held in placed:
-                    self._unpin(held.block_ids)
+                self._unpin([held.block_ids for held in placed])
         return len(added)
 
     def refs(self) -> list[ChunkRef]:
@@ -221,18 +239,18 @@ class PoolTier:
                     self._drop(key)
             return self.pool.num_free
 
-    def unpin(self, block_ids: tuple[int, ...]) -> None:
-        """Give up one pin; `PinnedBlocks.release` calls it once."""
+    def unpin(self, chunks: Sequence[tuple[int, ...]]) -> None:
+        """Give up one pin of each chunk, given by its blocks."""
         with self._lock:
-            self._unpin(block_ids)
+            self._unpin(chunks)
 
-    def _pin(self, ref: ChunkRef) -> PinnedBlocks | None:
+    def _found(self, ref: ChunkRef) -> _Held | None:
+        """Return the chunk, with one more use counted."""
         held = self._held.get(ref.key)
         if held is None or held.ref.token_ids != ref.token_ids:
             return None
         self._queue.use(ref.key)
-        self._retain(held.block_ids)
-        return PinnedBlocks(self, ref, held.block_ids, held.draft)
+        return held
 
     def _place(self, candidate: PoolCandidate) -> _Held | None:
         """Return a new entry with unwritten blocks, pinned; None where it is here already or there is no room."""
@@ -251,7 +269,7 @@ class PoolTier:
         held = self._held[ref.key] = _Held(ref, block_ids)
         self._blocks += count
         self._queue.add(ref.key, count, candidate.recompute_ms)
-        self._retain(block_ids)
+        self._retain([block_ids])
         return held
 
     def _slots(self, placed: Sequence[_Held]) -> Tensor:
@@ -264,15 +282,19 @@ class PoolTier:
             held.draft = candidate.draft()
             self._draft_bytes += held.draft.data.numel()
 
-    def _retain(self, block_ids: tuple[int, ...]) -> None:
-        self.pool.retain(block_ids)
-        self._pins[block_ids] = self._pins.get(block_ids, 0) + 1
+    def _retain(self, chunks: Sequence[tuple[int, ...]]) -> None:
+        for blocks in _blocks_once(chunks):
+            self.pool.retain(blocks)
+        for block_ids in chunks:
+            self._pins[block_ids] = self._pins.get(block_ids, 0) + 1
 
-    def _unpin(self, block_ids: tuple[int, ...]) -> None:
-        self._pins[block_ids] -= 1
-        if self._pins[block_ids] == 0:
-            del self._pins[block_ids]
-        self.pool.release(block_ids)
+    def _unpin(self, chunks: Sequence[tuple[int, ...]]) -> None:
+        for block_ids in chunks:
+            self._pins[block_ids] -= 1
+            if self._pins[block_ids] == 0:
+                del self._pins[block_ids]
+        for blocks in _blocks_once(chunks):
+            self.pool.release(blocks)
 
     def _room(self, count: int) -> bool:
         missing = max(self._blocks + count - self.max_blocks, count - self.pool.num_free)
@@ -300,3 +322,11 @@ class PoolTier:
         self._blocks -= len(held.block_ids)
         self._draft_bytes -= 0 if held.draft is None else held.draft.data.numel()
         self.pool.release(held.block_ids)
+
+
+def _blocks_once(chunks: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+    """Yield the blocks of all chunks; those of a chunk that is listed again in a list of their own."""
+    rest = Counter(chunks)
+    while rest:
+        yield [block for block_ids in rest for block in block_ids]
+        rest -= Counter(list(rest))

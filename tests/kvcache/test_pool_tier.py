@@ -192,3 +192,23 @@ def test_closing_a_tier_leaves_the_pool_to_a_later_one(pool):
     add(later, "a").release()
     earlier.close()
     assert len(pool.allocate(8)) == 8
+
+
+def test_chunks_pinned_together_are_held_once_for_each_time_they_are_listed_and_let_go_once(pool):
+    tier = tier_of(pool)
+    for name in "ab":
+        add(tier, name).release()
+    pins = tier.pin_all([ref_of("a"), ref_of("nowhere"), ref_of("b"), ref_of("a")])
+    assert pins[1] is None
+    found = [pin for pin in pins if pin is not None]
+    assert [pool.references(pin.block_ids[0]) for pin in found] == [3, 2, 3]
+    assert tier.give_back(8) == 4
+    found[0].release()
+    for _ in range(2):
+        tier.release_all(found)
+        assert [pool.references(pin.block_ids[0]) for pin in found] == [1, 1, 1]
+    assert tier.give_back(8) == 8
+
+
+def test_pinning_nothing_pins_nothing(pool):
+    assert tier_of(pool).pin_all([]) == []
