@@ -1,5 +1,7 @@
 import gc
+import random
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -225,3 +227,31 @@ def test_a_gpu_without_memory_for_drafts_leaves_the_chunks_where_they_are(decode
     assert bench.pool.num_free == 64
     again, _ = bench.run()
     assert again.kv.bytes_by_tier.keys() == {"ram"}
+
+
+def test_a_hundred_requests_at_once_over_a_pool_with_little_room_get_the_answers_they_get_alone(decoder):
+    chance = random.Random(3)
+    chunks = [Segment(_ids(50 + number, 6 + 7 * number % 40), f"one-{number}") for number in range(12)]
+    prompts = [Prompt((Segment(PREFIX), *chance.choices(chunks, k=3), Segment(ENDING))) for _ in range(14)]
+    alone = Bench(decoder, "int4+bf16", blocks=0)
+    expected = [alone.run(prompt=prompt) for prompt in prompts]
+    bench = Bench(decoder, "int4+bf16")
+    bench.store.memory.budget_bytes = 60_000  # some of the chunks
+
+    def ask(number):
+        result, rows = bench.run(prompt=prompts[number % 14])
+        if result.afterwards is not None and number % 5:  # an answer may be broken off
+            with torch.inference_mode():
+                result.afterwards()
+        wanted, wanted_rows = expected[number % 14]
+        torch.testing.assert_close(result.logits, wanted.logits, rtol=0, atol=1e-4 if ON_GPU else 0)
+        torch.testing.assert_close(rows, wanted_rows, rtol=0, atol=1e-4 if ON_GPU else 0)
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(ask, range(100)))
+    assert bench.store.stats.hits["gpu"] > 0
+    assert bench.store.memory.evictions > 0
+    assert bench.store._in_flight == {}
+    bench.store.close()
+    assert bench.pool.num_free == 64
