@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--codec", default="bf16")
-    parser.add_argument("--context", default="prefix", choices=[kind.value for kind in ContextKind])
+    parser.add_argument("--context", default="prefix", choices=[ContextKind.ISOLATED.value, ContextKind.PREFIX.value])
     parser.add_argument("--ratios", default="0.02,0.05,0.1,0.15,0.3")
     parser.add_argument("--variants", default="", help="only these selectors; auto for ratios that items find")
     parser.add_argument("--study", action="store_true", help="settings of propagation instead of selectors")

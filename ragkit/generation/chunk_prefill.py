@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ragkit.errors import KVCacheError
 from ragkit.generation.attention import StandaloneAttention
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.rotary_cache import RotaryCache
@@ -36,6 +37,9 @@ class ChunkPrefill:
         canonical_prefix: token ids that stand before every chunk while its KV is computed, unless it is isolated.
         context: what chunks are computed behind.
         neighbours: gives the segments that stand between prefix and chunk for `ContextKind.NEIGHBOURS`, by chunk id.
+
+    Raises:
+        KVCacheError: the context is neighbours, and nothing says which.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class ChunkPrefill:
         context: ContextKind = ContextKind.PREFIX,
         neighbours: Neighbours | None = None,
     ) -> None:
+        if context is ContextKind.NEIGHBOURS and neighbours is None:
+            raise KVCacheError("KV behind neighbours needs to be told which: give `neighbours`, or the context prefix")
         self.recipe = recipe
         self.canonical_prefix = tuple(canonical_prefix)
         self.context = context
