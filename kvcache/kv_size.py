@@ -8,7 +8,7 @@ from ragkit.models.model_config import ModelConfig
 _RAW = {CodecName.FP32: 4, CodecName.BF16: 2, CodecName.FP16: 2}  # bytes of a number
 _QUANTIZED = {CodecName.INT8: (8, 64), CodecName.INT4: (4, 32)}  # bits of a number, and numbers that share a scale
 _SCALE = 4  # bytes of a group's scale and zero
-_ENTROPY = {CodecName.ENTROPY1: 1.08, CodecName.ENTROPY2: 0.86, CodecName.ENTROPY3: 0.63}  # as the codec expects
+_ENTROPY = {CodecName.ENTROPY1: 0.90, CodecName.ENTROPY2: 0.74, CodecName.ENTROPY3: 0.59}  # as the codec expects
 _RECORD = 6144  # bytes of a record's header and padding, on average
 
 
