@@ -189,15 +189,19 @@ def highest(scene: SelectionScene, scores: Tensor, budget: int, taken: Tensor | 
         budget: how many positions to return, `taken` included.
         taken: ascending positions that are chosen already.
     """
-    rank = torch.full_like(scores, -torch.inf)
-    everything, wanted = all_positions(scene), worth_choosing(scene)
-    floor = scores[everything].amin() - 1 - (scores[everything].amax() - scores[everything].amin())
-    rank[everything] = floor + (scores[everything] - scores[everything].amax()) - 1
-    rank[wanted] = scores[wanted]
+    start, stop = scene.spans[0].start, scene.spans[-1].stop
+    asked = scores[start:stop]
+    rank = asked.clone()
+    if any(span.is_exact for span in scene.spans):
+        low, high = asked.aminmax()
+        for span in scene.spans:
+            if span.is_exact:  # below all others, and among themselves in their order
+                there = slice(span.start - start, span.stop - start)
+                rank[there] += 2 * (low - high) - 2
     if taken is not None:
-        rank[taken] = torch.inf
-    count = min(max(budget, 0 if taken is None else len(taken)), len(everything))
-    return rank.topk(count).indices.sort().values
+        rank[taken - start] = torch.inf
+    count = min(max(budget, 0 if taken is None else len(taken)), stop - start)
+    return rank.topk(count).indices.sort().values + start
 
 
 def evenly_spaced(scene: SelectionScene, count: int) -> Tensor:
