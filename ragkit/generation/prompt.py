@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ragkit.errors import GenerationError
 from ragkit.models.chat_template import ChatTemplate
@@ -21,6 +22,7 @@ QUESTION_HEADING = "Answer the question from the passages above, briefly.\n\nQue
 
 # Private-use characters that no template writes; the rendered template is cut where they stand.
 _SYSTEM_MARK, _CONTENT_MARK = "\ue000", "\ue001"
+_KEPT_CHUNKS = 1024  # texts whose ids are kept: about ten megabytes of ids at 256 tokens each
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class PromptBuilder:
         self._heading = tuple(tokenizer.encode(QUESTION_HEADING))
         self._suffix = after
         self._chunk_end = tuple(tokenizer.encode(CHUNK_END))
+        # A question names its chunks three times, to prefetch, to build and to find them, and the next ones some again.
+        self._chunk_ids = lru_cache(_KEPT_CHUNKS)(lambda text: (*tokenizer.encode(text), *self._chunk_end))
 
     @property
     def prefix(self) -> Segment:
@@ -64,7 +68,7 @@ class PromptBuilder:
 
     def chunk_segment(self, chunk: Chunk) -> Segment:
         """Return the segment of a chunk, with the same ids wherever it stands."""
-        return Segment((*self._tokenizer.encode(chunk.text), *self._chunk_end), chunk.chunk_id)
+        return Segment(self._chunk_ids(chunk.text), chunk.chunk_id)
 
     def build(
         self, question: str, chunks: Sequence[Chunk], *, max_new_tokens: int, context_tokens: int = 0

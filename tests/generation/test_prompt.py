@@ -90,3 +90,16 @@ def test_a_template_that_drops_the_content_is_refused(tmp_path, tokenizer):
     (tmp_path / "chat_template.jinja").write_text("fixed")
     with pytest.raises(GenerationError, match="does not show the messages"):
         PromptBuilder(tokenizer, ChatTemplate(tmp_path), 1000)
+
+
+def test_a_chunk_is_tokenised_once_for_all_questions(tiny_folder, monkeypatch):
+    tokenizer = ModelTokenizer(tiny_folder)
+    builder = PromptBuilder(tokenizer, ChatTemplate(tiny_folder), 1000)
+    encoded = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
+    first = builder.chunk_segment(_chunk("a", "First."))
+    prompts = [builder.build(question, [_chunk("b", "First.")], max_new_tokens=1).prompt for question in ("x", "y")]
+    assert encoded.count("First.") == 1
+    assert all(prompt.segments[1].token_ids == first.token_ids for prompt in prompts)
+    assert prompts[0].segments[1].chunk_id == "b"
