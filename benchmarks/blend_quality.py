@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
 import time
@@ -29,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from parts import dealt, run_parts
+from parts import add_part_options, dealt, measured_rows
 from report import data_folder, markdown_table, write_result
 
 from ragkit.bench.answer_distance import ROOM_BEHIND, AnswerDistance, AnswerScorer
@@ -46,7 +45,6 @@ from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf,
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, RandomTokens
 from ragkit.kvcache.token_selection import TokenSelector
-from ragkit.models import resolve
 from ragkit.models.chat_template import ChatTemplate
 from ragkit.types import Prompt, Segment, chunk_id_of
 
@@ -71,23 +69,12 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.02,0.05,0.1,0.15,0.3")
     parser.add_argument("--variants", default="", help="only these selectors; auto for ratios that items find")
     parser.add_argument("--study", action="store_true", help="settings of propagation instead of selectors")
-    parser.add_argument("--processes", type=int, default=1, help="share the items among so many on one device")
-    parser.add_argument("--part", default="0/1", help="I/N: only every Nth item from the Ith on")
-    parser.add_argument("--raw", help="write only the distances, to this file")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds, then what is done is reported")
+    add_part_options(parser)
     parser.add_argument("--name", default="blend_quality", help="name of the result")
     arguments = parser.parse_args()
-    if arguments.processes > 1:
-        resolve(arguments.model)  # fetched and converted once
-        parts = run_parts(__file__, sys.argv[1:], arguments.processes)
-        rows = sorted((row for part in parts for row in part), key=lambda row: row["index"])
-    else:
-        rows = measure(arguments)
-    if arguments.raw:
-        Path(arguments.raw).write_text(json.dumps(rows), encoding="utf-8")
+    rows = measured_rows(__file__, arguments, measure)
+    if rows is None:
         return
-    if not rows:
-        sys.exit("no item fits the model's window")
     table = summary([{label: AnswerDistance(**one) for label, one in row["variants"].items()} for row in rows])
     print(markdown_table(table, list(table[0])))
     limit = arguments.time_limit if math.isfinite(arguments.time_limit) else None

@@ -19,7 +19,6 @@ around each channel's mean.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from blend_quality import Bench, chosen_items
-from parts import dealt, run_parts
+from parts import add_part_options, dealt, measured_rows
 from report import data_folder, markdown_table, write_result
 
 from ragkit.bench.answer_distance import AnswerScorer, PrefillOutcome, distance_between
@@ -51,7 +50,6 @@ from ragkit.kvcache.kv_key import ContextKind, KVRecipe
 from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.memory_tier import MemoryTier
 from ragkit.kvcache.selectors_static import NoTokens
-from ragkit.models import resolve
 from ragkit.types import Prompt
 
 CODECS = ("bf16", "int8", "int4", "int4+bf16", "int4+int8", "entropy1", "entropy2", "entropy3")
@@ -67,23 +65,12 @@ def main() -> None:
     parser.add_argument("--codecs", default=",".join(CODECS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--processes", type=int, default=1, help="share the items among so many on one device")
-    parser.add_argument("--part", default="0/1", help="I/N: only every Nth item from the Ith on")
-    parser.add_argument("--raw", help="write only the numbers of the items, to this file")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds, then what is done is reported")
+    add_part_options(parser)
     parser.add_argument("--name", default="codec_quality", help="name of the result")
     arguments = parser.parse_args()
-    if arguments.processes > 1:
-        resolve(arguments.model)  # fetched and converted once
-        parts = run_parts(__file__, sys.argv[1:], arguments.processes)
-        rows = sorted((row for part in parts for row in part), key=lambda row: row["index"])
-    else:
-        rows = measure(arguments)
-    if arguments.raw:
-        Path(arguments.raw).write_text(json.dumps(rows), encoding="utf-8")
+    rows = measured_rows(__file__, arguments, measure)
+    if rows is None:
         return
-    if not rows:
-        sys.exit("no item fits the model's window")
     table = summary(rows)
     print(markdown_table(table, list(table[0])))
     limit = arguments.time_limit if math.isfinite(arguments.time_limit) else None

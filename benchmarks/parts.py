@@ -6,20 +6,53 @@ script takes `--part I/N` and `--raw FILE`: it does every Nth item and writes wh
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from ragkit.models.resolve import resolve
 
 Item = TypeVar("Item")
 
 _LOOK_S = 0.2  # between two looks at the processes
+
+
+def add_part_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a script whose items are dealt out."""
+    parser.add_argument("--processes", type=int, default=1, help="share the items among so many on one device")
+    parser.add_argument("--part", default="0/1", help="I/N: only every Nth item from the Ith on")
+    parser.add_argument("--raw", help="write only what was measured of the items, to this file")
+    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds, then what is done is reported")
+
+
+def measured_rows(
+    script: str, arguments: argparse.Namespace, measure: Callable[[argparse.Namespace], list[dict[str, Any]]]
+) -> list[dict[str, Any]] | None:
+    """Return one row an item in the order of their `index`, from one process or several; at least one.
+
+    None where the rows of a part were written to `--raw`, which is all that such a run does.
+    """
+    if arguments.processes > 1:
+        resolve(arguments.model)  # fetched and converted once
+        parts = run_parts(script, sys.argv[1:], arguments.processes)
+        rows = sorted((row for part in parts for row in part), key=lambda row: row["index"])
+    else:
+        rows = measure(arguments)
+    if arguments.raw:
+        Path(arguments.raw).write_text(json.dumps(rows), encoding="utf-8")
+        return None
+    if not rows:
+        sys.exit("no item fits the model's window")
+    return rows
 
 
 def dealt(items: Sequence[Item], part: str) -> Sequence[Item]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ragkit.bench.blend_report import COMPARABLE, BlendBenchOptions, Part, ScoredText
 from ragkit.cli.common import Session, command, flag
+from ragkit.cli.measuring import check_places, listed_values, run_measurement
 from ragkit.cli.output import json_text
-from ragkit.cli.progress import progress_for
 from ragkit.cli.query import TopKOption
-from ragkit.cli.signals import Interrupted
 from ragkit.config import SelectorName
 from ragkit.errors import UsageError
 
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from ragkit.cli.output import Output
     from ragkit.pipeline import Pipeline
     from ragkit.settings import Settings
-
-_Value = TypeVar("_Value")
 
 
 def register(app: typer.Typer) -> None:
@@ -104,25 +100,27 @@ def blend(
 
     Prompts are made of the store's chunks where there is one. Ctrl-C stops and shows what is done.
     """
+    from ragkit.bench.blend_plots import check_plot_folder
+
     options = BlendBenchOptions(
         parts=tuple(Part) if only is None else (only,),
-        lengths=_values("--lengths", lengths, int, "whole numbers"),
-        ratios=_values("--ratios", ratios, float, "numbers"),
-        selectors=_values("--selectors", selectors, SelectorName, f"some of {', '.join(COMPARABLE)}"),
+        lengths=listed_values("--lengths", lengths, int, "whole numbers"),
+        ratios=listed_values("--ratios", ratios, float, "numbers"),
+        selectors=listed_values("--selectors", selectors, SelectorName, f"some of {', '.join(COMPARABLE)}"),
         rounds=rounds or 0,
         items=items,
         questions=_questions(questions),
         musique=_musique(prompts, questions),
         time_limit_s=math.inf if time_limit is None else time_limit,
     )
-    _check_places(out, plot)
+    check_places(out, plot, check_plot_folder)
     settings = session.settings(
         {"retrieval.k": flag(k, "-k"), "generation.model": flag(generator, "--generator")},
     )
     with session.open(settings, create=True) as pipeline:
         with session.output.waiting("loading models …"):
             benchmark = _benchmark(settings, pipeline, options, needs_store=bool(questions) or prompts is not None)
-        exit_code = _run(benchmark, session.output)
+        exit_code = run_measurement(benchmark, session.output)
         report = benchmark.report()
     _show(report, session.output, out, plot, exit_code)
     if exit_code:
@@ -173,18 +171,6 @@ def _collection(
     return Collection(store, lambda question: [])
 
 
-def _run(benchmark: BlendBenchmark, output: Output) -> int:
-    """Measure, and return the exit code: 0, or that of the signal which stopped it."""
-    progress = progress_for(output)
-    try:
-        benchmark.run(progress)
-    except Interrupted as stop:
-        return stop.exit_code
-    finally:
-        progress.close()
-    return 0
-
-
 def _show(report: BlendReport, output: Output, out: Path | None, plot: Path | None, exit_code: int) -> None:
     from ragkit.cli.bench_tables import report_lines
 
@@ -199,17 +185,6 @@ def _show(report: BlendReport, output: Output, out: Path | None, plot: Path | No
     output.result(data, report_lines(report, data["machine"]))
     for path in (*plots, *([str(out)] if out is not None else [])):
         output.note(f"wrote {path}")
-
-
-def _values(option: str, text: str | None, convert: Callable[[str], _Value], wanted: str) -> tuple[_Value, ...]:
-    """Return a list separated by commas, without repetitions; empty where the option was not given."""
-    if text is None:
-        return ()
-    try:
-        values = tuple(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
-    except ValueError as error:
-        raise UsageError(f"{option} takes {wanted}, separated by commas, got {text!r}") from error
-    return values
 
 
 def _questions(file: Path | None) -> tuple[str, ...]:
@@ -238,13 +213,3 @@ def _musique(prompts: ScoredText | None, questions: Path | None) -> Path | None:
     if prompts is ScoredText.MUSIQUE:
         raise UsageError("--prompts musique needs RAGKIT_DATA: the folder that holds musique/musique_s.json")
     return None
-
-
-def _check_places(out: Path | None, plot: Path | None) -> None:
-    """Raise where results could not be written: now rather than after minutes."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UsageError(f"--out: {out} is a folder, or lies in none")
-    if plot is not None:
-        from ragkit.bench.blend_plots import check_plot_folder
-
-        check_plot_folder(plot)

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ragkit.bench.caps import DEFAULT_CAPS, CapUnit
 from ragkit.cli.common import Session, command
+from ragkit.cli.measuring import check_places, listed_values, run_measurement
 from ragkit.cli.output import Output, bold, json_text, one_line, table
-from ragkit.cli.progress import progress_for
-from ragkit.cli.signals import Interrupted
 from ragkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from ragkit.bench.chunking_quality import ChunkingEvaluation, ChunkingReport, EvaluationTools
+    from ragkit.bench.chunking_quality import ChunkingReport, EvaluationTools
     from ragkit.bench.chunking_tables import ChromaRow, ComparisonRow, Difference
     from ragkit.bench.question_sets import QuestionSet
     from ragkit.config import PipelineConfig
-
-_Value = TypeVar("_Value")
 
 
 def register(app: typer.Typer) -> None:
@@ -95,9 +92,10 @@ def chunking(
     Without FILE the public sets are taken. Ctrl-C stops and shows what is done.
     """
     from ragkit.bench.chunking_variants import DEFAULT_VARIANTS, check_variants
+    from ragkit.figures import check_figure_path
 
-    _check_places(out, plot)
-    names = _values("--chunkers", chunkers, str, "names") or DEFAULT_VARIANTS
+    check_places(out, plot, check_figure_path)
+    names = listed_values("--chunkers", chunkers, str, "names") or DEFAULT_VARIANTS
     check_variants(names)
     config = session.settings().config
     found = _own_set(files, questions, config) if files or questions else _public_sets(data, sets)
@@ -105,13 +103,13 @@ def chunking(
         found = [replace(one, characters=characters) for one in found]
     if limit is not None:
         found = [one.first(limit) for one in found]
-    limits = _values("--caps", caps, _cap, "whole numbers from 1 on") or DEFAULT_CAPS[unit]
+    limits = listed_values("--caps", caps, _cap, "whole numbers from 1 on") or DEFAULT_CAPS[unit]
     with session.output.waiting("loading models …"):
         tools = _tools(config, cache, unit)
     from ragkit.bench.chunking_quality import ChunkingEvaluation
 
     evaluation = ChunkingEvaluation(found, names, limits, tools)
-    exit_code = _run(evaluation, session.output)
+    exit_code = run_measurement(evaluation, session.output)
     report = evaluation.report()
     _show(report, _json(report, found, tools, unit, interrupted=bool(exit_code)), session.output, out, plot)
     if exit_code:
@@ -136,7 +134,9 @@ def _public_sets(data: Path | None, sets: str | None) -> list[QuestionSet]:
         raise UsageError(
             "there is nothing to ask about: give FILE... with --questions, or the folder of the public sets with --data"
         )
-    names = _values("--sets", sets, str, "names") or tuple(name for name in PUBLIC_SETS if (folder / name).is_dir())
+    names = listed_values("--sets", sets, str, "names") or tuple(
+        name for name in PUBLIC_SETS if (folder / name).is_dir()
+    )
     if not names:
         raise UsageError(f"{folder} holds none of the question sets {', '.join(PUBLIC_SETS)}")
     return [load_question_set(name, folder) for name in names]
@@ -154,18 +154,6 @@ def _tools(config: PipelineConfig, cache: Path | None, unit: CapUnit) -> Evaluat
     embedder = CachedEmbedder(pipeline.embedder, cache)
     tokenizer = CharacterTokenizer() if unit is CapUnit.CHARACTERS else pipeline.tokenizer
     return EvaluationTools(tokenizer, embedder, late, lambda: pipeline.engine, config.chunking)
-
-
-def _run(evaluation: ChunkingEvaluation, output: Output) -> int:
-    """Measure, and return the exit code: 0, or that of the signal which stopped it."""
-    progress = progress_for(output)
-    try:
-        evaluation.run(progress)
-    except Interrupted as stop:
-        return stop.exit_code
-    finally:
-        progress.close()
-    return 0
 
 
 def _json(
@@ -258,29 +246,8 @@ def _difference(value: Difference | None) -> str:
     return "" if value is None else f"{value.mean:+.1f} [{value.low:+.1f}, {value.high:+.1f}]"
 
 
-def _values(option: str, text: str | None, convert: Callable[[str], _Value], wanted: str) -> tuple[_Value, ...]:
-    """Return a list separated by commas, without repetitions; empty where the option was not given."""
-    if text is None:
-        return ()
-    try:
-        values = tuple(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
-    except ValueError as error:
-        raise UsageError(f"{option} takes {wanted}, separated by commas, got {text!r}") from error
-    return values
-
-
 def _cap(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError(text)
     return value
-
-
-def _check_places(out: Path | None, plot: Path | None) -> None:
-    """Raise where results could not be written: now rather than after minutes."""
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UsageError(f"--out: {out} is a folder, or lies in none")
-    if plot is not None:
-        from ragkit.figures import check_figure_path
-
-        check_figure_path(plot)
