@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ragkit.errors import GenerationError
+from ragkit.generation.dense_steps import DenseSteps
 from ragkit.generation.host_memory import keep_freed_memory
 from ragkit.generation.weights import DecoderWeights, LayerWeights, load_weights
 from ragkit.kernels.add_rms_norm import add_rms_norm
@@ -70,12 +71,13 @@ class Projected(NamedTuple):
 
 
 class Decoder:
-    """A decoder-only language model with its weights on one device. Stateless between calls.
+    """A decoder-only language model with its weights on one device. Stateless between calls but for `dense_steps`.
 
     Attributes:
         config: sizes.
         layout: shape of its KV.
         device, dtype: where and in which type it computes.
+        dense_steps: what passes over few tokens do between attentions, recorded as CUDA graphs.
     """
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
@@ -85,6 +87,7 @@ class Decoder:
         self.dtype = weights.embedding.dtype
         self.layout = KVLayout.of(config, self.dtype)
         self.scale = config.head_dim**-0.5
+        self.dense_steps = DenseSteps.on(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
 

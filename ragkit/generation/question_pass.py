@@ -34,21 +34,21 @@ def question_mass(
     first = rows.num_tokens - len(ending)
     positions = torch.arange(first, rows.num_tokens, device=decoder.device)
     mass = torch.zeros(rows.num_tokens, dtype=torch.float32, device=decoder.device)
-    activations = decoder.embed(ending)
     scored = layers.of(decoder.config.num_layers)
-    for layer in range(scored.stop):
-        queries, own_keys, own_values, residual = decoder.project(layer, activations)
-        keys, values = rows.layer(layer)
-        rope_write_kv(
-            queries, own_keys, own_values, positions, positions, rotary.cos, rotary.sin,
-            keys.unsqueeze(0), values.unsqueeze(0), rotate_keys=False,
-        )  # fmt: skip
-        attended, received = question_attention(
-            queries, keys, values, rotary.cos, rotary.sin,
-            first_position=first, scale=decoder.scale, with_mass=layer in scored,
-        )  # fmt: skip
-        if received.numel():
-            mass += received
-        if layer + 1 < scored.stop:  # what the last of them adds changes no attention
-            activations = decoder.complete(layer, attended, residual)
+    with decoder.dense_steps.of(decoder, len(ending)) as steps:
+        queries, own_keys, own_values = steps.first(ending)
+        for layer in range(scored.stop):
+            keys, values = rows.layer(layer)
+            rope_write_kv(
+                queries, own_keys, own_values, positions, positions, rotary.cos, rotary.sin,
+                keys.unsqueeze(0), values.unsqueeze(0), rotate_keys=False,
+            )  # fmt: skip
+            attended, received = question_attention(
+                queries, keys, values, rotary.cos, rotary.sin,
+                first_position=first, scale=decoder.scale, with_mass=layer in scored,
+            )  # fmt: skip
+            if received.numel():
+                mass += received
+            if layer + 1 < scored.stop:  # what the last of them adds changes no attention
+                queries, own_keys, own_values = steps.following(layer, attended)
     return mass
