@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,16 +166,17 @@ class RequestKV:
 
     def _append(self, blocks: Sequence[int], positions: Tensor, *, shared: bool) -> None:
         self.block_ids += blocks
-        self._positions = torch.cat((self._positions, positions))
+        self._positions = torch.from_numpy(np.concatenate((self._positions.numpy(), positions.numpy())))
         self._is_shared += [shared] * len(blocks)
         self.version += 1
 
     def _ascending(self, start: int, rows: int) -> Tensor:
         """Return (blocks, block_size) int32: the positions of `rows` rows from `start` up, then hidden ones."""
         size = self.pool.block_size
-        positions = torch.full((self.pool.blocks_for(rows) * size,), HIDDEN, dtype=torch.int32)
-        positions[:rows] = torch.arange(start, start + rows, dtype=torch.int32)
-        return positions.view(-1, size)
+        # By numpy: torch wakes all cores for tens of thousands of numbers, which takes longer than to write them.
+        positions = np.full(self.pool.blocks_for(rows) * size, HIDDEN, dtype=np.int32)
+        positions[:rows] = np.arange(start, start + rows, dtype=np.int32)
+        return torch.from_numpy(positions.reshape(-1, size))
 
     def _places(self) -> Tensor:
         # (num_reserved + 1,): the row over entries that stands at each position, -1 where none does.
