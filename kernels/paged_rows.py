@@ -19,15 +19,18 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import jit, tl
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kernels.rotation import rotate_into
 
 HIDDEN = 2**31 - 1  # position of a row that no query may see
 FIELD_ROWS = 16  # rows of a block that share one vector of a field
 
+Blocks = Tensor | QuantizedBlocks  # (blocks, block_size, kv_heads, head_dim), contiguous
+
 
 def visible_rows_torch(
-    key_pool: Tensor,
-    value_pool: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
     block_table: Tensor,
     row_positions: Tensor,
     last_position: int,
@@ -39,7 +42,7 @@ def visible_rows_torch(
     """Return positions (rows,) int64, and keys and values (rows, kv_heads, head_dim) fp32: the definition.
 
     Args:
-        key_pool, value_pool: (blocks, block_size, kv_heads, head_dim), keys un-rotated.
+        key_pool, value_pool: (blocks, block_size, kv_heads, head_dim), keys un-rotated, numbers or codes.
         block_table: (entries,) blocks of one request.
         row_positions: (entries, block_size) position of each row, or `HIDDEN`.
         last_position: rows behind it are left out.
@@ -49,14 +52,19 @@ def visible_rows_torch(
     positions = row_positions.flatten()
     seen = (positions <= last_position).nonzero().squeeze(1)
     at = positions[seen].long()
-    blocks = block_table.long()
-    keys, values = (pool[blocks].flatten(0, 1)[seen].float() for pool in (key_pool, value_pool))
+    size = row_positions.shape[1]
+    slots = block_table.long()[seen // size] * size + seen % size
+    keys, values = _rows(key_pool, slots), _rows(value_pool, slots)
     if key_field is not None and value_field is not None:
         keys = keys + key_field.flatten(0, 1)[seen // FIELD_ROWS].float()
         values = values + value_field.flatten(0, 1)[seen // FIELD_ROWS].float()
     turned = torch.empty_like(keys)
     rotate_into(turned, keys, cos[at], sin[at])
     return at, turned, values
+
+
+def _rows(pool: Blocks, slots: Tensor) -> Tensor:
+    return pool.rows(slots) if isinstance(pool, QuantizedBlocks) else pool.flatten(0, 1)[slots].float()
 
 
 def check_paged_rows(

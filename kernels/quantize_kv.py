@@ -41,7 +41,14 @@ class QuantizedHeads(NamedTuple):
 
 
 def quantize_kv(
-    heads: Tensor, *, bits: int, token_group: int, channel_group: int, backend: Backend | None = None
+    heads: Tensor,
+    *,
+    bits: int,
+    token_group: int,
+    channel_group: int,
+    out: QuantizedHeads | None = None,
+    slots: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> QuantizedHeads:
     """Return `heads` (tokens, heads, head_dim) as codes; values must be finite and below fp16's largest.
 
@@ -50,6 +57,8 @@ def quantize_kv(
         bits: 8 or 4.
         token_group: tokens that share a scale, a power of two.
         channel_group: channels that share a scale, a power of two that divides head_dim / 2.
+        out: where to write, instead of new tensors; contiguous, a whole number of groups of tokens.
+        slots: (ceil(tokens / token_group),) int64, distinct: group i of the tokens goes to group `slots[i]` of `out`.
         backend: an implementation to insist on.
 
     Raises:
@@ -58,28 +67,42 @@ def quantize_kv(
     check_groups(heads.shape, bits, token_group, channel_group)
     if heads.numel() and heads.stride()[1:] != (heads.shape[2], 1):
         raise KernelInputError(f"the heads of one token must be contiguous, got strides {heads.stride()}")
+    if (out is None) != (slots is None):
+        raise KernelInputError("out and slots are given together or not at all")
+    if out is not None and slots is not None:
+        _check_target(heads.shape, bits, token_group, channel_group, out, slots)
     if resolve_backend(heads, backend) is Backend.TORCH:
-        return quantize_kv_torch(heads, bits=bits, token_group=token_group, channel_group=channel_group)
+        return quantize_kv_torch(
+            heads, bits=bits, token_group=token_group, channel_group=channel_group, out=out, slots=slots
+        )
     tokens, num_heads, head_dim = heads.shape
-    out = empty_codes(heads.shape, bits, token_group, channel_group, heads.device)
+    out = out or empty_codes(heads.shape, bits, token_group, channel_group, heads.device)
     if heads.numel() == 0:
         return out
     groups, half = head_dim // 2 // channel_group, head_dim // 2
     group_elements = token_group * next_power_of_2(groups) * channel_group
     row_groups = max(1, min(_TILE // group_elements, next_power_of_2(ceil_div(tokens, token_group))))
     _quantize_kv_kernel[(ceil_div(tokens, token_group * row_groups), num_heads)](
-        heads, out.codes, out.scale, out.zero, tokens, heads.stride(0), num_heads,
+        heads, out.codes, out.scale, out.zero, heads if slots is None else slots, tokens, heads.stride(0), num_heads,
         HALF=half, GROUPS=groups, GROUPS_PADDED=next_power_of_2(groups), CHANNEL_GROUP=channel_group,
-        TOKEN_GROUP=token_group, ROW_GROUPS=row_groups, FOUR_BITS=bits == 4,
+        TOKEN_GROUP=token_group, ROW_GROUPS=row_groups, FOUR_BITS=bits == 4, HAS_SLOTS=slots is not None,
     )  # fmt: skip
     return out
 
 
-def quantize_kv_torch(heads: Tensor, *, bits: int, token_group: int, channel_group: int) -> QuantizedHeads:
+def quantize_kv_torch(
+    heads: Tensor,
+    *,
+    bits: int,
+    token_group: int,
+    channel_group: int,
+    out: QuantizedHeads | None = None,
+    slots: Tensor | None = None,
+) -> QuantizedHeads:
     """Return what `quantize_kv` returns: the definition."""
     tokens, num_heads, head_dim = heads.shape
     if heads.numel() == 0:
-        return empty_codes(heads.shape, bits, token_group, channel_group, heads.device)
+        return out or empty_codes(heads.shape, bits, token_group, channel_group, heads.device)
     missing = -tokens % token_group
     padded = functional.pad(heads.float().flatten(1).T, (0, missing), mode="replicate").T
     grouped = padded.reshape(-1, token_group, num_heads, head_dim // channel_group, channel_group)
@@ -92,7 +115,11 @@ def quantize_kv_torch(heads: Tensor, *, bits: int, token_group: int, channel_gro
     if bits == 4:
         first, second = codes.chunk(2, dim=-1)
         codes = first | (second << 4)
-    return QuantizedHeads(codes.contiguous(), scale, zero)
+    if out is None or slots is None:
+        return QuantizedHeads(codes.contiguous(), scale, zero)
+    rows = (slots.unsqueeze(1) * token_group + torch.arange(token_group, device=slots.device)).flatten()[:tokens]
+    out.codes[rows], out.scale[slots], out.zero[slots] = codes, scale, zero
+    return out
 
 
 def empty_codes(
@@ -119,8 +146,27 @@ def check_groups(shape: tuple[int, ...], bits: int, token_group: int, channel_gr
         raise KernelInputError(f"channel_group must divide half of the head_dim {shape[2]}, got {channel_group}")
 
 
+def _check_target(
+    shape: tuple[int, ...], bits: int, token_group: int, channel_group: int, out: QuantizedHeads, slots: Tensor
+) -> None:
+    tokens, num_heads, head_dim = shape
+    rows = len(out.codes)
+    expected = (
+        (rows, num_heads, head_dim * bits // 8),
+        *((rows // token_group, num_heads, head_dim // channel_group),) * 2,
+    )
+    if tuple(tuple(part.shape) for part in out) != expected or rows % token_group:
+        raise KernelInputError(f"out must be of {expected}, got {[tuple(part.shape) for part in out]}")
+    if not all(part.is_contiguous() for part in out):
+        raise KernelInputError("out must be contiguous")
+    if slots.shape != (ceil_div(tokens, token_group),) or slots.dtype != torch.int64:
+        raise KernelInputError(
+            f"slots must be ({ceil_div(tokens, token_group)},) int64, got {tuple(slots.shape)} {slots.dtype}"
+        )
+
+
 @jit
-def _quantized(x_ptr, scale_ptr, zero_ptr, token, row, group, channel, seen, stored, stride_t,
+def _quantized(x_ptr, scale_ptr, zero_ptr, token, target, group, channel, seen, stored, stride_t,
                num_heads, GROUP_BASE: tl.constexpr, CHANNEL_BASE: tl.constexpr, ALL_GROUPS: tl.constexpr,
                HEAD_DIM: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
     # Codes (ROW_GROUPS, TOKEN_GROUP, GROUPS_PADDED, CHANNEL_GROUP) of one half of one head; writes scale and zero.
@@ -133,7 +179,7 @@ def _quantized(x_ptr, scale_ptr, zero_ptr, token, row, group, channel, seen, sto
     zero = (low - tl.abs(low) * 0.0009765625 - 5.9604644775390625e-08).to(tl.float16)
     span = high - zero.to(tl.float32)
     scale = (span / LARGEST * 1.0009765625 + 5.9604644775390625e-08).to(tl.float16)
-    at = (row * num_heads + head) * ALL_GROUPS + GROUP_BASE + group
+    at = (target[:, None] * num_heads + head) * ALL_GROUPS + GROUP_BASE + group
     tl.store(scale_ptr + at, scale, mask=stored)
     tl.store(zero_ptr + at, zero, mask=stored)
     steps = (x - zero.to(tl.float32)[:, None, :, None]) / scale.to(tl.float32)[:, None, :, None]
@@ -142,9 +188,9 @@ def _quantized(x_ptr, scale_ptr, zero_ptr, token, row, group, channel, seen, sto
 
 @launched
 def _quantize_kv_kernel(
-    x_ptr, code_ptr, scale_ptr, zero_ptr, tokens, stride_t, num_heads,
+    x_ptr, code_ptr, scale_ptr, zero_ptr, slot_ptr, tokens, stride_t, num_heads,
     HALF: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, CHANNEL_GROUP: tl.constexpr,
-    TOKEN_GROUP: tl.constexpr, ROW_GROUPS: tl.constexpr, FOUR_BITS: tl.constexpr,
+    TOKEN_GROUP: tl.constexpr, ROW_GROUPS: tl.constexpr, FOUR_BITS: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
     # This program treats ROW_GROUPS groups of tokens of one head, as two halves of HALF channels each.
     head = tl.program_id(1)
@@ -153,20 +199,24 @@ def _quantize_kv_kernel(
     token = rows[:, None, None, None] * TOKEN_GROUP + tl.arange(0, TOKEN_GROUP)[None, :, None, None]
     channel = groups[None, None, :, None] * CHANNEL_GROUP + tl.arange(0, CHANNEL_GROUP)[None, None, None, :]
     seen = (token < tokens) & (groups < GROUPS)[None, None, :, None] & (channel < HALF)
-    row, group = rows[:, None], groups[None, :]
-    stored = (row * TOKEN_GROUP < tokens) & (group < GROUPS)
+    group = groups[None, :]
+    stored = (rows[:, None] * TOKEN_GROUP < tokens) & (group < GROUPS)
+    target = rows
+    if HAS_SLOTS:
+        target = tl.load(slot_ptr + rows, mask=rows * TOKEN_GROUP < tokens, other=0)
     LARGEST: tl.constexpr = 15.0 if FOUR_BITS else 255.0
     first = _quantized(
-        x_ptr, scale_ptr, zero_ptr, token, row, group, channel, seen, stored, stride_t,
+        x_ptr, scale_ptr, zero_ptr, token, target, group, channel, seen, stored, stride_t,
         num_heads, 0, 0, 2 * GROUPS, 2 * HALF, LARGEST,
     )  # fmt: skip
     second = _quantized(
-        x_ptr, scale_ptr, zero_ptr, token, row, group, channel, seen, stored, stride_t,
+        x_ptr, scale_ptr, zero_ptr, token, target, group, channel, seen, stored, stride_t,
         num_heads, GROUPS, HALF, 2 * GROUPS, 2 * HALF, LARGEST,
     )  # fmt: skip
+    row = target[:, None, None, None] * TOKEN_GROUP + tl.arange(0, TOKEN_GROUP)[None, :, None, None]
     if FOUR_BITS:
-        tl.store(code_ptr + (token * num_heads + head) * HALF + channel, first | (second << 4), mask=seen)
+        tl.store(code_ptr + (row * num_heads + head) * HALF + channel, first | (second << 4), mask=seen)
     else:
-        at = (token * num_heads + head) * (2 * HALF) + channel
+        at = (row * num_heads + head) * (2 * HALF) + channel
         tl.store(code_ptr + at, first, mask=seen)
         tl.store(code_ptr + at + HALF, second, mask=seen)

@@ -25,6 +25,12 @@ from ragkit.kvcache.codec import (
 from ragkit.kvcache.layout import KVLayout
 
 
+def value_channels(head_dim: int, group: int) -> int:
+    """Return how many channels of a value share a scale: the largest power of two up to `group` in half a head."""
+    half = head_dim // 2
+    return min(group, half & -half)
+
+
 class QuantizedCodec:
     """Keys and values as codes of `bits` with an fp16 scale and zero for each group of `group` numbers.
 
@@ -41,7 +47,7 @@ class QuantizedCodec:
 
     def format(self, layer: int) -> ChunkFormat:
         """Return codes and their groups."""
-        return ChunkFormat.codes(self.bits, self.group, self._channels(self.layout.layers[layer].head_dim))
+        return ChunkFormat.codes(self.bits, self.group, value_channels(self.layout.layers[layer].head_dim, self.group))
 
     def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:
         """Return the bytes of each layer: codes, scales and zeros of the keys, then of the values."""
@@ -86,11 +92,9 @@ class QuantizedCodec:
         return quantize_kv(keys, bits=self.bits, token_group=self.group, channel_group=1)
 
     def _values(self, values: Tensor) -> QuantizedHeads:
-        return quantize_kv(values, bits=self.bits, token_group=1, channel_group=self._channels(values.shape[2]))
-
-    def _channels(self, head_dim: int) -> int:
-        half = head_dim // 2
-        return min(self.group, half & -half)
+        return quantize_kv(
+            values, bits=self.bits, token_group=1, channel_group=value_channels(values.shape[2], self.group)
+        )
 
     def _bound(self, heads: Tensor, scale: Tensor) -> Tensor:
         # The decoded number is rounded, and lies up to half a scale further from zero than the original.

@@ -4,8 +4,8 @@ import torch
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.dequantize_kv import dequantize_kv_torch
-from ragkit.kernels.quantize_kv import quantize_kv, quantize_kv_torch
-from ragkit.kernels.testing import EDGE_TOKENS, guarded
+from ragkit.kernels.quantize_kv import empty_codes, quantize_kv, quantize_kv_torch
+from ragkit.kernels.testing import CANARY, EDGE_TOKENS, guarded
 
 KEYS, VALUES = (16, 1), (1, 8)  # (token_group, channel_group)
 
@@ -70,6 +70,39 @@ def test_four_bits_pack_what_rotation_turns_together(backend, device):
     dequantize_kv_torch(got, back, token_group=1)
     assert torch.equal(got.codes[0, 0] & 15, (got.codes[0, 0] >> 4))  # 0..7 and 8..15 have the same codes
     assert float((back - x).abs().max()) < 0.3
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 37, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [KEYS, VALUES])
+@pytest.mark.parametrize("backend", list(Backend))
+def test_groups_go_to_their_slots_and_nothing_else_is_written(tokens, bits, groups, backend, device, rng):
+    x = _sample(tokens, 3, 16, torch.float32, device, rng)
+    options = {"bits": bits, "token_group": groups[0], "channel_group": groups[1]}
+    fresh = quantize_kv(x, **options, backend=backend)
+    out = empty_codes((160, 3, 16), bits, groups[0], groups[1], device)
+    for part in out:
+        part.fill_(CANARY)
+    slots = torch.randperm(len(out.scale), device=device, generator=rng)[: len(fresh.scale)]
+    assert quantize_kv(x, **options, out=out, slots=slots, backend=backend) is out
+    rows = (slots.unsqueeze(1) * groups[0] + torch.arange(groups[0], device=device)).flatten()[:tokens]
+    for mine, expected, at in zip(out, fresh, (rows, slots, slots), strict=True):
+        assert torch.equal(mine[at], expected)
+        untouched = torch.ones(len(mine), dtype=torch.bool, device=device)
+        untouched[at] = False
+        assert bool((mine[untouched] == CANARY).all())
+
+
+def test_a_target_that_does_not_fit_is_refused(device):
+    x = torch.zeros(20, 2, 16, device=device)
+    options = {"bits": 8, "token_group": 16, "channel_group": 1}
+    out = empty_codes((64, 2, 16), 8, 16, 1, device)
+    with pytest.raises(KernelInputError, match="given together"):
+        quantize_kv(x, **options, out=out)
+    with pytest.raises(KernelInputError, match=r"slots must be \(2,\) int64"):
+        quantize_kv(x, **options, out=out, slots=torch.arange(3, device=device))
+    with pytest.raises(KernelInputError, match="out must be of"):
+        quantize_kv(x, **options, out=empty_codes((64, 3, 16), 8, 16, 1, device), slots=torch.arange(2, device=device))
 
 
 def test_a_view_over_fused_heads_is_taken(device, rng):
