@@ -1,0 +1,142 @@
+# ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels, and pointers have none)
+# mypy: disable-error-code="no-untyped-def"
+"""The pages of highest score, found on the device: which ones never becomes known to the host.
+
+    chosen = the k first pages by (score descending, page ascending), in ascending order
+
+The k-th highest score is found two bits at a time: numbers are mapped to integers of the same order, and in each of
+sixteen steps the pages at or above three thresholds are counted, all three in one sum. Equal scores go to the lower
+page, so that every run chooses the same pages. One program holds one row of scores; launches depend on shapes alone,
+so a CUDA graph replays them for other scores and bounds.
+
+Source: radix selection, Alabi et al., "Fast k-selection algorithms for graphics processing units", 2012; choosing pages
+with it: Quest, arXiv 2406.10774, section 3.3. Cost: reads the scores once; latency bound.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KernelInputError
+from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.launched import launched
+
+MOST_PAGES = 1 << 16  # scores that one program can hold
+MOST_CHOSEN = 1 << 13
+
+
+def page_top_k(
+    scores: Tensor, k: int, *, bounds: Tensor | None = None, keep_rest: bool = False, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `(pages, counts)`: (rows, k) int32 ascending, and (rows,) int32, how many of the k were found.
+
+    Entries past a row's count are 0. Pages that score -inf or NaN are never chosen.
+
+    Args:
+        scores: (rows, pages) fp32, contiguous; rows are chosen for apart.
+        k: pages to choose, at most `MOST_CHOSEN`.
+        bounds: (3,) int32 on the device: `first`, `last` and `end`. Pages from `first` up to `last` compete; without it
+            all do.
+        keep_rest: the pages before `first` (sinks) and from `last` up to `end` (the local window) are chosen before
+            all others, whatever they score, and count towards k; else they are left out.
+        backend: an implementation to insist on.
+
+    Raises:
+        KernelInputError: shapes do not fit.
+    """
+    _check_inputs(scores, k, bounds)
+    if resolve_backend(scores, backend) is Backend.TORCH:
+        return page_top_k_torch(scores, k, bounds=bounds, keep_rest=keep_rest)
+    rows, pages = scores.shape
+    chosen = torch.empty((rows, k), dtype=torch.int32, device=scores.device)
+    counts = torch.empty(rows, dtype=torch.int32, device=scores.device)
+    if rows == 0:
+        return chosen, counts
+    held = max(32, next_power_of_2(max(pages, k)))
+    _page_top_k_kernel[(rows,)](
+        scores, counts if bounds is None else bounds, chosen, counts, pages, k,
+        PAGES=held, HAS_BOUNDS=bounds is not None, KEEP_REST=keep_rest,
+        num_warps=min(32, max(4, held // 512)),
+    )  # fmt: skip
+    return chosen, counts
+
+
+def page_top_k_torch(
+    scores: Tensor, k: int, *, bounds: Tensor | None = None, keep_rest: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return what `page_top_k` returns: the definition."""
+    pages = scores.shape[1]
+    scores = torch.where(scores.isnan(), float("-inf"), scores)
+    if bounds is not None:
+        first, last, end = bounds.unbind()
+        page = torch.arange(pages, device=scores.device)
+        rest = torch.where((page < end) & keep_rest, float("inf"), float("-inf"))
+        scores = torch.where((page >= first) & (page < last), scores, rest)
+    scores = torch.nn.functional.pad(scores, (0, max(0, k - pages)), value=float("-inf"))
+    best, order = (part[:, :k] for part in torch.sort(scores, dim=1, descending=True, stable=True))
+    found = best > float("-inf")
+    counts = found.sum(dim=1, dtype=torch.int32)
+    ascending = torch.where(found, order, scores.shape[1]).sort(dim=1).values
+    return torch.where(torch.arange(k, device=scores.device) < counts[:, None], ascending, 0).int(), counts
+
+
+def _check_inputs(scores: Tensor, k: int, bounds: Tensor | None) -> None:
+    if scores.dim() != 2 or scores.dtype != torch.float32 or not scores.is_contiguous():
+        raise KernelInputError(
+            f"scores must be (rows, pages) fp32, contiguous, got {tuple(scores.shape)} {scores.dtype}"
+        )
+    if scores.shape[1] > MOST_PAGES:
+        raise KernelInputError(f"at most {MOST_PAGES:,} pages can be chosen from, got {scores.shape[1]:,}")
+    if not 1 <= k <= MOST_CHOSEN:
+        raise KernelInputError(f"k must be from 1 to {MOST_CHOSEN:,}, got {k}")
+    if bounds is not None and (bounds.shape != (3,) or bounds.dtype != torch.int32 or not bounds.is_contiguous()):
+        raise KernelInputError(f"bounds must be (3,) int32, got {tuple(bounds.shape)} {bounds.dtype}")
+
+
+# Sizes that differ from call to call are not specialised: no request waits for another compilation.
+@launched(do_not_specialize=("pages", "k"))
+def _page_top_k_kernel(
+    score_ptr, bounds_ptr, chosen_ptr, count_ptr, pages, k,
+    PAGES: tl.constexpr, HAS_BOUNDS: tl.constexpr, KEEP_REST: tl.constexpr,
+):  # fmt: skip
+    # This program chooses for one row.
+    row = tl.program_id(0).to(tl.int64)
+    page = tl.arange(0, PAGES)
+    nothing = float("-inf")
+    score = tl.load(score_ptr + row * pages + page, mask=page < pages, other=nothing)
+    score = tl.where(score == score, score, nothing)
+    if HAS_BOUNDS:
+        rest = nothing
+        if KEEP_REST:
+            end = tl.minimum(tl.load(bounds_ptr + 2), pages)
+            rest = tl.where(page < end, float("inf"), nothing)
+        competes = (page >= tl.load(bounds_ptr)) & (page < tl.load(bounds_ptr + 1))
+        score = tl.where(competes, score, rest)
+    # Integers in the order of the scores: of negative numbers, all bits but the sign's are turned over.
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+    # The highest threshold that k pages reach, its bits from the highest on, two at a time.
+    threshold = tl.full((), -(1 << 31), tl.int64)
+    for step in range(16):
+        digit = (tl.full((), 1, tl.int64) << 30) >> (2 * step)
+        reach = (bits >= (threshold + digit).to(tl.int32)).to(tl.int64)
+        reach += (bits >= (threshold + 2 * digit).to(tl.int32)).to(tl.int64) << 20
+        reach += (bits >= (threshold + 3 * digit).to(tl.int32)).to(tl.int64) << 40
+        reach = tl.sum(reach, axis=0)
+        at_least = ((reach & 0xFFFFF) >= k).to(tl.int64) + (((reach >> 20) & 0xFFFFF) >= k) + ((reach >> 40) >= k)
+        threshold += at_least * digit
+    threshold = threshold.to(tl.int32)
+
+    is_above = (bits > threshold).to(tl.int32)
+    is_equal = ((bits == threshold) & (score > nothing)).to(tl.int32)
+    wanted = k - tl.sum(is_above, axis=0)  # of those at the threshold, the first
+    before = tl.cumsum((is_above << 17) | is_equal, axis=0)  # both counts in one: of each at most 2^16 and 2^13
+    equal_before = before & 0x1FFFF
+    is_chosen = (is_above != 0) | ((is_equal != 0) & (equal_before <= wanted))
+    place = (before >> 17) + tl.minimum(equal_before, wanted) - 1
+    count = tl.sum(is_chosen.to(tl.int32), axis=0)
+    tl.store(chosen_ptr + row * k + place, page, mask=is_chosen)
+    tl.store(chosen_ptr + row * k + page, tl.zeros((PAGES,), tl.int32), mask=(page >= count) & (page < k))
+    tl.store(count_ptr + row, count)
