@@ -120,8 +120,42 @@ class SelectorName(StrEnum):
     TWO_ROUNDS = "two-rounds"
 
 
+class PageSelectorName(StrEnum):
+    """How the pages of a long document that are attended to are chosen."""
+
+    EVERYTHING = "everything"
+    WINDOW = "window"
+    MEAN_KEY = "mean-key"
+
+
+class PageVote(StrEnum):
+    """How query heads come to share one choice of pages.
+
+    `softmax`: every head of every query gives its weight of 1 to the pages by a softmax, and the weights are added, so
+    that heads whose logits are large do not outvote others; `sum`: the logits are added; `max`: the highest counts.
+    """
+
+    SOFTMAX = "softmax"
+    SUM = "sum"
+    MAX = "max"
+
+
+class PagePositions(StrEnum):
+    """Where chosen pages stand for the model.
+
+    `reindexed`: behind the sinks and before the local window, without gaps and in their order; `clamped`: all at one
+    place before the local window; `true`: where they stand in the document, which must fit into the window then.
+    """
+
+    REINDEXED = "reindexed"
+    CLAMPED = "clamped"
+    TRUE = "true"
+
+
 #: The ratio of a blend that each request finds for itself.
 AUTO: Final = "auto"
+#: The codecs of pages: those whose pages can be read one by one.
+PAGE_CODECS = (CodecName.FP32, CodecName.BF16, CodecName.FP16, CodecName.INT8, CodecName.INT4)
 #: The selectors that can: they know how much of the question's attention a token receives.
 AUTO_SELECTORS = (SelectorName.QUESTION, SelectorName.TWO_ROUNDS)
 
@@ -300,6 +334,48 @@ class BlendConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PagesConfig:
+    """How a document is read that is longer than the model's window, and what of it a question attends to.
+
+    Its KV is kept in pages of `page_tokens`, stored by `codec`. Everything is read in windows of `window_tokens`, which
+    attend to the first `sink_tokens`, to the pages that `selector` finds, `budget_tokens` in all, and to the
+    `local_tokens` before. So does the answer, which chooses again every `interval` tokens and in every
+    `layer_interval`-th layer; the layers between share its choice. With `per_key_head` each key head has pages of its
+    own. `memory_mb` of the encoded pages stay in memory, the others on disk within `kv.disk_mb`; `cache_mb` of them
+    stay decoded where the model runs. `keep_received` also stores the attention that rows received, for selectors that
+    look at it.
+    """
+
+    page_tokens: int = 64
+    codec: CodecName = CodecName.INT8
+    selector: PageSelectorName = PageSelectorName.MEAN_KEY
+    vote: PageVote = PageVote.SOFTMAX
+    per_key_head: bool = False
+    positions: PagePositions = PagePositions.REINDEXED
+    sink_tokens: int = 128
+    budget_tokens: int = 2048
+    local_tokens: int = 1024
+    window_tokens: int = 512
+    interval: int = 4
+    layer_interval: int = 1
+    keep_received: bool = False
+    cache_mb: int = 1024
+    memory_mb: int = 4096
+
+    def __post_init__(self) -> None:
+        _at_least("pages.page_tokens", self.page_tokens, 1)
+        for name in ("sink_tokens", "budget_tokens", "local_tokens"):
+            _multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens)
+        _multiple("pages.window_tokens", self.window_tokens, "pages.page_tokens", self.page_tokens, least=1)
+        _at_least("pages.interval", self.interval, 1)
+        _at_least("pages.layer_interval", self.layer_interval, 1)
+        _at_least("pages.cache_mb", self.cache_mb, 1)
+        _at_least("pages.memory_mb", self.memory_mb, 1)
+        if self.codec not in PAGE_CODECS:
+            raise ConfigError(f"pages.codec must be one of {', '.join(PAGE_CODECS)}, got {str(self.codec)!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerConfig:
     """How answers are cited and refused. The defaults were chosen on data (docs/benchmarks.md).
 
@@ -352,6 +428,7 @@ class PipelineConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     kv: KVConfig = field(default_factory=KVConfig)
     blend: BlendConfig = field(default_factory=BlendConfig)
+    pages: PagesConfig = field(default_factory=PagesConfig)
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)
 
@@ -359,6 +436,12 @@ class PipelineConfig:
 def _at_least(name: str, value: int, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name} must be a whole number >= {low}, got {value!r}")
+
+
+def _multiple(name: str, value: int, of: str, unit: int, *, least: int = 0) -> None:
+    _at_least(name, value, least)
+    if value % unit:
+        raise ConfigError(f"{name} must be a multiple of {of} = {unit}, got {value}")
 
 
 def _share(name: str, value: float) -> None:

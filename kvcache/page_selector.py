@@ -1,0 +1,114 @@
+"""Which pages of a long document are attended to: what a selector keeps of a page, and how it scores pages for queries.
+
+A selector sees keys before RoPE, once, when a page is complete, and later queries that are turned to one fixed distance
+from them. The keys of all pages count as standing at position 0 and every query `distance` behind them: so pages that
+were never within one window compare, and neither a selector nor what it keeps knows where anything stands. Every
+selector gives logits, one a query head and page; how heads and queries share one choice is a `PageVote` of its own.
+Selectors know nothing of tiers, of the engine and of how pages are attended to. Adding one is a file with a class, and
+a line in `page_selectors.py`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ragkit.config import PageVote
+
+
+class PageRows(NamedTuple):
+    """Rows of some pages behind each other, of one layer.
+
+    Attributes:
+        keys: (pages, page_size, kv_heads, head_dim) before RoPE, as the codec gives them back; in the last page of a
+            document that does not fill it, the last row stands again where none is.
+        received: (pages, page_size, kv_heads) fp32, attention that the rows received from the queries of their own
+            local window while the document was read; None where it was not kept.
+    """
+
+    keys: Tensor
+    received: Tensor | None = None
+
+
+class Takes(Enum):
+    """What a selector takes of the pages between the sinks and the local window."""
+
+    NOTHING = auto()
+    BEST = auto()
+    EVERYTHING = auto()
+
+
+class PageSelector(Protocol):
+    """Scores pages. Frozen and free of state: what it keeps of pages lies in `PageSummaries`, outside."""
+
+    @property
+    def selector_id(self) -> str:
+        """Names the selector with everything that changes what it keeps; part of the key of stored summaries."""
+        ...
+
+    @property
+    def takes(self) -> Takes:
+        """Whether the best pages are taken, or all or none without being scored."""
+        ...
+
+    @property
+    def needs_received(self) -> bool:
+        """Whether it looks at the attention that rows received."""
+        ...
+
+    @property
+    def group_pages(self) -> int:
+        """Pages that are summarised together; what is kept of a group does not depend on other groups."""
+        ...
+
+    def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
+        """Return what is kept of one layer's pages: tensors whose first dimension follows the pages.
+
+        Args:
+            rows: at most `group_pages` pages, or a multiple of it; fewer only at the end of the document.
+        """
+        ...
+
+    def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, scale: float) -> Tensor:
+        """Return (queries, q_heads, pages) fp32: logits of the pages from `first` up to `stop`, higher is better.
+
+        Args:
+            queries: (queries, q_heads, head_dim), turned to one distance from the keys.
+            summary: what `summarise` gave for all pages, joined along the first dimension.
+            first, stop: the pages that can be chosen.
+            scale: factor that attention puts on products of queries and keys.
+        """
+        ...
+
+
+def pool_votes(logits: Tensor, vote: PageVote, groups: int) -> Tensor:
+    """Return (groups, pages) fp32 scores of all queries together.
+
+    Adding softmax weights is TokenSelect's soft vote (arXiv 2411.02886, section 4.2), which took KV retrieval from 16.6
+    with added logits to 86.6; InfLLM (arXiv 2402.04617) adds logits, InfiniteHiP (arXiv 2502.08910) takes the highest.
+
+    Args:
+        logits: (queries, q_heads, pages).
+        vote: how they are pooled.
+        groups: 1 where all heads of a layer share their pages, the number of key heads where only the query heads of
+            one key head do.
+    """
+    logits = logits.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)  # (groups, voters, pages)
+    if vote is PageVote.SOFTMAX:
+        return logits.softmax(dim=-1).sum(dim=1)
+    return logits.sum(dim=1) if vote is PageVote.SUM else logits.amax(dim=1)
+
+
+def best_pages(scores: Tensor, first: int, count: int) -> Tensor:
+    """Return (groups, count) int64, the best pages of each group, ascending, for pages that begin with `first`.
+
+    Args:
+        scores: (groups, pages).
+        first: the page of the first column.
+        count: how many, at most as many as there are.
+    """
+    chosen = torch.topk(scores, count, dim=-1, sorted=False).indices
+    return chosen.sort(dim=-1).values + first

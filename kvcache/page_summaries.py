@@ -1,0 +1,115 @@
+"""What a selector keeps of a growing document's pages, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.page_selector import PageRows, PageSelector
+
+
+class PageSummaries:
+    """The summaries of all layers of one document by one selector. Memory grows by doubling.
+
+    Pages are added in order. A group that is not full yet is summarised with what there is of it, and again when more
+    of its pages come; until then its keys are kept.
+
+    Args:
+        selector: what summarises.
+        num_layers: layers of the model.
+
+    Attributes:
+        num_pages: pages of each layer so far.
+    """
+
+    def __init__(self, selector: PageSelector, num_layers: int) -> None:
+        self.selector = selector
+        self.num_pages = [0] * num_layers
+        self._parts: list[tuple[_Growing, ...]] = [()] * num_layers
+        self._closed: list[tuple[int, ...]] = [()] * num_layers  # lengths of the parts without the open group
+        self._open: list[PageRows | None] = [None] * num_layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the summaries take, without room to grow."""
+        return sum(part.view().nbytes for parts in self._parts for part in parts)
+
+    def append(self, layer: int, rows: PageRows) -> None:
+        """Add the next pages of a layer."""
+        pages = len(rows.keys)
+        if pages == 0:
+            return
+        if self.selector.needs_received and rows.received is None:
+            raise KVCacheError(
+                f"the selector {self.selector.selector_id} needs the attention that rows received while the document "
+                "was read, and it was not kept: ingest the document with this selector"
+            )
+        self.num_pages[layer] += pages
+        waiting = self._open[layer]
+        if waiting is not None:
+            for part, length in zip(self._parts[layer], self._closed[layer], strict=True):
+                part.cut(length)
+            rows = _joined(waiting, rows)
+        whole = len(rows.keys) // self.selector.group_pages * self.selector.group_pages
+        if whole:
+            self._add(layer, self.selector.summarise(_some(rows, 0, whole)))
+        self._closed[layer] = tuple(part.length for part in self._parts[layer])
+        self._open[layer] = None
+        if whole < len(rows.keys):
+            rest = _some(rows, whole, len(rows.keys))
+            self._add(layer, self.selector.summarise(rest))
+            self._closed[layer] = self._closed[layer] or (0,) * len(self._parts[layer])
+            self._open[layer] = PageRows(rest.keys.clone(), None if rest.received is None else rest.received.clone())
+
+    def of(self, layer: int) -> tuple[Tensor, ...]:
+        """Return what was kept of a layer's pages, joined; views that hold until pages are added."""
+        return tuple(part.view() for part in self._parts[layer])
+
+    def restore(self, layer: int, pages: int, parts: Sequence[Tensor]) -> None:
+        """Take what `of` gave, of a finished document of `pages` pages, instead of adding its pages."""
+        self._parts[layer] = tuple(_Growing(part) for part in parts)
+        self.num_pages[layer] = pages
+
+    def _add(self, layer: int, parts: tuple[Tensor, ...]) -> None:
+        if not self._parts[layer]:
+            self._parts[layer] = tuple(_Growing(part) for part in parts)
+        else:
+            for part, more in zip(self._parts[layer], parts, strict=True):
+                part.append(more)
+
+
+class _Growing:
+    """Rows with room for more."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._buffer = rows
+        self.length = len(rows)
+
+    def append(self, rows: Tensor) -> None:
+        wanted = self.length + len(rows)
+        if wanted > len(self._buffer):
+            grown = self._buffer.new_empty((max(wanted, 2 * len(self._buffer)), *self._buffer.shape[1:]))
+            grown[: self.length] = self._buffer[: self.length]
+            self._buffer = grown
+        self._buffer[self.length : wanted] = rows
+        self.length = wanted
+
+    def cut(self, length: int) -> None:
+        self.length = length
+
+    def view(self) -> Tensor:
+        return self._buffer[: self.length]
+
+
+def _some(rows: PageRows, start: int, stop: int) -> PageRows:
+    return PageRows(rows.keys[start:stop], None if rows.received is None else rows.received[start:stop])
+
+
+def _joined(first: PageRows, second: PageRows) -> PageRows:
+    received = None
+    if first.received is not None and second.received is not None:
+        received = torch.cat((first.received, second.received))
+    return PageRows(torch.cat((first.keys, second.keys)), received)
