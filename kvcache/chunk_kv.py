@@ -22,11 +22,14 @@ class ChunkRef:
         key: its identity.
         token_ids: compared with the stored ones on every load, so that a collision of keys is a miss.
         chunk_id: the chunk of the catalogue: the stored KV goes when this chunk goes.
+        behind: token ids of its neighbours, which stand between the canonical prefix and the chunk while its KV is
+            computed; empty for other contexts.
     """
 
     key: KVKey
     token_ids: tuple[int, ...] = field(hash=False)  # the key says it already, and in less time
     chunk_id: str
+    behind: tuple[int, ...] = field(default=(), compare=False, repr=False)  # of these, too, the key says it
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -70,11 +70,16 @@ class ChunkContext:
         return cls(ContextKind.PREFIX, f"prefix:{_token_digest(prefix_token_ids).hexdigest()}")
 
     @classmethod
-    def neighbours(cls, prefix_token_ids: Sequence[int], neighbour_chunk_ids: Sequence[str]) -> ChunkContext:
-        """Return the context of a chunk behind the canonical prefix and other chunks, in this order."""
-        digest = _token_digest(prefix_token_ids)
-        digest.update(json.dumps(list(neighbour_chunk_ids)).encode())
-        return cls(ContextKind.NEIGHBOURS, f"neighbours:{digest.hexdigest()}")
+    def neighbours(cls, prefix_token_ids: Sequence[int], neighbour_token_ids: Sequence[int]) -> ChunkContext:
+        """Return the context of a chunk behind the canonical prefix and the tokens of other chunks.
+
+        Without any such token it is the context behind the prefix: the numbers are the same. The tokens say it and not
+        the chunks' ids, which every edit of their document changes.
+        """
+        if not neighbour_token_ids:
+            return cls.prefix(prefix_token_ids)
+        parts = (_token_digest(token_ids).hexdigest() for token_ids in (prefix_token_ids, neighbour_token_ids))
+        return cls(ContextKind.NEIGHBOURS, f"neighbours:{':'.join(parts)}")
 
 
 @dataclass(frozen=True, slots=True)

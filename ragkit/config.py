@@ -98,10 +98,14 @@ class LoadingMode(StrEnum):
 
 
 class ChunkContextName(StrEnum):
-    """What a chunk's KV is computed behind: nothing, or the model's canonical prompt prefix."""
+    """What a chunk's KV is computed behind.
+
+    Nothing, the model's canonical prompt prefix, or that prefix and the chunks before it in its document.
+    """
 
     ISOLATED = "isolated"
     PREFIX = "prefix"
+    NEIGHBOURS = "neighbours"
 
 
 class SelectorName(StrEnum):
@@ -279,10 +283,14 @@ class KVConfig:
     empty. KV of another codec or context is never mistaken for what is configured now: it is a miss. With a `loading`
     of `auto`, measured rates decide which chunks are loaded from disk or remote and which are computed beside that;
     `always` loads whatever is stored.
+
+    With a `context` of `neighbours` a chunk's KV is computed behind the chunks before it in its document: whole ones,
+    the nearest first, as long as they have at most `neighbour_tokens` tokens together; the nearest in any case.
     """
 
     codec: CodecName = CodecName.BF16
     context: ChunkContextName = ChunkContextName.PREFIX
+    neighbour_tokens: int = 256
     gpu_mb: int = 8192
     memory_mb: int = 2048
     disk_mb: int = 8192
@@ -292,6 +300,7 @@ class KVConfig:
     loading: LoadingMode = LoadingMode.AUTO
 
     def __post_init__(self) -> None:
+        _at_least("kv.neighbour_tokens", self.neighbour_tokens, 1)
         _at_least("kv.gpu_mb", self.gpu_mb, 0)
         _at_least("kv.memory_mb", self.memory_mb, 0)
         _at_least("kv.disk_mb", self.disk_mb, 0)

@@ -36,9 +36,11 @@ from ragkit.bench.musique import musique_items
 from ragkit.bench.prompt_lengths import choose_lengths, tokens_that_fit
 from ragkit.bench.recovery import recoveries
 from ragkit.bench.watch import Watch
-from ragkit.config import PipelineConfig
+from ragkit.config import ChunkContextName, PipelineConfig
 from ragkit.errors import UsageError
+from ragkit.generation.chunk_prefill import Neighbours
 from ragkit.generation.engine import Engine
+from ragkit.generation.neighbours import ChunkNeighbours
 from ragkit.kvcache.kv_key import ContextKind
 from ragkit.kvcache.pool import BLOCK_SIZE, KVPool
 from ragkit.kvcache.selectors import make_selector
@@ -172,6 +174,7 @@ class BlendBenchmark:
             self._options.ratios or SPEED_RATIOS,
             prompts,
             with_pool=self._on_gpu,
+            neighbours=self._neighbours(),
         )
 
     def _timed_prompt(self, tokens: int) -> tuple[Prompt, TimedText]:
@@ -182,6 +185,7 @@ class BlendBenchmark:
             self._found.notes.append(
                 f"the collection's chunks make no prompt of {tokens:,} tokens: it is of random ones"
             )
+        self._note_lack_of_neighbours("random chunks")
         vocabulary, chunk_tokens = self._engine.decoder.config.vocab_size, self._config.chunking.max_tokens
         return random_prompt(self._builder, vocabulary, tokens, chunk_tokens), TimedText.RANDOM
 
@@ -205,7 +209,8 @@ class BlendBenchmark:
         scorer = AnswerScorer(
             engine.decoder, engine.rotary, KVPool(engine.decoder.layout, blocks, engine.decoder.device)
         )
-        quality = BlendQuality(scorer, self._canonical, str(config.kv.codec), ContextKind(config.kv.context))
+        context = ContextKind(config.kv.context)
+        quality = BlendQuality(scorer, self._canonical, str(config.kv.codec), context, self._neighbours())
         variants = self._variants()
         watch.start(len(prompts) * (len(variants) + 1), f"prefills of {len(prompts)} prompts to compare")
         for number, one in enumerate(prompts):
@@ -215,6 +220,18 @@ class BlendBenchmark:
             distances = quality.score(one.prompt, variants, one.gold, watch.step)
             self._found.distances.append(distances)
             self._found.prompt_tokens.append(len(one.prompt))
+
+    def _neighbours(self) -> Neighbours:
+        """Return what knows the neighbours of the collection's chunks; random ones and MuSiQue's have none."""
+        if self._collection is None:
+            return lambda chunk_id: ()
+        engine, tokens = self._engine, self._config.kv.neighbour_tokens
+        return ChunkNeighbours(self._collection.store, engine.prompt_builder(), tokens, engine.max_context)
+
+    def _note_lack_of_neighbours(self, what: str) -> None:
+        note = f"{what} have no neighbours: their KV is computed behind the prefix alone"
+        if self._config.kv.context is ChunkContextName.NEIGHBOURS and note not in self._found.notes:
+            self._found.notes.append(note)
 
     def _variants(self) -> list[Variant]:
         names = self._options.selectors or (self._config.blend.selector,)
@@ -227,6 +244,7 @@ class BlendBenchmark:
         options, builder, tokenizer = self._options, self._builder, self._engine.tokenizer
         if options.musique is not None and not options.questions:
             self._found.material = ScoredText.MUSIQUE
+            self._note_lack_of_neighbours("MuSiQue's passages")
             items = musique_items(options.musique)
             found = musique_prompts(items, builder, tokenizer, ROOM_BEHIND)
         else:

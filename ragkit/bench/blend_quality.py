@@ -11,7 +11,7 @@ import torch
 from ragkit.bench.answer_distance import AnswerDistance, AnswerScorer, distance_between
 from ragkit.generation.blend_pass import Propagation
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
-from ragkit.generation.chunk_prefill import ChunkPrefill
+from ragkit.generation.chunk_prefill import ChunkPrefill, Neighbours
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.coverage import Coverage, Ratio
@@ -32,12 +32,20 @@ _STORE_BYTES = 8 << 30  # more than one prompt takes
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way of blending. Plain reuse is `PLAIN_REUSE`."""
+    """One way of blending. Plain reuse is `PLAIN_REUSE`.
+
+    Attributes:
+        name: for tables.
+        selector, ratio: which tokens are recomputed, and how many.
+        propagation: how their change moves the others.
+        context: what the chunks are computed behind, where it is not what those of all variants are.
+    """
 
     name: str
     selector: TokenSelector
     ratio: Ratio
     propagation: Propagation = field(default_factory=Propagation)
+    context: ContextKind | None = None
 
     @property
     def label(self) -> str:
@@ -57,13 +65,22 @@ class BlendQuality:
         scorer: follows the answers.
         canonical_prefix: what stands before every chunk while its KV is computed.
         codec, context: how the chunks of all variants but plain reuse are kept, and what they are computed behind.
+        neighbours: which chunks stand before a chunk, for the context of that name.
     """
 
-    def __init__(self, scorer: AnswerScorer, canonical_prefix: Sequence[int], codec: str, context: ContextKind) -> None:
+    def __init__(
+        self,
+        scorer: AnswerScorer,
+        canonical_prefix: Sequence[int],
+        codec: str,
+        context: ContextKind,
+        neighbours: Neighbours | None = None,
+    ) -> None:
         self._scorer = scorer
         self._prefix = tuple(canonical_prefix)
         self._codec = codec
         self._context = context
+        self._neighbours = neighbours
 
     @torch.inference_mode()
     def score(
@@ -89,7 +106,7 @@ class BlendQuality:
             for variant in variants:
                 is_plain = variant is PLAIN_REUSE
                 codec = REUSE_CODEC if is_plain else self._codec
-                context = REUSE_CONTEXT if is_plain else self._context
+                context = REUSE_CONTEXT if is_plain else variant.context or self._context
                 if codec not in stores:
                     stores[codec] = stack.enter_context(self._store(codec))
                 options = BlendOptions(variant.ratio, variant.selector, variant.propagation)
@@ -107,4 +124,4 @@ class BlendQuality:
     def _chunks(self, codec: str, context: ContextKind) -> ChunkPrefill:
         decoder = self._scorer.decoder
         recipe = KVRecipe("0" * 64, decoder.config, "benchmark", decoder.dtype, codec)
-        return ChunkPrefill(decoder, self._scorer.rotary, recipe, self._prefix, context)
+        return ChunkPrefill(decoder, self._scorer.rotary, recipe, self._prefix, context, self._neighbours)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ragkit.bench.watch import Watch
 from ragkit.config import AUTO, BlendConfig, KVConfig
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
-from ragkit.generation.chunk_prefill import ChunkPrefill
+from ragkit.generation.chunk_prefill import ChunkPrefill, Neighbours
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.rotary_cache import RotaryCache
@@ -164,6 +164,7 @@ class BlendSpeed:
         ratios: parts of the chunks' tokens that are recomputed, one blend each.
         prompts: what will be timed; the pool has room for the largest.
         with_pool: also from the pool, where chunks lie on a GPU.
+        neighbours: which chunks stand before a chunk, for the context of that name.
 
     The blend that computes the chunks' KV is timed at one ratio, the configured one if it is among `ratios`, else the
     middle one: at another ratio it differs by what the others differ by.
@@ -180,13 +181,14 @@ class BlendSpeed:
         prompts: Sequence[Prompt],
         *,
         with_pool: bool,
+        neighbours: Neighbours | None = None,
     ) -> None:
         self._decoder = decoder
         self._rotary = rotary
         self._with_pool = with_pool
         codec = make_codec(kv.codec, decoder.layout)
         recipe = KVRecipe("0" * 64, decoder.config, "benchmark", decoder.dtype, codec.codec_id)
-        self._chunks = ChunkPrefill(decoder, rotary, recipe, prefix, ContextKind(kv.context))
+        self._chunks = ChunkPrefill(decoder, rotary, recipe, prefix, ContextKind(kv.context), neighbours)
         on_gpu = decoder.device.type == "cuda"
         self._memory = MemoryTier("ram", _UNBOUNDED, make_policy("lru"), page_locked=on_gpu)
         self._store = KVStore(codec, self._memory)

@@ -87,9 +87,9 @@ class BlendPrefill:
         ratio = options.ratio if request.ratio is None else require_ratio(request.ratio, options.selector)
         request.kv.reserve(layout.num_tokens)
         clock = StepClock(decoder.device)
-        spans = layout.spans(self.chunks.is_exact_behind(layout.prefix))
-        inputs = BlendInputs.of(request, spans, self.options.propagation.sigma)
         refs = [self.chunks.ref(segment) for segment in layout.chunks]
+        spans = layout.spans(self.chunks.is_exact_behind(layout.prefix, refs[0]))
+        inputs = BlendInputs.of(request, spans, self.options.propagation.sigma)
         with self.kv_store.fetch(refs, self.chunks.compute) as fetched:
             prefix = self.chunks.prefix_kv(layout.prefix)
             rows, streamed = self._load(decoder, layout, prefix, fetched.chunks)

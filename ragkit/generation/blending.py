@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from ragkit.config import BlendConfig, KVConfig, LoadingMode
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
 from ragkit.generation.chunk_prefill import ChunkPrefill, expected_cost
 from ragkit.generation.engine import Engine
+from ragkit.generation.neighbours import ChunkNeighbours, ChunkOrder
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef
 from ragkit.kvcache.codecs import encoding_seconds, make_codec
@@ -31,18 +33,23 @@ MEMORY = "ram"  # how the memory tier is called in reports
 _log = logging.getLogger(__name__)
 
 
+class BlendedStore(KVCatalogue, ChunkOrder, Protocol):
+    """What blending needs of a store; `ragkit.store.Store` has it."""
+
+
 class Blending:
     """Blended prefill for one engine and one store. Thread-safe; `close` writes what is unsaved.
 
     Chunk KV is computed behind the model's canonical prefix (chat template with a fixed date, default system prompt),
-    whatever the prompts say that it will stand in. Where the weights on disk are not those that the engine loaded, no
+    whatever the prompts say that it will stand in; with the context `neighbours` also behind the chunks before it in
+    its document. Where the weights on disk are not those that the engine loaded, no
     key could name them, so their KV stays in memory.
 
     Args:
         engine: the model.
         kv: tiers, codec and context.
         blend: how chunks are blended.
-        store: where the disk tier lies; None for none.
+        store: where the disk tier lies, and what says which chunks are neighbours; None for none.
 
     Attributes:
         kv_store: finds and keeps chunk KV.
@@ -50,7 +57,7 @@ class Blending:
         prefill: the strategy, which `Engine.generate` takes.
     """
 
-    def __init__(self, engine: Engine, kv: KVConfig, blend: BlendConfig, store: KVCatalogue | None) -> None:
+    def __init__(self, engine: Engine, kv: KVConfig, blend: BlendConfig, store: BlendedStore | None) -> None:
         decoder = engine.decoder
         codec = make_codec(kv.codec, decoder.layout)
         recipe = KVRecipe(
@@ -66,7 +73,10 @@ class Blending:
             _log.warning("the weights in %s were replaced since they were loaded: KV stays in memory", engine.folder)
         self._builder = engine.prompt_builder()
         prefix = self._builder.prefix.token_ids
-        self.chunks = ChunkPrefill(decoder, engine.rotary, recipe, prefix, ContextKind(kv.context))
+        neighbours = None
+        if store is not None:
+            neighbours = ChunkNeighbours(store, self._builder, kv.neighbour_tokens, engine.max_context)
+        self.chunks = ChunkPrefill(decoder, engine.rotary, recipe, prefix, ContextKind(kv.context), neighbours)
         self.chunks.prefix_kv(prefix)  # part of loading, so that the first question does not wait for it
         on_gpu = decoder.device.type == "cuda"
         memory = MemoryTier(MEMORY, _megabytes(kv.memory_mb), make_policy(kv.policy), page_locked=on_gpu)

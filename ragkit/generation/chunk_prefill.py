@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ragkit.kvcache.kv_key import ChunkContext, ContextKind, KVRecipe
 from ragkit.types import Segment
 
 _KEPT_PREFIXES = 8  # of different system prompts; each takes a few dozen rows
+_KEPT_CONTEXTS = 1024  # neighbours whose part of the key is kept
 
 # What a device may do before it was measured: FLOP/s in matrix products, and seconds until a pass is launched.
 _FLOPS = {"cpu": 1e11, "cuda": 3e14}
@@ -36,7 +38,8 @@ class ChunkPrefill:
         recipe: what the keys are made of.
         canonical_prefix: token ids that stand before every chunk while its KV is computed, unless it is isolated.
         context: what chunks are computed behind.
-        neighbours: gives the segments that stand between prefix and chunk for `ContextKind.NEIGHBOURS`, by chunk id.
+        neighbours: gives the segments that stand between prefix and chunk for `ContextKind.NEIGHBOURS`, by chunk id;
+            none for a chunk that has none.
 
     Raises:
         KVCacheError: the context is neighbours, and nothing says which.
@@ -58,21 +61,23 @@ class ChunkPrefill:
         self.context = context
         self._decoder = decoder
         self._rotary = rotary
-        self._neighbours = neighbours or (lambda chunk_id: ())
-        self._key = None if context is ContextKind.NEIGHBOURS else recipe.keys_behind(self._context_of(""))
+        self._neighbours = neighbours if context is ContextKind.NEIGHBOURS else None
+        self._keys_behind = lru_cache(_KEPT_CONTEXTS)(lambda behind: recipe.keys_behind(self._context_of(behind)))
         self._prefixes: dict[tuple[int, ...], list[LayerKV]] = {}
         self._lock = threading.Lock()
 
     def ref(self, segment: Segment) -> ChunkRef:
         """Return the reference of a chunk's segment."""
         assert segment.chunk_id is not None, "only chunks have KV of their own"
-        key_of = self._key or self.recipe.keys_behind(self._context_of(segment.chunk_id))
-        key = key_of(segment.token_ids)
-        return ChunkRef(key, segment.token_ids, segment.chunk_id)
+        between = self._neighbours(segment.chunk_id) if self._neighbours is not None else ()
+        behind = tuple(token for neighbour in between for token in neighbour.token_ids)
+        return ChunkRef(self._keys_behind(behind)(segment.token_ids), segment.token_ids, segment.chunk_id, behind)
 
-    def is_exact_behind(self, prefix: Sequence[int]) -> bool:
-        """Return whether a chunk that stands right behind `prefix` has the KV that full prefill would compute."""
-        return self.context is ContextKind.PREFIX and tuple(prefix) == self.canonical_prefix
+    def is_exact_behind(self, prefix: Sequence[int], ref: ChunkRef) -> bool:
+        """Return whether `ref`, standing right behind `prefix`, has the KV that full prefill would compute."""
+        if self.context is ContextKind.ISOLATED or ref.behind:
+            return False
+        return tuple(prefix) == self.canonical_prefix
 
     @torch.inference_mode()
     def compute(self, refs: Sequence[ChunkRef]) -> list[ChunkKV]:
@@ -96,9 +101,9 @@ class ChunkPrefill:
         if self.context is ContextKind.ISOLATED:
             return self._pass(ref.token_ids, ())
         past = self.prefix_kv(self.canonical_prefix)
-        between = [token for segment in self._between(ref.chunk_id) for token in segment.token_ids]
-        rows = self._pass((*between, *ref.token_ids), past)
-        return [(keys[len(between) :], values[len(between) :]) for keys, values in rows] if between else rows
+        # The tokens that the key was made of: what the store says now may be another edit's.
+        rows, before = self._pass((*ref.behind, *ref.token_ids), past), len(ref.behind)
+        return [(keys[before:], values[before:]) for keys, values in rows] if before else rows
 
     def _pass(self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]]) -> list[LayerKV]:
         if not token_ids:
@@ -117,16 +122,10 @@ class ChunkPrefill:
         attend.keep_rows(projected.keys, projected.values)
         return attend.kept
 
-    def _between(self, chunk_id: str) -> Sequence[Segment]:
-        return self._neighbours(chunk_id) if self.context is ContextKind.NEIGHBOURS else ()
-
-    def _context_of(self, chunk_id: str) -> ChunkContext:
+    def _context_of(self, behind: Sequence[int]) -> ChunkContext:
         if self.context is ContextKind.ISOLATED:
             return ChunkContext.isolated()
-        if self.context is ContextKind.PREFIX:
-            return ChunkContext.prefix(self.canonical_prefix)
-        ids = [str(segment.chunk_id) for segment in self._between(chunk_id)]
-        return ChunkContext.neighbours(self.canonical_prefix, ids)
+        return ChunkContext.neighbours(self.canonical_prefix, behind)
 
 
 def expected_cost(decoder: Decoder, encoding_s: float = 0.0) -> Cost:

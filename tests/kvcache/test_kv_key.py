@@ -48,12 +48,16 @@ def test_every_context_has_a_key_of_its_own():
         ISOLATED,
         ChunkContext.prefix((1, 2)),
         ChunkContext.prefix((1, 2, 3)),
-        ChunkContext.neighbours((1, 2), ["a", "b"]),
-        ChunkContext.neighbours((1, 2), ["b", "a"]),
-        ChunkContext.neighbours((1, 2), ["ab"]),
-        ChunkContext.neighbours((1,), ["a", "b"]),
+        ChunkContext.neighbours((1, 2), (3,)),
+        ChunkContext.neighbours((1, 2), (3, 4)),
+        ChunkContext.neighbours((1, 2), (4, 3)),
+        ChunkContext.neighbours((1,), (2, 3)),
     ]
     assert len({RECIPE.key(TOKENS, context) for context in contexts}) == len(contexts)
+
+
+def test_behind_no_neighbour_is_behind_the_prefix():
+    assert ChunkContext.neighbours((1, 2), ()) == ChunkContext.prefix((1, 2))
 
 
 def test_no_field_runs_into_its_neighbour():
