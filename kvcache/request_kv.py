@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KVCacheError
-from ragkit.kernels.paged_decode_attention import HIDDEN
+from ragkit.kernels.paged_rows import FIELD_ROWS, HIDDEN
+from ragkit.kvcache.codec import LayerKV
 from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.request_field import RequestField
+from ragkit.kvcache.request_table import Replaced, RequestTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +27,33 @@ class PackedRows:
         slots: (rows,) int64, rows of the pool counted over blocks.
         positions: (rows,) int64, ascending within a request.
         cu_seqlens: (requests + 1,) int32: request i has the rows from `cu_seqlens[i]` up to `cu_seqlens[i + 1]`.
+        cells: (rows,) int64, where each row stands in its request's table, counted in `FIELD_ROWS` rows.
     """
 
     slots: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    cells: Tensor
+
+    def to(self, device: torch.device) -> PackedRows:
+        """Return the same on a device."""
+        return PackedRows(*(part.to(device) for part in (self.slots, self.positions, self.cu_seqlens, self.cells)))
 
 
 class RequestKV:
     """The KV of one request: a block table, and the true position of every row of its blocks.
 
     Three kinds of blocks appear in the table. Shared blocks hold a chunk's rows and belong to many requests; they
-    are never written here. Private tail blocks hold the prompt's own rows and what is generated. Private
-    replacement blocks hold recomputed rows, whose originals in shared blocks are hidden. The table's tensors live
-    on the CPU; who needs them elsewhere copies them, and sees by `version` when to do so again.
+    are never written here. Private blocks before them and behind them, the tail, hold the prompt's own rows and what
+    is generated. Private replacement blocks hold recomputed rows, whose originals in shared blocks are hidden. The
+    table's tensors live on the CPU; who needs them elsewhere copies them, and sees by `version` when to do so again.
 
     Attributes:
         pool: where the rows are.
         block_ids: block of each table entry.
         num_tokens: rows are written for the positions 0 to `num_tokens` - 1.
         version: grows whenever the table changes.
+        field: what is added to the rows of its entries, or None.
     """
 
     def __init__(self, pool: KVPool) -> None:
@@ -51,15 +61,18 @@ class RequestKV:
         self.block_ids: list[int] = []
         self.num_tokens = 0
         self.version = 0
+        self.field: RequestField | None = None
         self._positions = torch.empty((0, pool.block_size), dtype=torch.int32)
         self._is_shared: list[bool] = []
         self._tail: list[int] = []  # entries of the private tail, ascending in position
         self._tail_start = 0  # position of the first row of the tail
-        self._spare = torch.empty(0, dtype=torch.int64)  # rows of replacement blocks not used yet, over entries
+        self._spare = torch.empty(0, dtype=torch.int64)  # private rows before the tail not used yet, over entries
+        self._unseen: list[Replaced] = []  # what `_positions` does not show yet
 
     @property
     def row_positions(self) -> Tensor:
         """(entries, block_size) int32: the true position of each row, `HIDDEN` where no query may look."""
+        self._look_at_unseen()
         return self._positions
 
     @property
@@ -67,20 +80,40 @@ class RequestKV:
         """Positions that have a row, written or not."""
         return self._tail_start + len(self._tail) * self.pool.block_size
 
+    @property
+    def private_bytes(self) -> int:
+        """Bytes that this request alone takes: its private blocks in all layers, and its field."""
+        blocks = self._is_shared.count(False)
+        rows = blocks * self.pool.block_size * self.pool.layout.bytes_per_token
+        return rows + (0 if self.field is None else self.field.nbytes)
+
+    def append_private(self, num_rows: int) -> None:
+        """Allocate private blocks for the next `num_rows` positions, which shared blocks may follow.
+
+        Raises:
+            CacheCapacityError: the pool has too few free blocks; the request is unchanged then.
+            KVCacheError: rows behind the shared ones are reserved already.
+        """
+        self._require_no_tail()
+        blocks = self.pool.allocate(self.pool.blocks_for(num_rows))
+        first = len(self.block_ids) * self.pool.block_size
+        self._append(blocks, self._ascending(self.num_tokens, num_rows), shared=False)
+        end = len(self.block_ids) * self.pool.block_size
+        self._spare = torch.cat((self._spare, torch.arange(first + num_rows, end)))
+        self.num_tokens += num_rows
+        self._tail_start = self.num_tokens
+
     def append_shared(self, block_ids: Sequence[int], num_rows: int) -> None:
         """List the blocks of a cached chunk of `num_rows` tokens at the next positions, and hold them.
 
         Raises:
             KVCacheError: the request has private rows already, or the number of blocks does not fit.
         """
-        if self._tail:
-            raise KVCacheError("shared blocks come before the request's own rows, which are reserved already")
+        self._require_no_tail()
         if len(block_ids) != self.pool.blocks_for(num_rows):
             raise KVCacheError(f"{num_rows} rows take {self.pool.blocks_for(num_rows)} blocks, got {len(block_ids)}")
         self.pool.retain(block_ids)
-        for index, block in enumerate(block_ids):
-            rows = min(self.pool.block_size, num_rows - index * self.pool.block_size)
-            self._append([block], self._ascending(self.num_tokens + index * self.pool.block_size, rows), shared=True)
+        self._append(block_ids, self._ascending(self.num_tokens, num_rows), shared=True)
         self.num_tokens += num_rows
         self._tail_start = self.num_tokens
 
@@ -129,19 +162,57 @@ class RequestKV:
             CacheCapacityError: the pool has too few free blocks; the request is unchanged then.
             KVCacheError: a position has no row, or is named twice.
         """
+        self._look_at_unseen()
         place = self._places()
         if len(positions.unique()) != len(positions) or bool((place[positions.clamp(max=len(place) - 1)] < 0).any()):
             raise KVCacheError(f"rows can be replaced at distinct positions below {self.num_reserved} only")
         size = self.pool.block_size
         moved = torch.tensor(self._is_shared)[place[positions] // size]
         fresh = self._take_spare(int(moved.sum()))
-        rows = self._positions.flatten()
-        rows[place[positions[moved]]] = HIDDEN
-        rows[fresh] = positions[moved].to(torch.int32)
+        self._move(positions[moved], fresh, place)
         place[positions[moved]] = fresh
         self.version += 1
-        chosen = place[positions]
-        return torch.tensor(self.block_ids)[chosen // size] * size + chosen % size
+        return self.slots_at(place[positions])
+
+    def replace_unseen(self, positions: Tensor) -> Tensor:
+        """Return (rows,) int64 on the host, what `replace` does, for positions that the host does not look at yet.
+
+        The caller answers for them: distinct, and of rows that are shared. They may lie on a GPU, which nobody waits
+        for until the table is asked for on the host.
+
+        Raises:
+            CacheCapacityError: the pool has too few free blocks; the request is unchanged then.
+        """
+        fresh = self._take_spare(len(positions))
+        self._unseen.append(Replaced(positions, fresh))
+        self.version += 1
+        return self.slots_at(fresh)
+
+    def places(self) -> Tensor:
+        """Return (num_reserved,) int64: the row over entries that stands at each position.
+
+        At positions that `replace_unseen` got, that is the replaced row until the table is asked for on the host.
+        """
+        return self._places()[:-1]
+
+    def slots_at(self, places: Tensor) -> Tensor:
+        """Return (rows,) int64, the rows of the pool for (rows,) int64 rows over entries, both on the host."""
+        size = self.pool.block_size
+        return torch.tensor(self.block_ids, dtype=torch.int64)[places // size] * size + places % size
+
+    def on_device(self) -> RequestTable:
+        """Return the table on the pool's device; the host does not wait for it."""
+        return RequestTable.of(self.block_ids, self._positions, self.places(), self._unseen, self.pool.device)
+
+    def rows(self, layer: int, packed: PackedRows) -> LayerKV:
+        """Return copies of this request's keys and values (rows, kv_heads, head_dim), with its field added.
+
+        Args:
+            layer: which layer.
+            packed: what `pack_rows` gave for this request alone, on the pool's device.
+        """
+        keys, values = self.pool.rows(layer, packed.slots)
+        return (keys, values) if self.field is None else self.field.added(layer, keys, values, packed.cells)
 
     def release(self) -> None:
         """Give every block back; the request is empty afterwards. Releasing twice is harmless."""
@@ -149,7 +220,7 @@ class RequestKV:
         self._positions = self._positions[:0]
         self._is_shared, self._tail = [], []
         self.num_tokens = self._tail_start = 0
-        self._spare = self._spare[:0]
+        self._spare, self._unseen, self.field = self._spare[:0], [], None
         self.version += 1
         while blocks:  # a chunk that the prompt holds twice lists its blocks twice, and a call takes each but once
             once = dict.fromkeys(blocks)
@@ -186,6 +257,21 @@ class RequestKV:
         place[at[seen]] = seen
         return place
 
+    def _move(self, positions: Tensor, fresh: Tensor, place: Tensor) -> None:
+        # Both on the host: the rows over entries that stood at the positions hide, and fresh ones stand there.
+        rows = self._positions.flatten()
+        rows[place[positions]] = HIDDEN
+        rows[fresh] = positions.to(torch.int32)
+
+    def _look_at_unseen(self) -> None:
+        unseen, self._unseen = self._unseen, []
+        for part in unseen:
+            self._move(part.positions.cpu(), part.rows, self._places())
+
+    def _require_no_tail(self) -> None:
+        if self._tail:
+            raise KVCacheError("shared blocks come before the request's own rows, which are reserved already")
+
     def _take_spare(self, count: int) -> Tensor:
         size = self.pool.block_size
         missing = count - len(self._spare)
@@ -205,7 +291,7 @@ def _without(blocks: Sequence[int], once: Iterable[int]) -> list[int]:
 
 def pack_rows(requests: Sequence[RequestKV]) -> PackedRows:
     """Return the written rows of `requests`, each in ascending position."""
-    slots, positions, lengths = [], [], [0]
+    slots, positions, cells, lengths = [], [], [], [0]
     for request in requests:
         at = request.row_positions.flatten().long()
         blocks = torch.tensor(request.block_ids, dtype=torch.int64).repeat_interleave(request.pool.block_size)
@@ -214,7 +300,10 @@ def pack_rows(requests: Sequence[RequestKV]) -> PackedRows:
         order = at[written].argsort()
         slots.append(rows[written][order])
         positions.append(at[written][order])
+        cells.append(written.nonzero().squeeze(1)[order] // FIELD_ROWS)
         lengths.append(int(written.sum()))
     cu_seqlens = torch.tensor(lengths).cumsum(0).to(torch.int32)
     empty = torch.empty(0, dtype=torch.int64)
-    return PackedRows(torch.cat([empty, *slots]), torch.cat([empty, *positions]), cu_seqlens)
+    return PackedRows(
+        torch.cat([empty, *slots]), torch.cat([empty, *positions]), cu_seqlens, torch.cat([empty, *cells])
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ragkit.kernels.rope_write_kv import rope_write_kv
-from ragkit.kvcache.request_kv import PackedRows, RequestKV, pack_rows
+from ragkit.kvcache.request_kv import RequestKV, pack_rows
 from ragkit.kvcache.rope import RotaryTable
 
 _CPU_QUERY_BLOCK = 512  # bounds the mask that CPU attention needs behind earlier rows
@@ -66,12 +66,13 @@ class PrefillAttention:
     ) -> None:
         device = request.pool.device
         self._last_only_in = last_only_in
+        self._request = request
         self._pool = request.pool
         self._rotary = rotary
         self._scale = scale
         self._positions = torch.arange(start, start + tokens, device=device)
         self._slots = request.slots(start, start + tokens).to(device)
-        self._past = _on(pack_rows([request]), device) if start else None
+        self._past = pack_rows([request]).to(device) if start else None
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Return the attention output, as `Attend` says."""
@@ -80,7 +81,7 @@ class PrefillAttention:
             self._pool.keys[layer], self._pool.values[layer], rotate_keys=True,
         )  # fmt: skip
         if self._past is not None:
-            earlier_keys, earlier_values = self._pool.rows(layer, self._past.slots)
+            earlier_keys, earlier_values = self._request.rows(layer, self._past)
             keys = torch.cat((self._rotary.rotate(earlier_keys, self._past.positions), keys))
             values = torch.cat((earlier_values, values))
         if layer == self._last_only_in:
@@ -145,7 +146,3 @@ def _masked_blocks(queries: Tensor, keys: Tensor, values: Tensor, scale: float, 
             attn_mask=mask, scale=scale, enable_gqa=grouped,
         )  # fmt: skip
     return out
-
-
-def _on(rows: PackedRows, device: torch.device) -> PackedRows:
-    return PackedRows(rows.slots.to(device), rows.positions.to(device), rows.cu_seqlens.to(device))

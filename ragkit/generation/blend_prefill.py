@@ -17,10 +17,11 @@ from functools import partial
 from torch import Tensor
 
 from ragkit.errors import ConfigError
-from ragkit.generation.blend_pass import BlendInputs, BlendPass, Propagation, RowSink
+from ragkit.generation.blend_pass import BlendInputs, BlendPass, Propagation
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.private_rows import RowSink
 from ragkit.generation.question_pass import question_mass
 from ragkit.generation.reused_rows import BlendLayout, ReusedRows, RowSource
 from ragkit.generation.step_clock import StepClock
@@ -152,7 +153,7 @@ class BlendScene:
         propagation: Propagation,
     ) -> None:
         self.spans = tuple(spans)
-        self.budget = count_of(most_of(ratio), spans[-1].stop - spans[0].start)
+        self.budget = _budget(ratio, spans)
         self.coverage = ratio if isinstance(ratio, Coverage) else None
         self.device = decoder.device
         self._decoder = decoder
@@ -175,6 +176,13 @@ class BlendScene:
 
     def _pass_over(self, rows: RowSource) -> BlendPass:
         return BlendPass(self._decoder, self._rotary, self, rows, self._inputs, self._propagation)
+
+
+def _budget(ratio: Ratio, spans: Sequence[ChunkSpan]) -> int:
+    """Return how many tokens may be recomputed: of exact chunks none, unless all tokens are."""
+    tokens = spans[-1].stop - spans[0].start
+    budget = count_of(most_of(ratio), tokens)
+    return budget if budget == tokens else min(budget, sum(one.stop - one.start for one in spans if not one.is_exact))
 
 
 def require_ratio(ratio: Ratio, selector: TokenSelector) -> Ratio:

@@ -27,15 +27,15 @@ class ContiguousDecodeRunner:
 
     def begin(self, kv: RequestKV, rotary: RotaryTable) -> DecodeState:
         """Return the state of a request, with room for all positions that `kv` has reserved."""
-        packed = pack_rows([kv])
-        slots, positions = packed.slots.to(kv.pool.device), packed.positions.to(kv.pool.device)
+        packed = pack_rows([kv]).to(kv.pool.device)
+        count = len(packed.slots)
         private = []
         for layer in range(kv.pool.layout.num_layers):
-            keys, values = kv.pool.rows(layer, slots)
+            keys, values = kv.rows(layer, packed)
             room = (keys.shape[1], kv.num_reserved, keys.shape[2])
             own_keys, own_values = keys.new_empty(room), values.new_empty(room)
-            own_keys[:, : len(slots)] = rotary.rotate(keys, positions).transpose(0, 1)
-            own_values[:, : len(slots)] = values.transpose(0, 1)
+            own_keys[:, :count] = rotary.rotate(keys, packed.positions).transpose(0, 1)
+            own_values[:, :count] = values.transpose(0, 1)
             private.append((own_keys, own_values))
         return DecodeState(kv, rotary, tuple(private))
 

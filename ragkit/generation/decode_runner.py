@@ -19,6 +19,7 @@ from ragkit.kernels.backend import next_power_of_2
 from ragkit.kernels.paged_decode_attention import paged_decode_attention
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.request_field import RequestField
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
 
@@ -29,15 +30,16 @@ _WARM_UP_STEPS = 2
 class DecodeRunner:
     """Decoding steps with the paged kernel, as a CUDA graph a batch bucket (plain launches elsewhere, for tests).
 
-    Buckets are powers of two of the number of requests and of their table entries; a graph is captured when its
-    bucket is first used. Steps of one runner do not overlap.
+    Buckets are powers of two of the number of requests and of their table entries, apart for steps in which a request
+    has a field (`RequestField`): others are spared its memory and its loads. A graph is captured when its bucket is
+    first used. Steps of one runner do not overlap.
     """
 
     def __init__(self, decoder: Decoder, pool: KVPool) -> None:
         self._decoder = decoder
         self._pool = pool
         self._scratch = pool.allocate(1)[0]  # rows that unused places of a bucket write to
-        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
         self._lock = threading.Lock()
 
     def begin(self, kv: RequestKV, rotary: RotaryTable) -> DecodeState:
@@ -47,7 +49,8 @@ class DecodeRunner:
     def step(self, states: Sequence[DecodeState], token_ids: Sequence[int]) -> Tensor:
         """Return (requests, vocab_size) logits after one more token a request."""
         entries = max(len(state.kv.block_ids) for state in states)
-        key = (next_power_of_2(len(states)), max(_LEAST_ENTRIES, next_power_of_2(entries)))
+        has_field = any(state.kv.field is not None for state in states)
+        key = (next_power_of_2(len(states)), max(_LEAST_ENTRIES, next_power_of_2(entries)), has_field)
         with self._lock:
             bucket = self._buckets.get(key)
             if bucket is None or not bucket.fits(states[0].rotary):
@@ -59,11 +62,12 @@ class DecodeRunner:
 
 
 class _Bucket:
-    """The buffers and the graph of up to `size` requests with up to `entries` blocks each."""
+    """The buffers and the graph of up to `size` requests with up to `entries` blocks each, with or without fields."""
 
     def __init__(
-        self, decoder: Decoder, pool: KVPool, scratch: int, size: int, entries: int, rotary: RotaryTable
-    ) -> None:
+        self, decoder: Decoder, pool: KVPool, scratch: int, size: int, entries: int, has_field: bool,
+        rotary: RotaryTable,
+    ) -> None:  # fmt: skip
         device = pool.device
         self._decoder = decoder
         self._pool = pool
@@ -71,6 +75,8 @@ class _Bucket:
         self._block_tables = torch.zeros((size, entries), dtype=torch.int32, device=device)
         self._row_positions = torch.zeros((size, entries, pool.block_size), dtype=torch.int32, device=device)
         self._num_entries = torch.zeros(size, dtype=torch.int32, device=device)
+        # Those of all places behind each other.
+        self._field = RequestField(pool, size * entries) if has_field else None
         # Token, position and slot of each place travel together, in one copy a step.
         self._inputs = torch.zeros((3, size), dtype=torch.int64, device=device)
         self._host_inputs = torch.zeros((3, size), dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -105,6 +111,8 @@ class _Bucket:
             owner = self._owners[index]
             if owner is None or owner[0] is not state or owner[1] != state.kv.version:
                 self._load_table(index, state)
+                if owner is None or owner[0] is not state:  # of one request it never changes
+                    self._load_field(index, state.kv.field)
         for index in range(len(states), len(self._owners)):
             if self._owners[index] is not None:
                 self._owners[index] = None
@@ -123,6 +131,18 @@ class _Bucket:
         self._row_positions[index, :entries] = state.kv.row_positions.to(self._pool.device)
         self._num_entries[index] = entries
         self._owners[index] = (state, state.kv.version)
+
+    def _load_field(self, index: int, field: RequestField | None) -> None:
+        if self._field is None:
+            return
+        entries = self._block_tables.shape[1]
+        for layer in range(self._pool.layout.num_layers):
+            own, theirs = self._field.layer(layer), None if field is None else field.layer(layer)
+            for target, source in zip(own or (), theirs or own or (), strict=True):
+                place = target[index * entries : (index + 1) * entries]
+                count = 0 if theirs is None else len(source)
+                place[:count] = source[:count]
+                place[count:] = 0
 
     def _use_rotary(self, states: Sequence[DecodeState]) -> None:
         rotary = states[0].rotary
@@ -154,7 +174,8 @@ class _Bucket:
         rope_write_kv(
             queries, keys, values, positions, slots, self._cos, self._sin, key_pool, value_pool, rotate_keys=False
         )
+        key_field, value_field = (None, None) if self._field is None else self._field.of_requests(layer, len(queries))
         return paged_decode_attention(
             queries, key_pool, value_pool, self._block_tables, self._row_positions, self._num_entries, positions,
-            self._cos, self._sin, scale=self._decoder.scale,
+            self._cos, self._sin, key_field=key_field, value_field=value_field, scale=self._decoder.scale,
         )  # fmt: skip

@@ -6,10 +6,11 @@ import torch
 
 from ragkit.errors import ConfigError
 from ragkit.generation.attention import StandaloneAttention
-from ragkit.generation.blend_pass import BlendInputs, Propagation, RowSink
+from ragkit.generation.blend_pass import BlendInputs, Propagation
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill, BlendScene
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.private_rows import RowSink
 from ragkit.generation.question_pass import question_mass
 from ragkit.generation.reused_rows import BlendLayout, ReusedRows
 from ragkit.generation.rotary_cache import RotaryCache
