@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ragkit.chunking.decoder_losses import DecoderLosses
-from ragkit.errors import UsageError
+from ragkit.errors import GenerationError, UsageError
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.weights import assemble_weights
 from ragkit.models.model_config import model_config
@@ -76,6 +76,22 @@ def test_texts_in_one_batch_do_not_see_each_other(model):
         assert len(found) == max(0, len(text) - 1)
         if len(text) <= 33:
             assert found == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("batch", [20, 45, 1000])
+def test_what_shares_a_pass_changes_no_loss(model, batch, grouped):
+    # Texts of many segments, of one, and of fewer tokens than the window; passes end between their segments.
+    texts = [text_of(size, seed) for seed, size in enumerate((130, 33, 200, 5, 20, 61))]
+    losses = DecoderLosses(decoder_of(model), window=32, segment=20, batch=batch, grouped=grouped)
+    alone = DecoderLosses(decoder_of(model), window=32, segment=20, batch=20, grouped=False)
+    for text, found in zip(texts, losses.token_losses(texts), strict=True):
+        assert found == pytest.approx(alone.token_losses([text])[0], abs=1e-4)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(model):
+    with pytest.raises(GenerationError, match="below 97, got 3 to 97"):
+        DecoderLosses(decoder_of(model)).token_losses([[3, 97]])
 
 
 def test_every_token_is_forwarded_once(model):
