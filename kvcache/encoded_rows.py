@@ -96,6 +96,10 @@ class EncodedRows:
             keys, values = pool.keys[layer].flatten(0, 1), pool.values[layer].flatten(0, 1)
             place_chunks(self._bytes, table, layer, self._codec.format(layer), keys, values, slots)
 
+    def size_of(self, index: int) -> int:
+        """Return how many bytes `bytes_of` gives."""
+        return self._bases[index + 1] - self._bases[index]
+
     def bytes_of(self, index: int) -> DraftBytes:
         """Return a copy of the bytes of one chunk on the device."""
         self._queue.wait(self._job_of_layer[-1])

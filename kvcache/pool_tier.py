@@ -40,11 +40,13 @@ class PoolCandidate:
         ref: which chunk.
         recompute_ms: what computing it took; eviction weighs it.
         draft: gives its draft; called if the chunk is kept.
+        draft_bytes: bytes that the draft will take.
     """
 
     ref: ChunkRef
     recompute_ms: float = 0.0
     draft: Callable[[], DraftBytes] | None = None
+    draft_bytes: int = 0
 
 
 class PinnedBlocks:
@@ -89,16 +91,17 @@ class PinnedBlocks:
 class _Held:
     """One chunk in the tier."""
 
-    __slots__ = ("block_ids", "draft", "ref")
+    __slots__ = ("block_ids", "draft", "draft_bytes", "ref")
 
-    def __init__(self, ref: ChunkRef, block_ids: tuple[int, ...]) -> None:
+    def __init__(self, ref: ChunkRef, block_ids: tuple[int, ...], draft_bytes: int) -> None:
         self.ref = ref
         self.block_ids = block_ids
         self.draft: DraftBytes | None = None
+        self.draft_bytes = draft_bytes
 
 
 class PoolTier:
-    """Chunks in up to `max_blocks` blocks of a pool that requests use as well. Thread-safe.
+    """Chunks in up to `max_blocks` blocks of a pool that requests use as well, and their drafts. Thread-safe.
 
     The tier holds each block once, every pin and every request once more, so evicting a chunk never takes rows away
     from who still reads them.
@@ -108,14 +111,26 @@ class PoolTier:
         max_blocks: most blocks that it keeps.
         policy: which chunks leave first.
         name: how the tier is called in reports.
+        budget_bytes: most bytes of these blocks and of the drafts, which lie beside the pool; None bounds the blocks
+            alone.
     """
 
-    def __init__(self, pool: KVPool, max_blocks: int, policy: EvictionPolicy, name: str = "gpu") -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        max_blocks: int,
+        policy: EvictionPolicy,
+        name: str = "gpu",
+        *,
+        budget_bytes: int | None = None,
+    ) -> None:
         if not 0 <= max_blocks <= pool.num_blocks:
             raise KVCacheError(f"a tier of {max_blocks} blocks does not fit a pool of {pool.num_blocks}")
         self.pool = pool
         self.name = name
         self.max_blocks = max_blocks
+        self._block_bytes = pool.block_size * pool.layout.bytes_per_token
+        self.budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._is_closed = False
         pool.reclaim = self.give_back
@@ -128,7 +143,7 @@ class PoolTier:
     @property
     def bytes_used(self) -> int:
         """Bytes of the blocks that it keeps, whose last rows may be unused, and of the drafts."""
-        return self._blocks * self.pool.block_size * self.pool.layout.bytes_per_token + self._draft_bytes
+        return self._blocks * self._block_bytes + self._draft_bytes
 
     def pin(self, ref: ChunkRef) -> PinnedBlocks | None:
         """Return the chunk's blocks, or None where they are not here; a chunk of other tokens is not the one meant."""
@@ -260,14 +275,15 @@ class PoolTier:
             return None
         if before is not None:  # a collision: the later one stays
             self._forget([ref.key])
-        if self._is_closed or not count or not self._room(count):
+        if self._is_closed or not count or not self._room(count, candidate.draft_bytes):
             return None
         try:
             block_ids = tuple(self.pool.allocate(count, reclaim=False))
         except CacheCapacityError:
             return None
-        held = self._held[ref.key] = _Held(ref, block_ids)
+        held = self._held[ref.key] = _Held(ref, block_ids, candidate.draft_bytes)
         self._blocks += count
+        self._draft_bytes += held.draft_bytes  # now: the next ones must not take the room of a draft that comes later
         self._queue.add(ref.key, count, candidate.recompute_ms)
         self._retain([block_ids])
         return held
@@ -280,7 +296,8 @@ class PoolTier:
     def _keep_draft(self, candidate: PoolCandidate, held: _Held) -> None:
         if candidate.draft is not None:
             held.draft = candidate.draft()
-            self._draft_bytes += held.draft.data.numel()
+            self._draft_bytes += held.draft.data.numel() - held.draft_bytes
+            held.draft_bytes = held.draft.data.numel()
 
     def _retain(self, chunks: Sequence[tuple[int, ...]]) -> None:
         for blocks in _blocks_once(chunks):
@@ -296,11 +313,17 @@ class PoolTier:
         for blocks in _blocks_once(chunks):
             self.pool.release(blocks)
 
-    def _room(self, count: int) -> bool:
+    def _room(self, count: int, draft_bytes: int) -> bool:
         missing = max(self._blocks + count - self.max_blocks, count - self.pool.num_free)
+        fits = count <= self.max_blocks
+        if self.budget_bytes is not None:
+            nbytes = count * self._block_bytes + draft_bytes
+            # Drafts leave with their blocks: blocks for all of the bytes free enough.
+            missing = max(missing, -(-(self.bytes_used + nbytes - self.budget_bytes) // self._block_bytes))
+            fits = fits and nbytes <= self.budget_bytes
         if missing <= 0:
             return True
-        leaving = self._queue.make_room(missing, self._is_unpinned) if count <= self.max_blocks else []
+        leaving = self._queue.make_room(missing, self._is_unpinned) if fits else []
         for key in leaving:
             self._drop(key)
         return bool(leaving)
@@ -320,7 +343,7 @@ class PoolTier:
     def _drop(self, key: KVKey) -> None:
         held = self._held.pop(key)
         self._blocks -= len(held.block_ids)
-        self._draft_bytes -= 0 if held.draft is None else held.draft.data.numel()
+        self._draft_bytes -= held.draft_bytes
         self.pool.release(held.block_ids)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.kv_segment import KVMissError, MemorySource, MissReason, RecordReader, write_record
+
+_log = logging.getLogger(__name__)
 
 
 class RemoteTier:
@@ -27,6 +30,9 @@ class RemoteTier:
         budget_bytes: most bytes that this process lets lie there, objects that it finds at the start included.
         policy: which chunks leave first.
         options: settings of the file system, as fsspec takes them.
+
+    Attributes:
+        failed_removals: objects that should have left and could not be removed; they count until they are.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class RemoteTier:
         self._queue: EvictionQueue[KVKey] = EvictionQueue(policy)
         self._sizes: dict[KVKey, int] = {}
         self.bytes_used = 0
+        self.failed_removals = 0
         try:
             self._files, self._root = fsspec.core.url_to_fs(url, **(options or {}))
             found = self._files.find(self._root, detail=True) if self._files.exists(self._root) else {}
@@ -80,22 +87,15 @@ class RemoteTier:
         yield reader
 
     def save(self, chunks: Sequence[EncodedKV]) -> int:
-        """Write one object a chunk."""
+        """Write one object a chunk; where others cannot be removed for it, it is left out."""
         kept = 0
         for chunk in chunks:
             record = write_record(chunk)
-            if len(record) > self.budget_bytes:
+            if len(record) > self.budget_bytes or not self._has_room(len(record)):
                 continue
             with self._lock:
-                missing = self.bytes_used + len(record) - self.budget_bytes
-                leaving = self._queue.make_room(missing, lambda _: True) if missing > 0 else []
-                for key in leaving:
-                    self.bytes_used -= self._sizes.pop(key)
                 self._note(chunk.ref.key, len(record))
             try:
-                for key in leaving:
-                    with contextlib.suppress(FileNotFoundError):
-                        self._files.rm_file(self._path(key))
                 self._files.makedirs(self._path(chunk.ref.key).rsplit("/", 1)[0], exist_ok=True)
                 self._files.pipe_file(self._path(chunk.ref.key), record)
             except Exception as error:
@@ -104,6 +104,26 @@ class RemoteTier:
                 raise KVCacheError(f"chunk KV could not be written to {self.name}: {error}") from error
             kept += 1
         return kept
+
+    def _has_room(self, nbytes: int) -> bool:
+        """Remove the objects of least worth until `nbytes` fit the budget, and return whether they do."""
+        with self._lock:
+            missing = self.bytes_used + nbytes - self.budget_bytes
+            leaving = self._queue.make_room(missing, lambda _: True) if missing > 0 else []
+            sizes = {key: self._sizes.pop(key) for key in leaving}
+            self.bytes_used -= sum(sizes.values())
+        for key, size in sizes.items():
+            try:
+                self._files.rm_file(self._path(key))
+            except FileNotFoundError:  # another machine was faster
+                continue
+            except Exception as error:  # every file system has errors of its own
+                _log.warning("the KV of %s could not be removed from %s and stays: %s", key, self.name, error)
+                with self._lock:
+                    self.failed_removals += 1
+                    self._note(key, size)  # as though it had just been used, so that others are tried next
+        with self._lock:
+            return self.bytes_used + nbytes <= self.budget_bytes
 
     def _path(self, key: KVKey) -> str:
         return f"{self._root.rstrip('/')}/{key.digest[:2]}/{key.digest}.kv"

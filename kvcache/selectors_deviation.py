@@ -36,8 +36,9 @@ class DeviationAtOneLayer:
         return f"{self._of}-deviation"
 
     def choose(self, scene: SelectionScene) -> Tensor:
-        """Return all positions."""
-        return all_positions(scene)
+        """Return all positions, or none where the budget is zero."""
+        positions = all_positions(scene)
+        return positions if scene.budget else positions[:0]
 
     def narrow(self, scene: SelectionScene, layer: int, chosen: Tensor, fresh: FreshRows) -> Tensor | None:
         """Return the budget's largest deviations at the check layer."""
@@ -76,8 +77,9 @@ class GradualFiltering:
         self._shares = [widest + (last - widest) * step / span for step in range(steps)]
 
     def choose(self, scene: SelectionScene) -> Tensor:
-        """Return all positions."""
-        return all_positions(scene)
+        """Return all positions, or none where the budget is zero."""
+        positions = all_positions(scene)
+        return positions if scene.budget else positions[:0]
 
     def narrow(self, scene: SelectionScene, layer: int, chosen: Tensor, fresh: FreshRows) -> Tensor | None:
         """Return this layer's share of the budget with the largest deviations."""

@@ -81,7 +81,7 @@ class SelectionScene(Protocol):
 
     @property
     def budget(self) -> int:
-        """Most tokens to recompute, at most all tokens of `spans`."""
+        """Most tokens to recompute: all tokens of `spans`, or at most those whose KV is not exact already."""
         ...
 
     @property

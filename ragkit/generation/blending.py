@@ -131,7 +131,9 @@ class Blending:
 
 def _pool_tier(kv: KVConfig, pool: KVPool) -> PoolTier | None:
     blocks = _megabytes(kv.gpu_mb) // (pool.block_size * pool.layout.bytes_per_token)
-    return PoolTier(pool, min(blocks, pool.num_blocks), make_policy(kv.policy)) if blocks else None
+    if not blocks:
+        return None
+    return PoolTier(pool, min(blocks, pool.num_blocks), make_policy(kv.policy), budget_bytes=_megabytes(kv.gpu_mb))
 
 
 def _backing_tiers(kv: KVConfig, store: KVCatalogue | None) -> list[BackingTier]:

@@ -187,9 +187,7 @@ class StreamedChunks:
         if encoded is None:
             return
         candidates = [
-            PoolCandidate(chunk.ref, chunk.recompute_ms, None if drafts is None else partial(drafts.bytes_of, index))
-            for index, (chunk, _) in enumerate(placed)
-            if isinstance(chunk, EncodedKV)
+            _candidate(chunk, drafts, index) for index, (chunk, _) in enumerate(placed) if isinstance(chunk, EncodedKV)
         ]
         try:
             tier.add_all(candidates, lambda kept, slots: encoded.place_into_pool(tier.pool, kept, slots))
@@ -198,6 +196,12 @@ class StreamedChunks:
         # Drafts that nobody had asked for are copied only now. Nobody holds their chunks but this request, so their
         # page-locked memory would be given to others below the copies.
         self.queue.finish()
+
+
+def _candidate(chunk: EncodedKV, drafts: EncodedRows | None, index: int) -> PoolCandidate:
+    if drafts is None:
+        return PoolCandidate(chunk.ref, chunk.recompute_ms)
+    return PoolCandidate(chunk.ref, chunk.recompute_ms, partial(drafts.bytes_of, index), drafts.size_of(index))
 
 
 def _stored_draft(chunk: EncodedKV | PinnedBlocks, row: int) -> StoredRows:

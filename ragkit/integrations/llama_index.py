@@ -6,6 +6,7 @@ start of the node before, which is another one where text repeats. Here the span
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,11 +93,10 @@ class RagkitNodeParser(NodeParser):  # type: ignore[misc]
                 f"a node parser made from a chunker object ({self._given.name}) cannot be sent to other processes; "
                 "name the chunker by the parser's settings instead, or run without num_workers"
             )
-        made, self._made = self._made, None  # models stay here; a copy loads its own when it first cuts
-        try:
-            state: dict[str, Any] = super().__getstate__()
-        finally:
-            self._made = made
+        # Of a copy: LlamaIndex takes what cannot be pickled out of the object itself, which others may be using.
+        sent = copy.copy(self)
+        sent._made = None  # models stay here; who receives it loads its own when it first cuts
+        state: dict[str, Any] = super(RagkitNodeParser, sent).__getstate__()
         return state
 
     def _parse_nodes(self, nodes: Sequence[BaseNode], show_progress: bool = False, **kwargs: Any) -> list[BaseNode]:

@@ -388,6 +388,32 @@ def test_a_missing_chunk_between_found_ones_is_a_hole(llama):
     assert (result.kv.hits, result.kv.misses, result.kv.holes) == (2, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [
+        *((name, ratio) for name in SELECTORS for ratio in (0.0, 0.3)),
+        *((name, Coverage(0.7, 0.05, 0.3)) for name, selector in SELECTORS.items() if selector.meets_coverage),
+    ],
+)
+def test_a_prompt_whose_only_chunk_is_exact_is_answered_exactly_with_nothing_recomputed(llama, name, ratio):
+    selector = SELECTORS[name]
+    bench, alone = Bench(llama), Prompt((Segment(PREFIX), CHUNKS[0], Segment(ENDING)))
+    full, rows = bench.run(FullPrefill(), alone)
+    result, blended = bench.blend(alone, ratio=ratio, selector=selector)
+    assert result.recomputed == len(ENDING)
+    torch.testing.assert_close(result.logits, full.logits, rtol=0, atol=2e-4)
+    _close(blended, rows)
+
+
+@pytest.mark.parametrize("name", ["question", "two rounds", "first", "random"])
+def test_an_exact_chunk_is_recomputed_only_where_everything_is(llama, name):
+    bench, short = Bench(llama), Segment(CHUNKS[1].token_ids[:5], "short")
+    prompt = Prompt((Segment(PREFIX), CHUNKS[0], short, Segment(ENDING)))
+    for ratio, expected in ((0.5, 5), (0.95, 5), (1.0, 45)):
+        result, _ = bench.blend(prompt, ratio=ratio, selector=SELECTORS[name])
+        assert result.recomputed == len(ENDING) + expected
+
+
 def test_the_first_chunk_is_left_alone_where_it_is_exact_and_not_behind_another_prefix(llama):
     bench = Bench(llama)
     _, rows = bench.run(FullPrefill())

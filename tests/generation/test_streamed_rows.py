@@ -56,11 +56,11 @@ def decoder():
 class Bench:
     """One model with a chunk store, whose pool keeps chunks as well."""
 
-    def __init__(self, decoder, codec, blocks=24, options=None):
+    def __init__(self, decoder, codec, blocks=24, options=None, budget_bytes=None):
         self.decoder = decoder
         self.rotary = RotaryCache(decoder)
         self.pool = KVPool(decoder.layout, 64, decoder.device, 16)
-        self.tier = PoolTier(self.pool, blocks, make_policy("lru"))
+        self.tier = PoolTier(self.pool, blocks, make_policy("lru"), budget_bytes=budget_bytes)
         self.codec = make_codec(codec, decoder.layout)
         recipe = KVRecipe("0" * 64, decoder.config, "tokens", decoder.dtype, self.codec.codec_id)
         self.chunks = ChunkPrefill(decoder, self.rotary, recipe, PREFIX)
@@ -212,6 +212,22 @@ def test_copies_that_keeping_begins_have_arrived_before_their_bytes_are_let_go(d
     assert seen == [(3, True)]
     gc.collect()
     assert data() is None
+
+
+def test_drafts_are_kept_within_the_budget_of_their_tier(decoder):
+    sizes = {}
+    for codec in ("bf16", "int4+bf16"):
+        bench = Bench(decoder, codec)
+        bench.run()[0].afterwards()
+        sizes[codec] = bench.tier.bytes_used
+    assert sizes["int4+bf16"] > 1.1 * sizes["bf16"]
+    bench = Bench(decoder, "int4+bf16", budget_bytes=sizes["int4+bf16"] - 1)
+    bench.run()[0].afterwards()
+    assert len(bench.tier.refs()) == 2
+    assert bench.tier.bytes_used < sizes["int4+bf16"]
+    roomy = Bench(decoder, "int4+bf16", budget_bytes=sizes["int4+bf16"])
+    roomy.run()[0].afterwards()
+    assert len(roomy.tier.refs()) == 3
 
 
 def test_a_gpu_without_memory_for_drafts_leaves_the_chunks_where_they_are(decoder, monkeypatch, caplog):

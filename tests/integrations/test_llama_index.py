@@ -147,6 +147,25 @@ def test_a_parser_around_a_chunker_refuses_to_be_pickled():
         _sent(parser())
 
 
+def test_giving_its_state_changes_nothing_that_other_threads_see():
+    made, seen = RagkitNodeParser(), []
+
+    class Watching:
+        def __call__(self, number, document):
+            return str(number)
+
+        def __reduce__(self):
+            seen.append(made._made)
+            raise TypeError("cannot be sent")
+
+    made.id_func = watching = Watching()
+    made._made = chunker = token_chunker(ChunkingConfig(max_tokens=20), WordTokenizer())
+    state = made.__getstate__()
+    assert seen == [chunker]
+    assert state["__pydantic_private__"]["_made"] is None
+    assert (made._made, made.id_func) == (chunker, watching)
+
+
 @pytest.mark.models
 def test_the_named_chunker_is_made_with_the_bundled_tokenizer_on_first_use():
     made = RagkitNodeParser(chunker="sentence", max_tokens=16, offline=True)

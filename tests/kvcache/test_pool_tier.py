@@ -158,6 +158,27 @@ def test_the_draft_of_a_chunk_stays_with_it_and_counts(pool):
     assert tier.bytes_used == 2 * 16 * LAYOUT.bytes_per_token
 
 
+def test_blocks_and_drafts_together_stay_within_the_budget(pool):
+    block = 16 * LAYOUT.bytes_per_token
+    tier = PoolTier(pool, 8, make_policy("lru"), budget_bytes=6 * block)
+    draft = DraftBytes(torch.zeros(block // 2, dtype=torch.uint8), ((0, block // 2),))
+    refs = [ref_of(name) for name in "abcd"]
+
+    def drafted(*which):
+        return [PoolCandidate(refs[index], 1.0, lambda: draft, block // 2) for index in which]
+
+    assert tier.add_all(drafted(0, 1, 2), writer(pool, refs[:3], [])) == 2  # five blocks' bytes with their drafts
+    assert tier.bytes_used == 5 * block
+    assert tier.add_all(drafted(3), writer(pool, refs[3:], [])) == 1
+    assert [tier.holds(ref) for ref in refs] == [False, True, False, True]
+    assert tier.bytes_used == 5 * block
+    large = [PoolCandidate(ref_of("e"), 1.0, lambda: draft, 6 * block)]
+    assert tier.add_all(large, writer(pool, [ref_of("e")], [])) == 0  # nobody leaves for what cannot fit
+    assert [tier.holds(ref) for ref in refs] == [False, True, False, True]
+    add(tier, "f", 16).release()  # the block that is left
+    assert tier.bytes_used == 6 * block
+
+
 def test_a_request_that_needs_blocks_gets_those_of_unused_chunks(pool):
     tier = tier_of(pool)
     for name in "abc":

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from kv_samples import LAYOUT, encoded_of, ref_of
@@ -84,6 +86,31 @@ def test_a_place_that_cannot_be_written_is_reported(tmp_path):
     with pytest.raises(KVCacheError, match="could not be written to file"):
         tier.save([encoded_of(CODEC, ref_of("a"))])
     assert tier.bytes_used == 0
+
+
+def test_objects_that_cannot_be_removed_count_on_and_leave_no_room_for_others(tmp_path, monkeypatch, caplog):
+    first = tier_of(tmp_path)
+    first.save([encoded_of(CODEC, ref_of(0))])
+    one = first.bytes_used
+    tier = tier_of(tmp_path, 2 * one)
+    tier.save([encoded_of(CODEC, ref_of(1))])
+    remove, stuck = type(tier._files).rm_file, tier._path(ref_of(0).key)
+
+    def rm_file(files, path):
+        if path == stuck:
+            raise PermissionError("it is not yours")
+        remove(files, path)
+
+    monkeypatch.setattr(type(tier._files), "rm_file", rm_file)
+    with caplog.at_level(logging.WARNING):
+        assert tier.save([encoded_of(CODEC, ref_of(2)), encoded_of(CODEC, ref_of(3))]) == 1
+    assert tier.failed_removals == 1
+    assert "could not be removed from file and stays: it is not yours" in caplog.text
+    assert reason(tier, ref_of(1)) is MissReason.ABSENT
+    assert reason(tier, ref_of(2)) is MissReason.ABSENT
+    load(tier, ref_of(0))
+    load(tier, ref_of(3))  # for which another object left
+    assert tier.bytes_used == 2 * one == sum(path.stat().st_size for path in tmp_path.rglob("*.kv"))
 
 
 def test_an_unknown_kind_of_place_is_refused():
