@@ -89,9 +89,9 @@ def test_by_the_cosine_a_centroid_gains_nothing_from_its_length(backend, device)
 @pytest.mark.parametrize("backend", list(Backend))
 def test_of_equal_centroids_the_lower_one_is_taken(backend, device, rng):
     keys = _keys(30, 2, 16, torch.float32, device, rng)
-    centroids = _centroids(5, 2, 16, device, rng).repeat(8, 1, 1)  # each again in other columns and in other tiles
+    centroids = _centroids(4, 2, 16, device, rng).repeat(40, 1, 1)  # each again in other columns and in other tiles
     labels = kmeans_assign(keys, centroids, nearness=Nearness.DOT, backend=backend).labels
-    assert int(labels.max()) < 5
+    assert int(labels.max()) < 4
 
 
 @pytest.mark.parametrize("backend", list(Backend))
