@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import ceil_div
@@ -16,6 +17,7 @@ from ragkit.kernels.host_copy import to_device
 from ragkit.kernels.rans_tables import CHANNELS_PER_STREAM
 
 SECTION_ALIGNMENT = 16  # bytes; every section of a layer starts at a multiple of it, the widest load of a kernel
+Numbers = npt.NDArray[Any]
 Section = tuple[torch.dtype, tuple[int, ...]]  # type and shape
 
 TABLE_ROWS = 64  # rows of one entry of the table
@@ -110,28 +112,36 @@ class PlacementTable:
         count = len(tokens)
         if starts.dim() != 2 or starts.shape[1] != count or len(first_rows) != count:
             raise KernelInputError(f"{count} chunks need as many first rows and starts, got {tuple(starts.shape)}")
-        if count and (int(starts.min()) < 0 or bool((starts % SECTION_ALIGNMENT).any())):
+        # By numpy: a GPU waits for this, and torch takes several times as long for as few numbers.
+        first_bytes = np.ascontiguousarray(starts.numpy())
+        if count and (first_bytes.min() < 0 or (first_bytes % SECTION_ALIGNMENT).any()):
             raise KernelInputError(f"starts must be multiples of {SECTION_ALIGNMENT}")
-        tiles_of = torch.tensor([ceil_div(size, TABLE_ROWS) for size in tokens], dtype=torch.int64)
-        chunk = torch.arange(count).repeat_interleave(tiles_of)
-        before = torch.tensor([0, *accumulate(tiles_of.tolist())][:count], dtype=torch.int64)
-        first = (torch.arange(len(chunk)) - before[chunk]) * TABLE_ROWS
-        tiles = torch.stack((chunk, first), dim=1).int()
-        chunks = torch.tensor(list(zip(first_rows, tokens, strict=True)), dtype=torch.int32).view(-1, 2)
-        parts = [_padded(part) for part in (starts, chunks, tiles)]
-        pieces = to_device(torch.cat(parts), device).split([part.numel() for part in parts])
+        sizes, rows = np.array(tokens, dtype=np.int64), np.array(first_rows, dtype=np.int64)
+        tiles_of = -(-sizes // TABLE_ROWS)
+        chunk = np.repeat(np.arange(count), tiles_of)
+        first = (np.arange(len(chunk)) - (np.cumsum(tiles_of) - tiles_of)[chunk]) * TABLE_ROWS
+        parts = (
+            first_bytes,
+            np.stack((rows, sizes), axis=1).astype(np.int32),
+            np.stack((chunk, first), axis=1).astype(np.int32),
+        )
+        padded = [_padded(part) for part in parts]
+        # The zeros behind them keep the bytes of no chunk from being an empty array, which cannot be viewed.
+        behind = np.zeros(SECTION_ALIGNMENT, dtype=np.uint8)
+        whole = to_device(torch.from_numpy(np.concatenate((*padded, behind))), device)
+        *pieces, _ = whole.split([len(part) for part in (*padded, behind)])
         return cls(
             tuple(first_rows),
             tuple(tokens),
-            max((first + size for first, size in zip(first_rows, tokens, strict=True)), default=0),
+            int((rows + sizes).max(initial=0)),
             *(
-                piece[: part.nbytes].view(part.dtype).view(part.shape)
-                for piece, part in zip(pieces, (starts, chunks, tiles), strict=True)
+                piece[: part.nbytes].view(dtype).view(part.shape)
+                for piece, part, dtype in zip(pieces, parts, (torch.int64, torch.int32, torch.int32), strict=True)
             ),
         )
 
 
-def _padded(part: Tensor) -> Tensor:
+def _padded(part: Numbers) -> Numbers:
     """Return the bytes of `part` up to a multiple of 16: the next one's place is what kernels are compiled for."""
-    flat = part.contiguous().flatten().view(torch.uint8)
-    return functional.pad(flat, (0, -flat.numel() % SECTION_ALIGNMENT))
+    flat = part.reshape(-1).view(np.uint8)
+    return np.pad(flat, (0, -len(flat) % SECTION_ALIGNMENT))

@@ -21,6 +21,7 @@ from ragkit.types import Segment
 
 _KEPT_PREFIXES = 8  # of different system prompts; each takes a few dozen rows
 _KEPT_CONTEXTS = 1024  # neighbours whose part of the key is kept
+_KEPT_KEYS = 4096  # of chunks: to hash the tokens of a long prompt takes a millisecond, in which nothing is copied yet
 
 # What a device may do before it was measured: FLOP/s in matrix products, and seconds until a pass is launched.
 _FLOPS = {"cpu": 1e11, "cuda": 3e14}
@@ -63,6 +64,7 @@ class ChunkPrefill:
         self._rotary = rotary
         self._neighbours = neighbours if context is ContextKind.NEIGHBOURS else None
         self._keys_behind = lru_cache(_KEPT_CONTEXTS)(lambda behind: recipe.keys_behind(self._context_of(behind)))
+        self._key = lru_cache(_KEPT_KEYS)(lambda token_ids, behind: self._keys_behind(behind)(token_ids))
         self._prefixes: dict[tuple[int, ...], list[LayerKV]] = {}
         self._lock = threading.Lock()
 
@@ -71,7 +73,7 @@ class ChunkPrefill:
         assert segment.chunk_id is not None, "only chunks have KV of their own"
         between = self._neighbours(segment.chunk_id) if self._neighbours is not None else ()
         behind = tuple(token for neighbour in between for token in neighbour.token_ids)
-        return ChunkRef(self._keys_behind(behind)(segment.token_ids), segment.token_ids, segment.chunk_id, behind)
+        return ChunkRef(self._key(segment.token_ids, behind), segment.token_ids, segment.chunk_id, behind)
 
     def is_exact_behind(self, prefix: Sequence[int], ref: ChunkRef) -> bool:
         """Return whether `ref`, standing right behind `prefix`, has the KV that full prefill would compute."""
