@@ -45,6 +45,7 @@ class ContextKind(StrEnum):
     ISOLATED = "isolated"
     PREFIX = "prefix"
     NEIGHBOURS = "neighbours"
+    PAGES = "pages"  # a window of a document, behind all windows before it
 
 
 @dataclass(frozen=True, slots=True)

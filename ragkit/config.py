@@ -372,10 +372,13 @@ class PagesConfig:
     memory_mb: int = 4096
 
     def __post_init__(self) -> None:
-        _at_least("pages.page_tokens", self.page_tokens, 1)
-        for name in ("sink_tokens", "budget_tokens", "local_tokens"):
+        _at_least("pages.page_tokens", self.page_tokens, 8)
+        if self.page_tokens & (self.page_tokens - 1):
+            raise ConfigError(f"pages.page_tokens must be a power of two, got {self.page_tokens}")
+        for name in ("sink_tokens", "budget_tokens"):
             _multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens)
-        _multiple("pages.window_tokens", self.window_tokens, "pages.page_tokens", self.page_tokens, least=1)
+        for name in ("local_tokens", "window_tokens"):
+            _multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens, least=1)
         _at_least("pages.interval", self.interval, 1)
         _at_least("pages.layer_interval", self.layer_interval, 1)
         _at_least("pages.cache_mb", self.cache_mb, 1)

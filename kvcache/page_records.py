@@ -1,0 +1,156 @@
+"""The windows of a paged document on disk: named by everything that they depend on, written in batches, read by layer.
+
+The format is that of chunk KV (`kv_segment.py`): a record holds the pages of one window in all layers, with its token
+ids and a CRC for each 16 KiB. A window's key goes over the tokens of all windows before it as well, because its numbers
+depend on them; so two documents that begin alike share what they have in common, and reading that was interrupted goes
+on behind the last window that was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.backing_tier import BackingTier
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.kv_key import ChunkContext, ContextKind, KVRecipe
+from ragkit.kvcache.kv_segment import KVMissError, MissReason, RecordReader
+
+_SAVED_BYTES = 64 << 20  # that are written together: what a kill costs
+_OPEN_RECORDS = 128
+
+
+def window_refs(
+    recipe: KVRecipe, reading_id: str, token_ids: Sequence[int], window_tokens: int, owner: Callable[[int], str]
+) -> list[ChunkRef]:
+    """Return the references of a document's windows, in order.
+
+    Args:
+        recipe: the model and the codec.
+        reading_id: names how the document is read: whatever of it changes numbers.
+        token_ids: all tokens.
+        window_tokens: tokens of a window.
+        owner: gives the chunk that a window belongs to in the catalogue, by its first token.
+    """
+    chain = hashlib.sha256(reading_id.encode())
+    refs = []
+    for start in range(0, len(token_ids), window_tokens):
+        tokens = tuple(token_ids[start : start + window_tokens])
+        context = ChunkContext(ContextKind.PAGES, f"pages:{chain.hexdigest()}")
+        key = recipe.key(tokens, context)
+        refs.append(ChunkRef(key, tokens, owner(start)))
+        chain.update(key.digest.encode())
+    return refs
+
+
+class PageRecords:
+    """The records of some refs in one tier. Thread-safe.
+
+    Args:
+        tier: where they are; None keeps nothing.
+        codec_id: what encodes them.
+        num_layers: layers of a record.
+    """
+
+    def __init__(self, tier: BackingTier | None, codec_id: str, num_layers: int) -> None:
+        self.tier = tier
+        self._codec_id = codec_id
+        self._num_layers = num_layers
+        self._lock = threading.Lock()
+        self._readers: OrderedDict[ChunkRef, tuple[RecordReader, contextlib.ExitStack]] = OrderedDict()
+        self._waiting: list[EncodedKV] = []
+
+    def present(self, refs: Sequence[ChunkRef]) -> int:
+        """Return how many of `refs` are there from the first on without a gap, whole or not."""
+        if self.tier is None:
+            return 0
+        known = self.tier.holds([ref.key for ref in refs])
+        return next((index for index, ref in enumerate(refs) if ref.key not in known), len(refs))
+
+    def layer(self, ref: ChunkRef, layer: int) -> Tensor:
+        """Return the bytes of one layer of a record.
+
+        Raises:
+            KVMissError: it is not there, or damaged.
+        """
+        with self._lock:
+            try:
+                return self._reader(ref).layer(layer)
+            except KVMissError as error:
+                self._close(ref)
+                if error.reason is not MissReason.UNREADABLE:
+                    raise
+            try:
+                return self._reader(ref).layer(layer)  # its segment was written anew meanwhile
+            except KVMissError:
+                self._close(ref)
+                raise
+
+    def load(self, ref: ChunkRef) -> EncodedKV:
+        """Return a whole record.
+
+        Raises:
+            KVMissError: it is not there, or damaged.
+        """
+        if self.tier is None:
+            raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not on disk")
+        with self.tier.open(ref, self._codec_id, self._num_layers) as reader:
+            return reader.load()
+
+    def write(self, encoded: EncodedKV) -> bool:
+        """Keep a record; return whether it and all before it are written now, else they wait for others.
+
+        Raises:
+            KVCacheError: the tier could not be written.
+        """
+        self._waiting.append(encoded)
+        if sum(one.nbytes for one in self._waiting) >= _SAVED_BYTES:
+            self.flush()
+        return not self._waiting
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            KVCacheError: the tier could not be written, or refused some of it.
+        """
+        waiting, self._waiting = self._waiting, []
+        if self.tier is None or not waiting:
+            return
+        kept = self.tier.save(waiting)
+        if kept < len(waiting):
+            raise KVCacheError(
+                f"the tier {self.tier.name} kept {kept} of {len(waiting)} windows of a document: the document left the "
+                f"store meanwhile, or kv.disk_mb is too small for what is stored beside it"
+            )
+
+    def close(self) -> None:
+        """Close what is open."""
+        with self._lock:
+            for ref in list(self._readers):
+                self._close(ref)
+
+    def _reader(self, ref: ChunkRef) -> RecordReader:
+        found = self._readers.get(ref)
+        if found is not None:
+            self._readers.move_to_end(ref)
+            return found[0]
+        if self.tier is None:
+            raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not on disk")
+        stack = contextlib.ExitStack()
+        reader = stack.enter_context(self.tier.open(ref, self._codec_id, self._num_layers))
+        self._readers[ref] = reader, stack
+        while len(self._readers) > _OPEN_RECORDS:
+            self._close(next(iter(self._readers)))
+        return reader
+
+    def _close(self, ref: ChunkRef) -> None:
+        found = self._readers.pop(ref, None)
+        if found is not None:
+            found[1].close()

@@ -1,0 +1,124 @@
+"""Reading a document of any length: window by window, each attends to sinks, found pages and the local window.
+
+The work grows with the document's length and not with its square, positions stay within the window that the model was
+trained on, and the question plays no part: what is stored serves every question. With every page attended to, it is
+full prefill. Windows that are stored already are not read again, so reading goes on where it was interrupted.
+
+Source: InfLLM, arXiv 2402.04617, section 3; looking pages up while reading, not only while answering, took its KV
+retrieval from 85.2 to 96.8 (table of ablations). Its published code puts every page at one distance and waits for the
+device in every window and layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from threading import Event
+
+import torch
+
+from ragkit.errors import KVCacheError
+from ragkit.generation.decoder import Decoder
+from ragkit.generation.page_attention import PageAttention
+from ragkit.generation.page_options import PageOptions
+from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.kvcache.kv_pages import KVPages, WindowRows
+from ragkit.progress import Progress, Silent
+
+
+class PagedPrefill:
+    """Reads documents with one model.
+
+    Args:
+        decoder: the model.
+        rotary: its rotary tables.
+        options: what every window attends to.
+    """
+
+    def __init__(self, decoder: Decoder, rotary: RotaryCache, options: PageOptions) -> None:
+        self.options = options
+        self._decoder = decoder
+        self._rotary = rotary
+
+    @torch.inference_mode()
+    def read(self, pages: KVPages, progress: Progress | None = None, stop: Event | None = None) -> bool:
+        """Read what is missing of a document, and return whether all of it is there now.
+
+        What was read is written when this returns, also where it is stopped or fails.
+
+        Args:
+            pages: the document.
+            progress: hears of windows and tokens.
+            stop: ends reading behind the running window.
+
+        Raises:
+            GenerationError: windows and what they attend to do not fit the model's window.
+            KVCacheError: the disk could not be written, or a stored window is damaged beyond repair.
+        """
+        progress = progress or Silent()
+        self._require_room(pages)
+        with pages.lock:
+            pages.repair = lambda window: self._repair(pages, window)
+            left = len(pages.refs) - pages.num_windows
+            missing = pages.pages_for(pages.total_tokens) - pages.num_pages
+            progress.start(left, missing * pages.codec.bytes_per_page, "windows")
+            try:
+                while not pages.is_complete and not (stop is not None and stop.is_set()):
+                    started = time.perf_counter()
+                    rows = self._rows(pages, pages.num_windows)
+                    pages.append(rows, 1e3 * (time.perf_counter() - started))
+                    tokens = len(pages.refs[pages.num_windows - 1].token_ids)
+                    nbytes = pages.codec.bytes_per_page * pages.pages_for(tokens)
+                    progress.advance(documents=1, bytes=nbytes, tokens=tokens)
+            finally:
+                pages.flush()
+        return pages.is_complete
+
+    def attention(self, pages: KVPages, own_tokens: int) -> PageAttention:
+        """Return the attention of a question and its answer, `own_tokens` together, behind a document.
+
+        Raises:
+            KVCacheError: the document was not read to its end.
+            GenerationError: so many positions do not fit the model's window.
+        """
+        if not pages.is_complete:
+            raise KVCacheError(
+                f"{pages.num_windows:,} of {len(pages.refs):,} windows of the document were read: read the rest first"
+            )
+        self.options.require_room(pages.total_tokens, own_tokens, self._decoder.config.max_context)
+        pages.repair = lambda window: self._repair(pages, window)
+        return self._attention(pages, pages.total_tokens, own_tokens, keep_rows=False)
+
+    def _rows(self, pages: KVPages, window: int) -> Sequence[WindowRows]:
+        """Return the rows of a window, read behind those before it."""
+        token_ids = pages.refs[window].token_ids
+        before = window * pages.window_tokens
+        attend = self._attention(pages, before, len(token_ids), keep_rows=True)
+        attend.begin(choose=True)
+        decoder, last = self._decoder, pages.num_layers - 1
+        activations = decoder.embed(list(token_ids))
+        for layer in range(last):
+            activations = decoder.layer(layer, activations, attend)
+        projected = decoder.project(last, activations)
+        if pages.codec.with_received:
+            attend(last, projected.queries, projected.keys, projected.values)
+        else:  # what follows in the last layer changes no row
+            attend.rows.append(WindowRows(projected.keys, projected.values))
+        return attend.rows
+
+    def _repair(self, pages: KVPages, window: int) -> None:
+        started = time.perf_counter()
+        rows = self._rows(pages, window)
+        pages.replace(window, rows, 1e3 * (time.perf_counter() - started))
+
+    def _attention(self, pages: KVPages, num_tokens: int, own_tokens: int, *, keep_rows: bool) -> PageAttention:
+        options = self.options
+        # Scoring turns queries by a local window, also where less stands before them.
+        positions = max(options.positions_before(num_tokens) + own_tokens, options.local_tokens + 1)
+        rotary = self._rotary.table(positions, positions)
+        return PageAttention(pages, options, rotary, self._decoder.scale, num_tokens, keep_rows=keep_rows)
+
+    def _require_room(self, pages: KVPages) -> None:
+        longest = min(self.options.window_tokens, pages.total_tokens)
+        before = max(0, (len(pages.refs) - 1) * self.options.window_tokens)
+        self.options.require_room(before, longest, self._decoder.config.max_context)

@@ -1,0 +1,324 @@
+from dataclasses import replace
+from threading import Event
+
+import pytest
+import torch
+from page_doubles import RecordsInMemory, recipe_of
+
+from ragkit.config import PagePositions, PageVote
+from ragkit.errors import CacheCapacityError, GenerationError, KVCacheError
+from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.page_options import PageOptions
+from ragkit.generation.paged_prefill import PagedPrefill
+from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.kvcache.kv_pages import KVPages
+from ragkit.kvcache.page_cache import PageCache
+from ragkit.kvcache.page_codec import PageCodec
+from ragkit.kvcache.page_memory import PageMemory
+from ragkit.kvcache.page_records import PageRecords, window_refs
+from ragkit.kvcache.page_selectors import make_page_selector
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.request_kv import RequestKV
+
+from .conftest import decoder_of, hf_model
+
+FAMILIES = {
+    "llama": {},
+    "qwen3": {"head_dim": 16},
+    "qwen2": {"rope_parameters": {
+        "rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+    }},
+}  # fmt: skip
+TOKENS = torch.randint(3, 300, (400,), generator=torch.Generator().manual_seed(2)).tolist()
+QUESTION = TOKENS[:9]
+SMALL = PageOptions(
+    make_page_selector("mean-key"), page_size=8, sink_pages=1, local_pages=2, budget_pages=3, window_tokens=16
+)
+
+
+@pytest.fixture(params=FAMILIES)
+def decoder(request):
+    return decoder_of(hf_model(request.param, **FAMILIES[request.param]))
+
+
+@pytest.fixture
+def llama():
+    return decoder_of(hf_model("llama"))
+
+
+def pages_of(decoder, tokens, options, codec="fp32", *, tier=None, cache_pages=64, memory=1 << 30, received=False):
+    codec = PageCodec(codec, decoder.layout, options.page_size, with_received=received)
+    refs = window_refs(
+        recipe_of(decoder, codec.codec_id), options.reading_id, tokens, options.window_tokens, lambda start: "c" * 32
+    )
+    cache = PageCache(decoder.layout, options.page_size, cache_pages, 0, decoder.device)
+    records = PageRecords(tier, codec.codec_id, decoder.config.num_layers)
+    return KVPages(codec, refs, options.window_tokens, cache, PageMemory(memory), records)
+
+
+def read(decoder, tokens, options=SMALL, **arguments):
+    pages = pages_of(decoder, tokens, options, **arguments)
+    prefill = PagedPrefill(decoder, RotaryCache(decoder), options)
+    assert prefill.read(pages)
+    return pages, prefill
+
+
+@torch.inference_mode()
+def logits_over(decoder, pages, prefill, question=QUESTION, then=(5, 6, 7)):
+    """Return (1 + then, vocab): after the question, and after each further token."""
+    attend = prefill.attention(pages, len(question) + len(then))
+    out = []
+    for tokens in (list(question), *([token] for token in then)):
+        attend.begin(choose=True)
+        out.append(decoder.logits(decoder.run(tokens, attend))[-1])
+    return torch.stack(out)
+
+
+@torch.inference_mode()
+def full_logits(decoder, tokens, question=QUESTION, then=(5, 6, 7)):
+    out = []
+    for count in range(len(then) + 1):
+        ids = torch.tensor([*tokens, *question, *then[:count]])
+        kv = RequestKV(KVPool(decoder.layout, 12, decoder.device))
+        rotary = RotaryCache(decoder).table(len(ids), len(ids))
+        out.append(FullPrefill().extend(decoder, kv, rotary, ids))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("length", [5, 16, 80, 163])
+def test_with_every_page_chosen_the_logits_are_those_of_full_prefill_at_every_step(decoder, length):
+    options = replace(SMALL, selector=make_page_selector("everything"))
+    pages, prefill = read(decoder, TOKENS[:length], options)
+    mine = logits_over(decoder, pages, prefill)
+    torch.testing.assert_close(mine, full_logits(decoder, TOKENS[:length]), rtol=0, atol=1e-3)
+
+
+def test_a_budget_that_holds_the_document_gives_full_prefill_with_any_selector(llama):
+    options = replace(SMALL, budget_pages=20)
+    pages, prefill = read(llama, TOKENS[:163], options)
+    torch.testing.assert_close(logits_over(llama, pages, prefill), full_logits(llama, TOKENS[:163]), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", [PagePositions.REINDEXED, PagePositions.CLAMPED])
+def test_a_document_longer_than_the_window_is_read_and_answered(llama, positions):
+    pages, prefill = read(llama, TOKENS, replace(SMALL, positions=positions))
+    assert llama.config.max_context == 256
+    assert (pages.num_tokens, pages.num_pages) == (400, 50)
+    assert bool(logits_over(llama, pages, prefill).isfinite().all())
+
+
+def test_true_positions_are_refused_beyond_the_window(llama):
+    pages = pages_of(llama, TOKENS, SMALL)
+    with pytest.raises(GenerationError, match=r"400 positions would be in use at once .* the model's window has 256"):
+        PagedPrefill(llama, RotaryCache(llama), replace(SMALL, positions=PagePositions.TRUE)).read(pages)
+
+
+def test_true_positions_are_those_of_the_document(llama):
+    options = replace(SMALL, budget_pages=30, positions=PagePositions.TRUE)
+    pages, prefill = read(llama, TOKENS[:163], options)
+    torch.testing.assert_close(logits_over(llama, pages, prefill), full_logits(llama, TOKENS[:163]), rtol=0, atol=1e-3)
+
+
+def test_every_page_of_a_document_beyond_the_window_is_refused_with_the_numbers(llama):
+    options = replace(SMALL, selector=make_page_selector("everything"))
+    with pytest.raises(GenerationError, match="400 positions would be in use"):
+        read(llama, TOKENS, options)
+
+
+def test_a_cache_smaller_than_what_is_attended_to_is_refused(llama):
+    with pytest.raises(CacheCapacityError, match="6 pages are attended to at once, and each layer keeps 5 decoded"):
+        read(llama, TOKENS, cache_pages=5)
+
+
+def test_the_pages_whose_rows_weigh_most_are_chosen(llama):
+    options = replace(SMALL, budget_pages=4)
+    pages, prefill = read(llama, TOKENS[:300], options)
+    attend = prefill.attention(pages, 20)
+    queries = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(4))
+    attend._choose(0, queries)
+    distance = torch.tensor([options.local_tokens])
+    turned = RotaryCache(llama).table(300, 300).rotate(queries, distance)[0]
+    keys = pages.cache.pool.keys[0][pages.bring(0, range(1, 36))].mean(dim=1)  # (pages, kv_heads, head_dim)
+    logits = torch.einsum("hgd,phd->hgp", turned.unflatten(0, (2, 3)), keys) * llama.scale
+    best = logits.softmax(-1).sum((0, 1)).topk(4).indices.sort().values + 1
+    assert attend.chosen[0].tolist() == [best.tolist()]
+
+
+@pytest.mark.parametrize("vote", PageVote)
+def test_key_heads_that_choose_for_themselves_attend_to_pages_of_their_own(llama, vote):
+    options = replace(SMALL, per_key_head=True, vote=vote)
+    pages, prefill = read(llama, TOKENS[:300], options)
+    attend = prefill.attention(pages, 20)
+    with torch.inference_mode():
+        attend.begin(choose=True)
+        llama.run(QUESTION, attend)
+    assert all(chosen.shape == (2, 3) for chosen in attend.chosen)
+    assert any(not torch.equal(*chosen) for chosen in attend.chosen)
+
+
+def test_key_heads_with_pages_of_their_own_equal_full_prefill_where_all_fit(llama):
+    options = replace(SMALL, per_key_head=True, budget_pages=18)
+    pages, prefill = read(llama, TOKENS[:163], options)
+    torch.testing.assert_close(logits_over(llama, pages, prefill), full_logits(llama, TOKENS[:163]), rtol=0, atol=1e-3)
+
+
+def test_one_choice_for_all_heads_is_that_of_each_head_where_they_agree(llama):
+    shared, own = SMALL, replace(SMALL, per_key_head=True)
+    pages, prefill = read(llama, TOKENS[:300], shared)
+    same = PagedPrefill(llama, RotaryCache(llama), own)
+    one, other = prefill.attention(pages, 20), same.attention(pages, 20)
+    with torch.inference_mode():
+        for attend in (one, other):
+            attend.begin(choose=True)
+            llama.run(QUESTION, attend)
+        other.chosen = [chosen.expand(2, -1).clone() for chosen in one.chosen]
+        rows = [one._gather(layer, None).view() for layer in range(3)]
+        again = [other._gather(layer, None).view() for layer in range(3)]
+    for mine, others in zip(rows, again, strict=True):
+        torch.testing.assert_close(mine, others)
+
+
+def test_layers_between_share_the_choice_of_the_layer_before(llama):
+    options = replace(SMALL, layer_interval=2)
+    pages, prefill = read(llama, TOKENS[:300], options)
+    attend = prefill.attention(pages, 20)
+    with torch.inference_mode():
+        attend.begin(choose=True)
+        llama.run(QUESTION, attend)
+    assert torch.equal(attend.chosen[0], attend.chosen[1])
+    assert not torch.equal(attend.chosen[1], attend.chosen[2])
+
+
+def test_a_pass_that_keeps_its_pages_sees_the_rows_of_the_passes_before(llama):
+    options = replace(SMALL, budget_pages=30)  # all of them, so that both are full prefill
+    pages, prefill = read(llama, TOKENS[:163], options)
+    attend = prefill.attention(pages, 12)
+    with torch.inference_mode():
+        attend.begin(choose=True)
+        llama.run(QUESTION, attend)
+        for token in (5, 6, 7):
+            attend.begin(choose=False)
+            last = llama.logits(llama.run([token], attend))[-1]
+    torch.testing.assert_close(last, full_logits(llama, TOKENS[:163])[-1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
+def test_a_second_reader_finds_all_pages_and_answers_the_same_without_reading(llama, codec):
+    tier = RecordsInMemory()
+    first, prefill = read(llama, TOKENS[:300], codec=codec, tier=tier)
+    expected = logits_over(llama, first, prefill)
+    again = pages_of(llama, TOKENS[:300], SMALL, codec=codec, tier=tier)
+    assert again.is_complete
+    torch.testing.assert_close(logits_over(llama, again, prefill), expected, rtol=0, atol=1e-5)
+    assert again.use().bytes_by_tier["disk"] > 0
+
+
+def test_stopped_reading_goes_on_behind_the_last_window(llama):
+    tier, stop = RecordsInMemory(), Event()
+    pages = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
+
+    class StopAfterFive:
+        windows = 0
+
+        def start(self, *_):
+            pass
+
+        def advance(self, documents=0, bytes=0, tokens=0):
+            self.windows += documents
+            if self.windows == 5:
+                stop.set()
+
+    prefill = PagedPrefill(llama, RotaryCache(llama), SMALL)
+    assert not prefill.read(pages, StopAfterFive(), stop)
+    assert (pages.num_windows, len(tier.records)) == (5, 5)
+    with pytest.raises(KVCacheError, match="5 of 19 windows of the document were read"):
+        prefill.attention(pages, 10)
+    again = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
+    assert again.num_windows == 5
+    counter = StopAfterFive()
+    assert prefill.read(again, counter)
+    assert counter.windows == 14
+    whole, _ = read(llama, TOKENS[:300])
+    torch.testing.assert_close(
+        logits_over(llama, again, prefill), logits_over(llama, whole, prefill), rtol=0, atol=1e-5
+    )
+
+
+def test_reading_that_fails_keeps_the_windows_that_were_read(llama):
+    tier = RecordsInMemory()
+    pages = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
+
+    class Fails:
+        def start(self, *_):
+            pass
+
+        def advance(self, **_):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        PagedPrefill(llama, RotaryCache(llama), SMALL).read(pages, Fails())
+    assert len(tier.records) == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "gone"])
+def test_a_damaged_window_is_computed_again_and_the_answer_is_the_same(llama, damage):
+    tier = RecordsInMemory()
+    first, prefill = read(llama, TOKENS[:300], tier=tier)
+    expected = logits_over(llama, first, prefill)
+    again = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
+    key = again.refs[7].key
+    record = bytearray(tier.records[key])
+    record[-5000] ^= 1
+    changed = {"flipped": bytes(record), "short": bytes(record[: len(record) // 2]), "gone": None}[damage]
+    if changed is None:
+        del tier.records[key]
+    else:
+        tier.records[key] = changed
+    again.num_windows = len(again.refs)  # it was there when the document was opened
+    torch.testing.assert_close(logits_over(llama, again, prefill), expected, rtol=0, atol=1e-5)
+    assert again.repaired == 1
+    assert pages_of(llama, TOKENS[:300], SMALL, tier=tier).is_complete
+
+
+def test_a_document_that_begins_like_another_shares_its_windows(llama):
+    tier = RecordsInMemory()
+    read(llama, TOKENS[:300], tier=tier)
+    longer = pages_of(llama, [*TOKENS[:300], 9, 9, 9], SMALL, tier=tier)
+    other = pages_of(llama, [4, *TOKENS[:300]], SMALL, tier=tier)
+    assert (longer.num_windows, other.num_windows) == (18, 0)  # the last window was not full
+
+
+@pytest.mark.parametrize("change", [{"budget_pages": 4}, {"sink_pages": 2}, {"vote": PageVote.MAX}, {"local_pages": 3}])
+def test_another_way_of_reading_never_finds_the_pages_of_this_one(llama, change):
+    tier = RecordsInMemory()
+    read(llama, TOKENS[:100], tier=tier)
+    assert pages_of(llama, TOKENS[:100], replace(SMALL, **change), tier=tier).num_windows == 0
+
+
+def test_pages_beyond_the_memory_budget_are_read_from_disk_again(llama):
+    tier = RecordsInMemory()
+    pages, prefill = read(llama, TOKENS[:300], tier=tier, memory=20_000, cache_pages=6)
+    whole, _ = read(llama, TOKENS[:300])
+    assert pages.memory.bytes_used <= 20_000
+    torch.testing.assert_close(
+        logits_over(llama, pages, prefill), logits_over(llama, whole, prefill), rtol=0, atol=1e-5
+    )
+    assert pages.use().bytes_by_tier["disk"] > 0
+
+
+def test_an_empty_document_is_the_question_alone(llama):
+    pages, prefill = read(llama, [])
+    torch.testing.assert_close(logits_over(llama, pages, prefill), full_logits(llama, []), rtol=0, atol=1e-3)
+
+
+def test_what_rows_received_is_the_mean_weight_of_the_queries_that_see_them(llama):
+    from ragkit.generation.attention import causal_attention
+    from ragkit.generation.page_attention import attention_and_received
+
+    random = torch.Generator().manual_seed(3)
+    queries = torch.randn(5, 6, 8, generator=random)
+    keys, values = torch.randn(2, 9, 2, 8, generator=random)
+    out, received = attention_and_received(queries, keys, values, 0.4)
+    torch.testing.assert_close(out, causal_attention(queries, keys, values, 0.4), rtol=0, atol=1e-5)
+    scores = torch.einsum("gd,rd->gr", queries[4, 3:], keys[:, 1]) * 0.4
+    assert received[4, 1].item() == pytest.approx(scores.softmax(-1)[:, 8].mean().item(), abs=1e-5)

@@ -1,0 +1,49 @@
+"""What tests of paged documents share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from ragkit.generation.decoder import Decoder
+from ragkit.kvcache.backing_tier import KnownRecord
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.kv_key import KVKey, KVRecipe
+from ragkit.kvcache.kv_segment import KVMissError, MemorySource, MissReason, RecordReader, write_record
+
+
+def recipe_of(decoder: Decoder, codec_id: str) -> KVRecipe:
+    """Return a recipe for a model whose weights have no file."""
+    return KVRecipe("w" * 64, decoder.config, "t" * 32, decoder.dtype, codec_id)
+
+
+class RecordsInMemory:
+    """A backing tier whose records are byte strings that a test can damage."""
+
+    name = "disk"
+    budget_bytes = 1 << 40
+
+    def __init__(self) -> None:
+        self.records: dict[KVKey, bytes] = {}
+        self.opened = 0
+
+    @property
+    def bytes_used(self) -> int:
+        return sum(map(len, self.records.values()))
+
+    def holds(self, keys: Sequence[KVKey]) -> set[KVKey]:
+        return self.records.keys() & set(keys)
+
+    def known(self, keys: Sequence[KVKey]) -> dict[KVKey, KnownRecord]:
+        return {}
+
+    @contextlib.contextmanager
+    def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:
+        if ref.key not in self.records:
+            raise KVMissError(MissReason.ABSENT, f"no {ref.key}")
+        self.opened += 1
+        yield RecordReader(MemorySource(self.records[ref.key]), ref, codec_id, num_layers)
+
+    def save(self, chunks: Sequence[EncodedKV]) -> int:
+        self.records |= {chunk.ref.key: write_record(chunk) for chunk in chunks}
+        return len(chunks)
