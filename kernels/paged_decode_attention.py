@@ -24,19 +24,28 @@ from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.paged_rows import (
     FIELD_ROWS,
     HIDDEN,
+    Blocks,
+    channels_of,
     check_paged_rows,
+    load_angles,
     load_rotated_keys,
+    load_value_codes,
+    load_value_field,
     load_values,
+    parts_of,
+    stored_as,
     visible_rows_torch,
 )
 
 __all__ = ["HIDDEN", "num_splits", "paged_decode_attention", "paged_decode_attention_torch"]
 
+_PAIRS = 16  # rows of queries that one product of matrices takes, whether they are there or not
+
 
 def paged_decode_attention(
     queries: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
     block_tables: Tensor,
     row_positions: Tensor,
     num_entries: Tensor,
@@ -53,7 +62,7 @@ def paged_decode_attention(
 
     Args:
         queries: (requests, q_heads, head_dim), already rotated; heads contiguous.
-        key_pool, value_pool: (blocks, block_size, kv_heads, head_dim), contiguous, keys un-rotated.
+        key_pool, value_pool: (blocks, block_size, kv_heads, head_dim), contiguous, keys un-rotated; numbers, or codes.
         block_tables: (requests, max_entries) int32, blocks of each request; entries past `num_entries` are ignored.
         row_positions: (requests, max_entries, block_size) int32, true position of each row, or `HIDDEN`.
         num_entries: (requests,) int32.
@@ -86,25 +95,28 @@ def paged_decode_attention(
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    splits = num_splits(requests * kv_heads, max_entries, queries.device)
+    group, half_padded = q_heads // kv_heads, max(16, next_power_of_2(head_dim // 2))
+    bits, key_group, channel_group = stored_as(key_pool, value_pool)
+    value_groups = head_dim // channel_group if bits else 1
+    heads = heads_of_a_program(kv_heads, group * value_groups) if bits else 1
+    pairs = max(_PAIRS, next_power_of_2(heads * group * value_groups))
+    splits = num_splits(requests * kv_heads // heads, max_entries, queries.device)
     partial = torch.empty((requests, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((requests, q_heads, splits), dtype=torch.float32, device=queries.device)
-    group = q_heads // kv_heads
-    half = head_dim // 2
     # A tile of keys and one of values, twice for loading ahead, must fit shared memory: 64 KB here at most.
-    rows = 64 if head_dim * key_pool.element_size() <= 256 else 32
-    _paged_decode_attention_kernel[(requests, kv_heads, splits)](
-        queries, key_pool, value_pool, block_tables, row_positions, num_entries, query_positions, cos, sin,
+    rows = min(64 if head_dim * queries.element_size() <= 256 else 32, key_group)
+    _paged_decode_attention_kernel[(requests, kv_heads // heads, splits)](
+        queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, num_entries,
+        query_positions, cos, sin,
         queries if key_field is None else key_field, queries if value_field is None else value_field,
         partial, weights,
         scale * 1.4426950408889634,  # the kernel works with powers of two
         max_entries, queries.stride(0),
-        GROUP=group, GROUP_PADDED=max(16, next_power_of_2(group)), KV_HEADS=kv_heads, HEAD_DIM=head_dim,
-        DIM_PADDED=max(16, next_power_of_2(head_dim)), HALF_PADDED=max(16, next_power_of_2(half)),
-        BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS, ROWS=min(block_size, rows), SPLITS=splits,
-        HAS_FIELD=key_field is not None,
+        GROUP=group, VALUE_GROUPS=value_groups, PAIRS=pairs, HEADS=heads, KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim, HALF_PADDED=half_padded, BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS, ROWS=rows,
+        SPLITS=splits, BITS=bits, KEY_GROUP=key_group, HAS_FIELD=key_field is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
-        UPCAST=not queries.is_cuda, num_warps=rows // 8, num_stages=2,
+        UPCAST=not queries.is_cuda, num_warps=max(1, rows // 8), num_stages=2,
     )  # fmt: skip
     merge_splits(partial, weights, out, backend=Backend.TRITON)
     return out
@@ -112,8 +124,8 @@ def paged_decode_attention(
 
 def paged_decode_attention_torch(
     queries: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
     block_tables: Tensor,
     row_positions: Tensor,
     num_entries: Tensor,
@@ -157,71 +169,123 @@ def num_splits(groups: int, max_entries: int, device: torch.device) -> int:
     return max(1, min(max_entries, 4 * processors // groups, 128))
 
 
+def heads_of_a_program(kv_heads: int, rows: int) -> int:
+    """Return of how many key heads one program reads the codes of a row.
+
+    Heads that share a program share the angles of a row as well, which weigh more than the codes of a head.
+
+    Args:
+        kv_heads: of which the result is a divisor.
+        rows: that the queries of a key head take in a product of matrices.
+    """
+    shared = (heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0 and heads * rows <= _PAIRS)
+    return max(shared, default=1)
+
+
 @launched
 def _paged_decode_attention_kernel(
-    query_ptr, key_ptr, value_ptr, table_ptr, row_position_ptr, num_entries_ptr, query_position_ptr, cos_ptr, sin_ptr,
+    query_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
+    table_ptr, row_position_ptr, num_entries_ptr, query_position_ptr, cos_ptr, sin_ptr,
     key_field_ptr, value_field_ptr, partial_ptr, weight_ptr,
     scale_log2, max_entries, stride_qr,
-    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIELD_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, HAS_FIELD: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    FIELD_ROWS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
+    HAS_FIELD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # This program attends with the query heads of one key head over one part of one request's blocks.
-    request, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    # This program attends with the query heads of HEADS key heads over one part of one request's blocks. A query head
+    # stands in VALUE_GROUPS rows, one for each group of channels of the values: with the group's scale in the weights,
+    # a row's product with the codes is right in the channels of its own group.
+    request, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    first_head = tl.program_id(1) * HEADS
     HALF: tl.constexpr = HEAD_DIM // 2
+    NUMBER: tl.constexpr = query_ptr.dtype.element_ty
     entries = tl.load(num_entries_ptr + request)
     query_position = tl.load(query_position_ptr + request)
     part = (entries + SPLITS - 1) // SPLITS
 
-    head = kv_head * GROUP + tl.arange(0, GROUP_PADDED)
-    is_head = tl.arange(0, GROUP_PADDED) < GROUP
+    pair = tl.arange(0, PAIRS)
+    value_group, own_head = pair % VALUE_GROUPS, pair // (VALUE_GROUPS * GROUP)
+    head = first_head * GROUP + pair // VALUE_GROUPS
+    is_pair = pair < HEADS * GROUP * VALUE_GROUPS
     half = tl.arange(0, HALF_PADDED)
-    dim = tl.arange(0, DIM_PADDED)
     query_at = query_ptr + request * stride_qr + head[:, None] * HEAD_DIM + half[None, :]
-    query_mask = is_head[:, None] & (half < HALF)[None, :]
+    query_mask = is_pair[:, None] & (half < HALF)[None, :]
     query_first = tl.load(query_at, mask=query_mask, other=0.0)
     query_second = tl.load(query_at + HALF, mask=query_mask, other=0.0)
     if UPCAST:
         query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
 
-    highest = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP_PADDED,), tl.float32)
-    summed = tl.zeros((GROUP_PADDED, DIM_PADDED), tl.float32)
+    highest = tl.full((PAIRS,), float("-inf"), tl.float32)
+    total = tl.zeros((PAIRS,), tl.float32)
+    summed = tl.zeros((PAIRS, 2 * HALF_PADDED), tl.float32)
+    zeros = tl.zeros((PAIRS,), tl.float32)  # what the zeros of all values add to each channel of a group
     first_of_request = tl.program_id(0) * max_entries  # 32 bits: 64 cost a fifth of the registers
     first_entry = split * part
     last_entry = tl.minimum(first_entry + part, entries)
     for step in range(first_entry * (BLOCK_SIZE // ROWS), last_entry * (BLOCK_SIZE // ROWS)):
         entry = first_of_request + step // (BLOCK_SIZE // ROWS)
-        row = (step % (BLOCK_SIZE // ROWS)) * ROWS + tl.arange(0, ROWS)
+        first_row = (step % (BLOCK_SIZE // ROWS)) * ROWS
+        row = first_row + tl.arange(0, ROWS)
         block = tl.load(table_ptr + entry).to(tl.int64)
         position = tl.load(row_position_ptr + entry * BLOCK_SIZE + row)
         seen = position <= query_position
-        row_at = ((block * BLOCK_SIZE + row) * KV_HEADS + kv_head) * HEAD_DIM
-        field_at = (
-            (entry.to(tl.int64) * (BLOCK_SIZE // FIELD_ROWS) + row // FIELD_ROWS) * KV_HEADS + kv_head
-        ) * HEAD_DIM
-        turned_first, turned_second = load_rotated_keys(
-            key_ptr, key_field_ptr, cos_ptr, sin_ptr, row_at, field_at, position, seen, half, HALF, HAS_FIELD
-        )
-        if UPCAST:
-            turned_first, turned_second = turned_first.to(tl.float32), turned_second.to(tl.float32)
-        scores = tl.dot(query_first, tl.trans(turned_first), input_precision="ieee")
-        scores = tl.dot(query_second, tl.trans(turned_second), acc=scores, input_precision="ieee")
-        scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
+        row_at = (block * BLOCK_SIZE + row) * KV_HEADS + first_head
+        group_at = (block * (BLOCK_SIZE // KEY_GROUP) + first_row // KEY_GROUP) * KV_HEADS + first_head
+        field_at = (entry.to(tl.int64) * (BLOCK_SIZE // FIELD_ROWS) + row // FIELD_ROWS) * KV_HEADS + first_head
+        cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
+        scores = tl.full((PAIRS, ROWS), float("-inf"), tl.float32)
+        for of_head in tl.static_range(HEADS):
+            key_first, key_second = load_rotated_keys(
+                key_ptr, key_scale_ptr, key_zero_ptr, key_field_ptr, row_at + of_head, group_at + of_head,
+                field_at + of_head, cos, sin, seen, half, HALF, BITS, HAS_FIELD, NUMBER,
+            )  # fmt: skip
+            if UPCAST:
+                key_first, key_second = key_first.to(tl.float32), key_second.to(tl.float32)
+            of_all = tl.dot(query_first, tl.trans(key_first), input_precision="ieee")
+            of_all = tl.dot(query_second, tl.trans(key_second), acc=of_all, input_precision="ieee")
+            # All queries meet this head's keys, and those of the other heads forget it.
+            scores = tl.where(seen[None, :] & (own_head == of_head)[:, None], of_all * scale_log2, scores)
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         # While nothing was seen the maximum is -inf, and -inf - -inf would be NaN.
         base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shrink = tl.exp2(highest - base)
         exponent = tl.exp2(scores - base[:, None])
-        value = load_values(value_ptr, value_field_ptr, row_at, field_at, seen, dim, HEAD_DIM, HAS_FIELD)
-        if UPCAST:
-            value = value.to(tl.float32)
         total = total * shrink + tl.sum(exponent, axis=1)
-        summed = tl.dot(exponent.to(value.dtype), value, acc=summed * shrink[:, None], input_precision="ieee")
+        summed = summed * shrink[:, None]
+        share = exponent
+        if BITS > 0:
+            known = seen[None, :] & is_pair[:, None]
+            scale_at = (row_at[None, :] + own_head[:, None]) * VALUE_GROUPS + value_group[:, None]
+            zero = tl.load(value_zero_ptr + scale_at, mask=known, other=0.0).to(tl.float32)
+            zeros = zeros * shrink + tl.sum(exponent * zero, axis=1)
+            share *= tl.load(value_scale_ptr + scale_at, mask=known, other=0.0).to(tl.float32)
+        for of_head in tl.static_range(HEADS):
+            if BITS > 0:
+                value = load_value_codes(value_ptr, row_at + of_head, seen, HALF, HALF_PADDED, BITS, NUMBER)
+            else:
+                value = load_values(
+                    value_ptr, value_ptr, value_ptr, value_field_ptr, row_at + of_head, field_at + of_head, seen,
+                    HALF, HALF_PADDED, 0, 1, HAS_FIELD, NUMBER,
+                )  # fmt: skip
+            if UPCAST:
+                value = value.to(tl.float32)
+            own = tl.where((own_head == of_head)[:, None], share, 0.0)
+            summed = tl.dot(own.to(value.dtype), value, acc=summed, input_precision="ieee")
+            if HAS_FIELD and BITS > 0:
+                value = load_value_field(value_field_ptr, field_at + of_head, seen, HALF, HALF_PADDED, NUMBER)
+                if UPCAST:
+                    value = value.to(tl.float32)
+                own = tl.where((own_head == of_head)[:, None], exponent, 0.0)
+                summed = tl.dot(own.to(value.dtype), value, acc=summed, input_precision="ieee")
         highest = new_highest
 
     out_at = (request * KV_HEADS * GROUP + head) * SPLITS + split
     safe = tl.where(total > 0, total, 1.0)
-    tl.store(weight_ptr + out_at, tl.where(total > 0, highest + tl.log2(safe), float("-inf")), mask=is_head)
-    out_mask = is_head[:, None] & (dim < HEAD_DIM)[None, :]
-    tl.store(partial_ptr + out_at[:, None] * HEAD_DIM + dim[None, :], summed / safe[:, None], mask=out_mask)
+    is_first = is_pair & (value_group == 0)
+    tl.store(weight_ptr + out_at, tl.where(total > 0, highest + tl.log2(safe), float("-inf")), mask=is_first)
+    channel, is_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
+    own_channel = (channel // (HEAD_DIM // VALUE_GROUPS))[None, :] == value_group[:, None]
+    out_mask = is_pair[:, None] & is_channel[None, :] & own_channel
+    out = (summed + zeros[:, None]) / safe[:, None]
+    tl.store(partial_ptr + out_at[:, None] * HEAD_DIM + channel[None, :], out, mask=out_mask)

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201 (Triton reads the annotations of kernels, and pointers have none)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton reads the annotations of kernels, and pointers have none)
 # mypy: disable-error-code="no-untyped-def"
 """The rows of a request's blocks as attention reads them: corrected by a coarse field, and rotated to their positions.
 
@@ -7,6 +7,8 @@
 Blocks belong to several requests and hold what the chunk's rows are on their own. What a request changes about them
 stays beside them: a row's true position, `HIDDEN` where another row replaces it, and a field of one vector for every
 `FIELD_ROWS` rows that moves the rows not recomputed with those that are.
+
+A block holds numbers, or codes with x = code * scale + zero, which become numbers in registers (see QuantizedBlocks).
 
 Source: blocks of PagedAttention, arXiv 2309.06180; rotation: RoFormer, arXiv 2104.09864, section 3.4.2; the field is
 this project's own (change propagation).
@@ -67,11 +69,23 @@ def _rows(pool: Blocks, slots: Tensor) -> Tensor:
     return pool.rows(slots) if isinstance(pool, QuantizedBlocks) else pool.flatten(0, 1)[slots].float()
 
 
+def parts_of(pool: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what kernels get of a pool: its codes, scales and zeros, or its numbers three times."""
+    return (pool.codes, pool.scales, pool.zeros) if isinstance(pool, QuantizedBlocks) else (pool, pool, pool)
+
+
+def stored_as(key_pool: Blocks, value_pool: Blocks) -> tuple[int, int, int]:
+    """Return the bits of a code, 0 for numbers, the rows that share a key's scale, and the channels a value's."""
+    if isinstance(key_pool, QuantizedBlocks) and isinstance(value_pool, QuantizedBlocks):
+        return key_pool.bits, key_pool.row_group, value_pool.channel_group
+    return 0, key_pool.shape[1], 1
+
+
 def check_paged_rows(
     queries: Tensor,
     requests: int,
-    key_pool: Tensor,
-    value_pool: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
     block_tables: Tensor,
     row_positions: Tensor,
     num_entries: Tensor,
@@ -84,13 +98,12 @@ def check_paged_rows(
     if queries.dim() != 3 or (queries.numel() and queries.stride()[1:] != (queries.shape[2], 1)):
         raise KernelInputError(f"queries must be (tokens, heads, head_dim), got {tuple(queries.shape)}")
     q_heads, head_dim = queries.shape[1:]
-    if key_pool.dim() != 4 or key_pool.shape != value_pool.shape or key_pool.shape[3] != head_dim:
+    if len(key_pool.shape) != 4 or key_pool.shape != value_pool.shape or key_pool.shape[3] != head_dim:
         raise KernelInputError(
             f"pools must be (blocks, block_size, kv_heads, {head_dim}) alike, "
             f"got {tuple(key_pool.shape)}, {tuple(value_pool.shape)}"
         )
-    if not (key_pool.is_contiguous() and value_pool.is_contiguous()):
-        raise KernelInputError("pools must be contiguous")
+    _check_stored_alike(key_pool, value_pool)
     block_size, kv_heads = key_pool.shape[1:3]
     if kv_heads == 0 or q_heads % kv_heads:
         raise KernelInputError(f"{q_heads} query heads cannot share {kv_heads} key heads")
@@ -110,31 +123,132 @@ def check_paged_rows(
             raise KernelInputError(f"a field must be {expected}, contiguous, got {tuple(field.shape)}")
 
 
+def _check_stored_alike(key_pool: Blocks, value_pool: Blocks) -> None:
+    if isinstance(key_pool, QuantizedBlocks) and isinstance(value_pool, QuantizedBlocks):
+        rows, channels = key_pool.row_group, value_pool.channel_group
+        if key_pool.bits != value_pool.bits or key_pool.channel_group != 1 or value_pool.row_group != 1:
+            raise KernelInputError(
+                "keys must be quantised channel by channel and values row by row, to equally many bits, "
+                f"got {key_pool.bits} and {value_pool.bits} bits"
+            )
+        if rows & (rows - 1) or channels & (channels - 1):
+            raise KernelInputError(f"rows and channels of a group must be powers of two, got {rows} and {channels}")
+        return
+    if isinstance(key_pool, QuantizedBlocks) or isinstance(value_pool, QuantizedBlocks):
+        raise KernelInputError("keys and values must both be numbers or both be codes")
+    if not (key_pool.is_contiguous() and value_pool.is_contiguous()):
+        raise KernelInputError("pools must be contiguous")
+
+
+@jit
+def channels_of(dim, HALF: tl.constexpr, HALF_PADDED: tl.constexpr):
+    """Return the channel of each column and whether it has one: columns are two halves of a head, padded alike."""
+    if HALF == HALF_PADDED:
+        return dim, dim < 2 * HALF
+    return dim // HALF_PADDED * HALF + dim % HALF_PADDED, dim % HALF_PADDED < HALF
+
+
+@jit
+def load_angles(cos_ptr, sin_ptr, position, seen, half, HALF: tl.constexpr):
+    """Return cosines and sines (ROWS, HALF_PADDED) of the rows' positions; zeros where a row is not seen."""
+    mask = seen[:, None] & (half < HALF)[None, :]
+    angle = tl.where(seen, position, 0)[:, None] * HALF + half[None, :]
+    return tl.load(cos_ptr + angle, mask=mask, other=0.0), tl.load(sin_ptr + angle, mask=mask, other=0.0)
+
+
 @jit
 def load_rotated_keys(
-    key_ptr, field_ptr, cos_ptr, sin_ptr, row_at, field_at, position, seen, half,
-    HALF: tl.constexpr, HAS_FIELD: tl.constexpr,
+    key_ptr, scale_ptr, zero_ptr, field_ptr, row_at, group_at, field_at, cos, sin, seen, half,
+    HALF: tl.constexpr, BITS: tl.constexpr, HAS_FIELD: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
-    """Return both halves (ROWS, HALF_PADDED) of one head's keys, in the pool's type; zeros where a row is not seen."""
-    mask = seen[:, None] & (half < HALF)[None, :]
-    at = key_ptr + row_at[:, None] + half[None, :]
-    first, second = tl.load(at, mask=mask, other=0.0), tl.load(at + HALF, mask=mask, other=0.0)
-    left, right = first.to(tl.float32), second.to(tl.float32)
+    """Return both halves (ROWS, HALF_PADDED) of one head's keys as NUMBERs; of a row not seen they may be anything.
+
+    Heads are counted over rows: `row_at` (ROWS,) is the place of each row's head, `group_at` that of the scales that
+    all these rows share, `field_at` (ROWS,) that of each row's vector of the field.
+    """
+    is_channel = half < HALF
+    mask = seen[:, None] & is_channel[None, :]
+    if BITS == 4:
+        packed = tl.load(key_ptr + row_at[:, None] * HALF + half[None, :], mask=mask, other=0)
+        left, right = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+    else:
+        at = key_ptr + row_at[:, None] * (2 * HALF) + half[None, :]
+        left = tl.load(at, mask=mask, other=0).to(tl.float32)
+        right = tl.load(at + HALF, mask=mask, other=0).to(tl.float32)
+    if BITS > 0:
+        group = group_at * (2 * HALF) + half
+        scale = tl.load(scale_ptr + group, mask=is_channel, other=0.0).to(tl.float32)
+        zero = tl.load(zero_ptr + group, mask=is_channel, other=0.0).to(tl.float32)
+        left = left * scale[None, :] + zero[None, :]
+        scale = tl.load(scale_ptr + group + HALF, mask=is_channel, other=0.0).to(tl.float32)
+        zero = tl.load(zero_ptr + group + HALF, mask=is_channel, other=0.0).to(tl.float32)
+        right = right * scale[None, :] + zero[None, :]
     if HAS_FIELD:
-        field = field_ptr + field_at[:, None] + half[None, :]
+        field = field_ptr + field_at[:, None] * (2 * HALF) + half[None, :]
         left += tl.load(field, mask=mask, other=0.0).to(tl.float32)
         right += tl.load(field + HALF, mask=mask, other=0.0).to(tl.float32)
-    angle = tl.where(seen, position, 0)[:, None] * HALF + half[None, :]
-    cos, sin = tl.load(cos_ptr + angle, mask=mask, other=0.0), tl.load(sin_ptr + angle, mask=mask, other=0.0)
-    return (left * cos - right * sin).to(first.dtype), (right * cos + left * sin).to(first.dtype)
+    return (left * cos - right * sin).to(NUMBER), (right * cos + left * sin).to(NUMBER)
 
 
 @jit
-def load_values(value_ptr, field_ptr, row_at, field_at, seen, dim, HEAD_DIM: tl.constexpr, HAS_FIELD: tl.constexpr):
-    """Return one head's values (ROWS, DIM_PADDED), in the pool's type; zeros where a row is not seen."""
-    mask = seen[:, None] & (dim < HEAD_DIM)[None, :]
-    value = tl.load(value_ptr + row_at[:, None] + dim[None, :], mask=mask, other=0.0)
+def load_values(
+    value_ptr, scale_ptr, zero_ptr, field_ptr, row_at, field_at, seen,
+    HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BITS: tl.constexpr, CHANNEL_GROUP: tl.constexpr,
+    HAS_FIELD: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """Return one head's values (ROWS, 2 * HALF_PADDED) as NUMBERs, in the columns of `channels_of`.
+
+    They are zeros where a row is not seen. `row_at` and `field_at` are those of `load_rotated_keys`.
+    """
+    if BITS > 0:
+        GROUPS: tl.constexpr = HALF // CHANNEL_GROUP
+        GROUPS_PADDED: tl.constexpr = HALF_PADDED // CHANNEL_GROUP
+        group, is_group = channels_of(tl.arange(0, 2 * GROUPS_PADDED), GROUPS, GROUPS_PADDED)
+        at = row_at[:, None] * (2 * GROUPS) + group[None, :]
+        known = seen[:, None] & is_group[None, :]
+        scale = _spread(tl.load(scale_ptr + at, mask=known, other=0.0), CHANNEL_GROUP)
+        zero = _spread(tl.load(zero_ptr + at, mask=known, other=0.0), CHANNEL_GROUP)
+        value = load_value_codes(value_ptr, row_at, seen, HALF, HALF_PADDED, BITS, tl.float32) * scale + zero
+    else:
+        channel, is_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
+        at = value_ptr + row_at[:, None] * (2 * HALF) + channel[None, :]
+        value = tl.load(at, mask=seen[:, None] & is_channel[None, :], other=0.0)
     if HAS_FIELD:
-        field = tl.load(field_ptr + field_at[:, None] + dim[None, :], mask=mask, other=0.0)
-        value = (value.to(tl.float32) + field.to(tl.float32)).to(value.dtype)
-    return value
+        field = load_value_field(field_ptr, field_at, seen, HALF, HALF_PADDED, tl.float32)
+        value = value.to(tl.float32) + field
+    return value.to(NUMBER)
+
+
+@jit
+def load_value_codes(
+    value_ptr, row_at, seen, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr
+):
+    """Return the codes of `load_values` as NUMBERs, which hold them exactly; zeros where a row is not seen."""
+    ROWS: tl.constexpr = row_at.shape[0]
+    if BITS == 4:
+        half = tl.arange(0, HALF_PADDED)
+        at = value_ptr + row_at[:, None] * HALF + half[None, :]
+        packed = tl.load(at, mask=seen[:, None] & (half < HALF)[None, :], other=0)
+        codes = tl.join(packed & 15, packed >> 4).to(tl.float32).to(NUMBER)
+        return codes.permute(0, 2, 1).reshape(ROWS, 2 * HALF_PADDED)
+    channel, is_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
+    at = value_ptr + row_at[:, None] * (2 * HALF) + channel[None, :]
+    codes = tl.load(at, mask=seen[:, None] & is_channel[None, :], other=0)
+    return codes.to(tl.float32).to(NUMBER)  # the interpreter turns bytes into bf16 by way of fp32 alone
+
+
+@jit
+def load_value_field(field_ptr, field_at, seen, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, NUMBER: tl.constexpr):
+    """Return what the field adds to the values of `load_values`, as NUMBERs; zeros where a row is not seen."""
+    channel, is_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
+    at = field_ptr + field_at[:, None] * (2 * HALF) + channel[None, :]
+    return tl.load(at, mask=seen[:, None] & is_channel[None, :], other=0.0).to(NUMBER)
+
+
+@jit
+def _spread(of_group, CHANNEL_GROUP: tl.constexpr):
+    # The number of each group, fp32, in each of its columns.
+    ROWS: tl.constexpr = of_group.shape[0]
+    GROUPS: tl.constexpr = of_group.shape[1]
+    wide = of_group.to(tl.float32)[:, :, None].broadcast_to(ROWS, GROUPS, CHANNEL_GROUP)
+    return wide.reshape(ROWS, GROUPS * CHANNEL_GROUP)

@@ -24,9 +24,14 @@ from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.paged_rows import (
     FIELD_ROWS,
     HIDDEN,
+    Blocks,
+    channels_of,
     check_paged_rows,
+    load_angles,
     load_rotated_keys,
     load_values,
+    parts_of,
+    stored_as,
     visible_rows_torch,
 )
 from ragkit.kernels.selected_attention import AttentionTile, num_key_splits
@@ -36,8 +41,8 @@ _LOG2_E = 1.4426950408889634  # the kernel works with powers of two
 
 def paged_selected_attention(
     queries: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
     block_tables: Tensor,
     row_positions: Tensor,
     num_entries: Tensor,
@@ -55,7 +60,7 @@ def paged_selected_attention(
 
     Args:
         queries: (tokens, q_heads, head_dim), the requests' behind each other, rotated; heads of a token contiguous.
-        key_pool, value_pool: (blocks, block_size, kv_heads, head_dim), contiguous, keys un-rotated.
+        key_pool, value_pool: (blocks, block_size, kv_heads, head_dim), contiguous, keys un-rotated; numbers, or codes.
         block_tables: (requests, max_entries) int32, blocks of each request; entries past `num_entries` are ignored.
         row_positions: (requests, max_entries, block_size) int32, true position of each row, or `HIDDEN`.
         num_entries: (requests,) int32.
@@ -86,7 +91,7 @@ def paged_selected_attention(
         return out
     block_size, kv_heads = key_pool.shape[1:3]
     max_entries, group = block_tables.shape[1], q_heads // kv_heads
-    tile = paged_tile(head_dim, key_pool.dtype, queries.device, has_field=key_field is not None)
+    tile = paged_tile(head_dim, queries.dtype, queries.device, has_field=key_field is not None)
     pairs = max(tile.pairs, next_power_of_2(group))
     # As many tiles as the queries can take however they are spread: how they are is known on the device alone.
     programs = (tokens // (pairs // group) + requests) * kv_heads
@@ -95,15 +100,18 @@ def paged_selected_attention(
     if splits > 1:
         partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
         weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
+    bits, key_group, channel_group = stored_as(key_pool, value_pool)
     lowest, order = _ordered_entries(row_positions, num_entries)
     _paged_selected_attention_kernel[(programs * splits,)](
-        queries, key_pool, value_pool, block_tables, row_positions, lowest, order, positions, cu_queries, cos, sin,
+        queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, lowest, order, positions,
+        cu_queries, cos, sin,
         queries if key_field is None else key_field, queries if value_field is None else value_field,
         partial, weights, scale * _LOG2_E, requests, max_entries, splits, queries.stride(0),
-        GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM_PADDED=max(16, next_power_of_2(head_dim)),
+        GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
         HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS,
-        PAIRS=pairs, ROWS=min(block_size, tile.rows), REQUESTS_PADDED=next_power_of_2(requests),
-        STAGES=tile.stages, HAS_FIELD=key_field is not None, WHOLE=splits == 1,
+        PAIRS=pairs, ROWS=min(key_group, tile.rows), REQUESTS_PADDED=next_power_of_2(requests),
+        STAGES=tile.stages, BITS=bits, KEY_GROUP=key_group, CHANNEL_GROUP=channel_group,
+        HAS_FIELD=key_field is not None, WHOLE=splits == 1,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps,
     )  # fmt: skip
@@ -114,8 +122,8 @@ def paged_selected_attention(
 
 def paged_selected_attention_torch(
     queries: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
     block_tables: Tensor,
     row_positions: Tensor,
     num_entries: Tensor,
@@ -188,19 +196,21 @@ def _check_queries(queries: Tensor, positions: Tensor, cu_queries: Tensor) -> in
 # Sizes that differ from call to call are not specialised: no request waits for another compilation.
 @launched(do_not_specialize=("requests", "max_entries", "splits"))
 def _paged_selected_attention_kernel(
-    query_ptr, key_ptr, value_ptr, table_ptr, row_position_ptr, lowest_ptr, order_ptr, position_ptr, cu_query_ptr,
-    cos_ptr, sin_ptr, key_field_ptr, value_field_ptr, out_ptr, weight_ptr,
+    query_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
+    table_ptr, row_position_ptr, lowest_ptr, order_ptr, position_ptr, cu_query_ptr, cos_ptr, sin_ptr,
+    key_field_ptr, value_field_ptr, out_ptr, weight_ptr,
     scale_log2, requests, max_entries, splits, stride_qt,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-    HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIELD_ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    ROWS: tl.constexpr, REQUESTS_PADDED: tl.constexpr, STAGES: tl.constexpr, HAS_FIELD: tl.constexpr,
-    WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, FIELD_ROWS: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
+    REQUESTS_PADDED: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
+    CHANNEL_GROUP: tl.constexpr, HAS_FIELD: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with the query heads of one key head of some neighbouring tokens of one request to one part
     # of the blocks that they see. The last tokens come first: work that starts late must be short.
     HALF: tl.constexpr = HEAD_DIM // 2
     TOKENS: tl.constexpr = PAIRS // GROUP
     FIELDS: tl.constexpr = BLOCK_SIZE // FIELD_ROWS
+    NUMBER: tl.constexpr = query_ptr.dtype.element_ty
     program = tl.program_id(0)
     split, kv_head = program % splits, program // splits % KV_HEADS
     index = tl.arange(0, REQUESTS_PADDED)
@@ -221,7 +231,7 @@ def _paged_selected_attention_kernel(
     token = (first + tile * TOKENS + pair // GROUP).to(tl.int64)
     head = kv_head * GROUP + pair % GROUP
     is_pair = (pair < TOKENS * GROUP) & (token < end)
-    half, dim = tl.arange(0, HALF_PADDED), tl.arange(0, DIM_PADDED)
+    half = tl.arange(0, HALF_PADDED)
     query_at = query_ptr + (token * stride_qt + head * HEAD_DIM)[:, None] + half[None, :]
     query_mask = is_pair[:, None] & (half < HALF)[None, :]
     query_first = tl.load(query_at, mask=query_mask, other=0.0)
@@ -243,19 +253,26 @@ def _paged_selected_attention_kernel(
 
     highest = tl.full((PAIRS,), float("-inf"), tl.float32)
     total = tl.zeros((PAIRS,), tl.float32)
-    summed = tl.zeros((PAIRS, DIM_PADDED), tl.float32)
+    summed = tl.zeros((PAIRS, 2 * HALF_PADDED), tl.float32)
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         entry = base_entry + tl.load(order_ptr + base_entry + step // (BLOCK_SIZE // ROWS))
-        row = (step % (BLOCK_SIZE // ROWS)) * ROWS + tl.arange(0, ROWS)
+        first_row = (step % (BLOCK_SIZE // ROWS)) * ROWS
+        row = first_row + tl.arange(0, ROWS)
         position = tl.load(row_position_ptr + entry * BLOCK_SIZE + row)
         block = tl.load(table_ptr + entry).to(tl.int64)
-        row_at = ((block * BLOCK_SIZE + row) * KV_HEADS + kv_head) * HEAD_DIM
-        field_at = ((entry.to(tl.int64) * FIELDS + row // FIELD_ROWS) * KV_HEADS + kv_head) * HEAD_DIM
+        row_at = (block * BLOCK_SIZE + row) * KV_HEADS + kv_head
+        group_at = (block * (BLOCK_SIZE // KEY_GROUP) + first_row // KEY_GROUP) * KV_HEADS + kv_head
+        field_at = (entry.to(tl.int64) * FIELDS + row // FIELD_ROWS) * KV_HEADS + kv_head
         seen = position <= last
+        cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
         key_first, key_second = load_rotated_keys(
-            key_ptr, key_field_ptr, cos_ptr, sin_ptr, row_at, field_at, position, seen, half, HALF, HAS_FIELD
-        )
-        value = load_values(value_ptr, value_field_ptr, row_at, field_at, seen, dim, HEAD_DIM, HAS_FIELD)
+            key_ptr, key_scale_ptr, key_zero_ptr, key_field_ptr, row_at, group_at, field_at, cos, sin, seen, half,
+            HALF, BITS, HAS_FIELD, NUMBER,
+        )  # fmt: skip
+        value = load_values(
+            value_ptr, value_scale_ptr, value_zero_ptr, value_field_ptr, row_at, field_at, seen,
+            HALF, HALF_PADDED, BITS, CHANNEL_GROUP, HAS_FIELD, NUMBER,
+        )  # fmt: skip
         if UPCAST:
             key_first, key_second = key_first.to(tl.float32), key_second.to(tl.float32)
             value = value.to(tl.float32)
@@ -273,8 +290,9 @@ def _paged_selected_attention_kernel(
 
     safe = tl.where(total > 0, total, 1.0)
     out_at = (token * (KV_HEADS * GROUP) + head) * splits + split
-    out_mask = is_pair[:, None] & (dim < HEAD_DIM)[None, :]
+    channel, is_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
+    out_mask = is_pair[:, None] & is_channel[None, :]
     out = (summed / safe[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + out_at[:, None] * HEAD_DIM + dim[None, :], out, mask=out_mask)
+    tl.store(out_ptr + out_at[:, None] * HEAD_DIM + channel[None, :], out, mask=out_mask)
     if not WHOLE:
         tl.store(weight_ptr + out_at, tl.where(total > 0, highest + tl.log2(safe), float("-inf")), mask=is_pair)

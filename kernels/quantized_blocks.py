@@ -33,6 +33,21 @@ class QuantizedBlocks:
     zeros: Tensor
     bits: int
 
+    def __post_init__(self) -> None:
+        codes, scales = self.codes.shape, self.scales.shape
+        if self.bits not in (4, 8) or self.codes.dim() != 4 or self.codes.dtype != torch.uint8:
+            raise KernelInputError(
+                f"codes must be (blocks, block_size, kv_heads, bytes) uint8 of 4 or 8 bits, got {tuple(codes)} "
+                f"{self.codes.dtype} of {self.bits}"
+            )
+        fits = len(scales) == 4 and scales == self.zeros.shape and (scales[0], scales[2]) == (codes[0], codes[2])
+        half = codes[3] * 4 // self.bits
+        # A channel group of keys is one channel; one of values may not hold channels of both halves of a head.
+        if not fits or not scales[1] or codes[1] % scales[1] or scales[3] % 2 or half % (scales[3] // 2 or 1):
+            raise KernelInputError(f"scales {tuple(scales)}, {tuple(self.zeros.shape)} do not fit codes {tuple(codes)}")
+        if not (self.codes.is_contiguous() and self.scales.is_contiguous() and self.zeros.is_contiguous()):
+            raise KernelInputError("codes, scales and zeros must be contiguous")
+
     @classmethod
     def empty(
         cls, shape: tuple[int, int, int, int], bits: int, row_group: int, channel_group: int, device: torch.device
