@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ragkit.kernels.quantize_kv import quantize_kv
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
+
 BLOCK_SIZE = 64
+CODE_GROUPS = {8: 64, 4: 32}  # numbers that share a scale, by the bits of a code: those of the int8 and int4 codecs
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,21 @@ def empty_pool(rows: int, shape: ModelShape, device: torch.device) -> Tensor:
     """Return (blocks, block_size, kv_heads, head_dim) of unwritten rows, `rows` of them or a few more."""
     blocks = -(-rows // BLOCK_SIZE)
     return torch.empty(blocks, BLOCK_SIZE, shape.kv_heads, shape.head_dim, device=device, dtype=shape.dtype)
+
+
+def quantized(keys: Tensor, values: Tensor, bits: int) -> tuple[QuantizedBlocks, QuantizedBlocks]:
+    """Return pools of keys and values (blocks, block_size, kv_heads, head_dim) as codes in the codecs' groups."""
+    group = CODE_GROUPS[bits]
+    pools = []
+    for pool, groups in ((keys, (group, 1)), (values, (1, min(group, keys.shape[3] // 2)))):
+        codes = QuantizedBlocks.empty(pool.shape, bits, *groups, pool.device)
+        slots = torch.arange(codes.scales.shape[0] * codes.scales.shape[1], device=pool.device)
+        quantize_kv(
+            pool.flatten(0, 1), bits=bits, token_group=groups[0], channel_group=groups[1],
+            out=codes.heads(), slots=slots,
+        )  # fmt: skip
+        pools.append(codes)
+    return pools[0], pools[1]
 
 
 def scattered_blocks(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

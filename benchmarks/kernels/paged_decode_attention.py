@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import torch
 from kernel_case import KernelCase
-from kernel_inputs import BLOCK_SIZE, ModelShape, empty_pool, kv_rows, model_shape, normal, rotary_tables, rotated
+from kernel_inputs import (
+    BLOCK_SIZE,
+    ModelShape,
+    empty_pool,
+    kv_rows,
+    model_shape,
+    normal,
+    quantized,
+    rotary_tables,
+    rotated,
+)
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -14,12 +24,14 @@ from ragkit.kernels.testing import assert_matches
 
 
 def cases(device: torch.device) -> list[KernelCase]:
-    """Return one request with 8K and one with 32K rows, and eight with 8K; on a CPU two small ones."""
-    sizes = ((1, 8192), (1, 32768), (8, 8192)) if device.type == "cuda" else ((2, 128),)
-    return [_case(requests, rows, device) for requests, rows in sizes]
+    """Return requests with rows as numbers and as codes of 8 and 4 bits; on a CPU two small requests of each."""
+    if device.type != "cuda":
+        return [_case(2, 128, bits, device) for bits in (0, 8, 4)]
+    sizes = [(requests, rows, bits) for requests, rows in ((1, 8192), (1, 32768), (8, 8192)) for bits in (0, 8, 4)]
+    return [_case(*size, device) for size in (*sizes, (1, 131072, 8), (1, 131072, 4))]
 
 
-def _case(requests: int, rows: int, device: torch.device) -> KernelCase:
+def _case(requests: int, rows: int, bits: int, device: torch.device) -> KernelCase:
     shape = model_shape(device)
     entries = rows // BLOCK_SIZE
     queries = normal(requests, shape.q_heads, shape.head_dim, shape=shape, device=device)
@@ -32,26 +44,33 @@ def _case(requests: int, rows: int, device: torch.device) -> KernelCase:
     counts = torch.full((requests,), entries, device=device, dtype=torch.int32)
     last = torch.full((requests,), rows - 1, device=device)
     cos, sin = rotary_tables(rows, shape, device)
-    inputs = [queries, *pools, tables, positions, counts, last, cos, sin]
+    tables_and_angles = [tables, positions, counts, last, cos, sin]
+    stored = quantized(pools[0], pools[1], bits) if bits else pools
     scale = shape.head_dim**-0.5
 
     def run() -> Tensor:
-        return paged_decode_attention(*inputs, scale=scale, backend=Backend.TRITON)
+        return paged_decode_attention(queries, *stored, *tables_and_angles, scale=scale, backend=Backend.TRITON)
 
     def check() -> None:
-        wide = [part.float() if part.is_floating_point() else part for part in inputs]
-        assert_matches(run(), paged_decode_attention_torch(*wide, scale=scale), reduced=4)
+        wide = stored if bits else [pool.float() for pool in pools]
+        expected = paged_decode_attention_torch(queries.float(), *wide, *tables_and_angles, scale=scale)
+        assert_matches(run(), expected, reduced=4)
+
+    def as_numbers() -> Tensor:
+        return paged_decode_attention(queries, *pools, *tables_and_angles, scale=scale, backend=Backend.TRITON)
 
     return KernelCase(
-        name="paged_decode_attention",
+        name="paged_decode_attention" + (f", int{bits}" if bits else ""),
         shape=f"{requests} x {rows:,} rows, {shape.heads}",
         run=run,
         check=check,
         # Keys, values and positions of all rows; the angles once, for all requests.
-        work=requests * rows * (2 * shape.kv_bytes + 4) + rows * shape.head_dim * 4,
+        work=sum(pool.nbytes for pool in stored) + requests * rows * 4 + rows * shape.head_dim * 4,
         kind="bandwidth",
-        baseline_name="SDPA on rotated contiguous rows, the copy not counted",
-        baseline=_contiguous(inputs, requests, rows, shape),
+        baseline_name="paged_decode_attention of the same rows as numbers"
+        if bits
+        else "SDPA on rotated contiguous rows, the copy not counted",
+        baseline=as_numbers if bits else _contiguous([queries, *pools, *tables_and_angles], requests, rows, shape),
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from kernel_case import KernelCase, attention_flops, selected_positions
+from kernel_inputs import quantized
 from torch import Tensor
 
 from ragkit.kernels.backend import Backend
@@ -32,17 +34,24 @@ class Shape:
 
 
 def cases(device: torch.device) -> list[KernelCase]:
-    """Return one long request and four shorter ones, each with and without a field; on a CPU small cases."""
+    """Return one long request and four shorter ones as numbers, with and without a field, and as codes of 8 and 4 bits.
+
+    On a CPU they are small.
+    """
     if device.type == "cpu":
         shapes = [Shape(2, 100, 0.15, 10, 4, 2, 64)]
     else:
         shapes = [Shape(1, 32768, 0.15, QUESTION, 32, 8, 128), Shape(4, 8192, 0.15, QUESTION, 32, 8, 128)]
-    return [_case(shape, with_field, device) for shape in shapes for with_field in (False, True)]
+    kinds = ((0, False), (0, True), (8, False), (8, True), (4, False))
+    return [_case(shape, bits, with_field, device) for shape in shapes for bits, with_field in kinds]
 
 
-def _case(shape: Shape, with_field: bool, device: torch.device) -> KernelCase:
-    inputs = _inputs(shape, with_field, device)
-    positions, scale = inputs["positions"], shape.head_dim**-0.5
+def _case(shape: Shape, bits: int, with_field: bool, device: torch.device) -> KernelCase:
+    plain = _inputs(shape, with_field, device)
+    positions, scale = plain["positions"], shape.head_dim**-0.5
+    inputs: dict[str, Any] = dict(plain)
+    if bits:
+        inputs["key_pool"], inputs["value_pool"] = quantized(plain["key_pool"], plain["value_pool"], bits)
 
     def run() -> Tensor:
         return paged_selected_attention(**inputs, scale=scale, backend=Backend.TRITON)
@@ -50,21 +59,27 @@ def _case(shape: Shape, with_field: bool, device: torch.device) -> KernelCase:
     def check() -> None:
         # The last queries of the last request: the definition takes all heads' scores of a request at once.
         last = min(64, len(positions) // shape.requests)
-        part = dict(inputs, queries=inputs["queries"][-last:], positions=positions[-last:])
+        part = dict(inputs, queries=plain["queries"][-last:], positions=positions[-last:])
         part["cu_queries"] = torch.tensor([0] * shape.requests + [last], device=device, dtype=torch.int32)
         expected = paged_selected_attention_torch(**part, scale=scale)
         assert_matches(run()[-last:], expected.float(), reduced=4)
 
+    def as_numbers() -> Tensor:
+        return paged_selected_attention(**plain, scale=scale, backend=Backend.TRITON)
+
+    baseline = as_numbers if bits else None if with_field else _packed(shape, plain, scale)
     return KernelCase(
-        name="paged_selected_attention" + (", field" if with_field else ""),
+        name="paged_selected_attention" + (f", int{bits}" if bits else "") + (", field" if with_field else ""),
         shape=f"{shape.requests} x {shape.share:.0%} + {shape.question} of {shape.rows:,} rows, "
         f"{shape.q_heads}/{shape.kv_heads} heads of {shape.head_dim}",
         run=run,
         check=check,
         work=attention_flops(positions, shape.q_heads, shape.head_dim),
         kind="compute",
-        baseline_name="selected_attention on a rotated copy, the copy not counted",
-        baseline=None if with_field else _packed(shape, inputs, scale),
+        baseline_name="paged_selected_attention of the same rows as numbers"
+        if bits
+        else "selected_attention on a rotated copy, the copy not counted",
+        baseline=baseline,
     )
 
 
