@@ -156,6 +156,13 @@ class PagePositions(StrEnum):
     TRUE = "true"
 
 
+class BlendRows(StrEnum):
+    """Whether a blended request copies the rows of its chunks, or lists the blocks that they lie in for all."""
+
+    PRIVATE = "private"
+    SHARED = "shared"
+
+
 #: The ratio of a blend that each request finds for itself.
 AUTO: Final = "auto"
 #: The codecs of pages: those whose pages can be read one by one.
@@ -317,6 +324,10 @@ class BlendConfig:
     taken until they receive `auto_coverage` of the question's attention to chunks that are not exact already, so that
     the rest of it, which falls on reused KV, is the error that is put up with; never less than `auto_least` nor more
     than `auto_most` of the tokens.
+
+    With `rows` `private` a request copies its chunks' rows; with `shared` it lists the chunks where they lie in the KV
+    pool, a tier of `kv.gpu_mb` that is then there on a CPU as well, keeps what it recomputes beside them, and moves
+    the other rows by a coarse field: many requests over the same chunks take little more memory than one.
     """
 
     ratio: float | Literal["auto"] = 0.15
@@ -325,6 +336,7 @@ class BlendConfig:
     auto_coverage: float = 0.7
     auto_least: float = 0.05
     auto_most: float = 0.3
+    rows: BlendRows = BlendRows.PRIVATE
 
     def __post_init__(self) -> None:
         _share_or_auto("blend.ratio", self.ratio)

@@ -196,7 +196,7 @@ def _answered(
     text = "".join(pieces).strip()
     citations = cite(question, text, hits, parts.embedder, options.answers, _page_lookup(parts))
     dropped = set(built.dropped_chunks)
-    warnings = (f"{len(dropped)} of {len(hits)} chunks did not fit into the model's window",) if dropped else ()
+    cut = (f"{len(dropped)} of {len(hits)} chunks did not fit into the model's window",) if dropped else ()
     yield _answer(
         parts,
         options,
@@ -208,7 +208,7 @@ def _answered(
         tokens=finished.usage,
         kv=finished.kv,
         dropped_chunks=built.dropped_chunks,
-        warnings=warnings,
+        warnings=(*cut, *finished.warnings),
     )
 
 

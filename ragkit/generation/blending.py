@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from ragkit.config import BlendConfig, KVConfig, LoadingMode
+from ragkit.config import BlendConfig, BlendRows, KVConfig, LoadingMode
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
 from ragkit.generation.chunk_prefill import ChunkPrefill, expected_cost
 from ragkit.generation.engine import Engine
@@ -81,12 +81,13 @@ class Blending:
         on_gpu = decoder.device.type == "cuda"
         memory = MemoryTier(MEMORY, _megabytes(kv.memory_mb), make_policy(kv.policy), page_locked=on_gpu)
         backing = _backing_tiers(kv, store) if weights_are_named else ()
-        pool = _pool_tier(kv, engine.pool) if on_gpu else None
+        pool = _pool_tier(kv, engine.pool) if on_gpu or blend.rows is BlendRows.SHARED else None
         decides = LoadController(expected_cost(decoder, encoding_seconds(kv.codec)))
         controller = decides if kv.loading is LoadingMode.AUTO else None
         self.kv_store = KVStore(codec, memory, backing, pool=pool, controller=controller)
         selector = make_selector(blend.selector, decoder.config.num_layers)
-        self.prefill = BlendPrefill(self.kv_store, self.chunks, BlendOptions(configured_ratio(blend), selector))
+        options = BlendOptions(configured_ratio(blend), selector, rows=blend.rows)
+        self.prefill = BlendPrefill(self.kv_store, self.chunks, options)
         self._store = store
         self._generation = -1
 

@@ -160,7 +160,8 @@ class Engine:
         with RequestKV(self.pool) as kv:
             total = len(prompt) + sampling.max_new_tokens
             rotary = self.rotary.table(total, prompt_tokens=len(prompt))
-            prefilled = chosen.prefill(self.decoder, PrefillRequest(prompt, kv, rotary, ratio))
+            request = PrefillRequest(prompt, kv, rotary, ratio, sampling.max_new_tokens)
+            prefilled = chosen.prefill(self.decoder, request)
             kv.reserve(total)
             stops = frozenset(self.decoder.config.stop_token_ids) | frozenset(sampling.stop_token_ids)
             tokens = decode(
@@ -187,7 +188,7 @@ class Engine:
         timings["total"] = (time.perf_counter() - started) * 1e3
         timings.setdefault("first_token", timings["total"])
         usage = TokenUsage(len(prompt), prefilled.reused, prefilled.recomputed, len(ended.token_ids))
-        yield Finished(ended.piece, ended.reason, ended.token_ids, usage, timings, prefilled.kv)
+        yield Finished(ended.piece, ended.reason, ended.token_ids, usage, timings, prefilled.kv, prefilled.warnings)
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]] = ()) -> CausalOutput:

@@ -19,6 +19,7 @@ from ragkit.kernels.propagate_change import propagate_change
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kernels.selected_attention import selected_attention
 from ragkit.kvcache.codec import LayerKV
+from ragkit.kvcache.pool import KVPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,11 @@ class RowSink:
         keys, _ = rows.layers[0]
         layers = [(keys.unsqueeze(0), values.unsqueeze(0)) for keys, values in rows.layers]
         return cls(layers, torch.arange(len(keys), device=keys.device))
+
+    @classmethod
+    def into(cls, pool: KVPool, slots: Tensor) -> RowSink:
+        """Return the sink that writes into rows of a pool."""
+        return cls(list(zip(pool.keys, pool.values, strict=True)), slots)
 
     def begin(self, scope: PassScope) -> PrivateLayers:
         """Return what writes the layers of one pass here."""

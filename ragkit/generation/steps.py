@@ -40,6 +40,7 @@ class Finished:
         usage: token counts.
         timings_ms: prefill, first_token (from the call to the first token) and total, and the strategy's own.
         kv: where reused KV came from.
+        warnings: what was not done as configured, and why.
     """
 
     piece: str
@@ -48,6 +49,7 @@ class Finished:
     usage: TokenUsage
     timings_ms: Mapping[str, float]
     kv: KVUse = field(default_factory=KVUse)
+    warnings: tuple[str, ...] = ()
 
 
 GenerationStep = GeneratedToken | Finished

@@ -29,12 +29,14 @@ class PrefillRequest:
         rotary: the request's rotary table, long enough for prompt and answer.
         ratio: part of the reused tokens to recompute, or what that must cover, for strategies that do so; None is the
             strategy's own.
+        answer_tokens: positions that will be wanted behind the prompt.
     """
 
     prompt: Prompt
     kv: RequestKV
     rotary: RotaryTable
     ratio: Ratio | None = None
+    answer_tokens: int = 0
 
     def token_ids(self) -> Tensor:
         """Return (tokens,) int64, the prompt's ids on the device of its rows; the host does not wait for the copy."""
@@ -56,6 +58,7 @@ class PrefillResult:
         timings_ms: what it spent, by step.
         kv: where reused KV came from.
         afterwards: what is left to do once the first token is out, for the sake of later requests.
+        warnings: what was not done as configured, and why.
     """
 
     logits: Tensor
@@ -64,6 +67,7 @@ class PrefillResult:
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     kv: KVUse = field(default_factory=KVUse)
     afterwards: Callable[[], None] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class PrefillStrategy(Protocol):

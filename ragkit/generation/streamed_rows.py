@@ -177,6 +177,11 @@ class StreamedChunks:
         if self._drafts is not None:
             self._drafts.postpone()
 
+    def add_to(self, tier: PoolTier) -> None:
+        """Add the chunks that came from host memory to the pool where it has room, in the order of the stream."""
+        if self._encoded is not None:
+            _add(tier, self._encoded, self._drafts, self._placed)
+
     def keep(self, tier: PoolTier) -> None:
         """Add the chunks that came from host memory to the pool where it has room, and let go of all others' bytes.
 
@@ -186,16 +191,25 @@ class StreamedChunks:
         self._encoded, self._drafts, self._placed = None, None, []
         if encoded is None:
             return
-        candidates = [
-            _candidate(chunk, drafts, index) for index, (chunk, _) in enumerate(placed) if isinstance(chunk, EncodedKV)
-        ]
-        try:
-            tier.add_all(candidates, lambda kept, slots: encoded.place_into_pool(tier.pool, kept, slots))
-        except torch.OutOfMemoryError as error:
-            _log.warning("%d chunks are not kept in the tier %s: %s", len(candidates), tier.name, error)
+        _add(tier, encoded, drafts, placed)
         # Drafts that nobody had asked for are copied only now. Nobody holds their chunks but this request, so their
         # page-locked memory would be given to others below the copies.
         self.queue.finish()
+
+
+def _add(
+    tier: PoolTier,
+    encoded: EncodedRows,
+    drafts: EncodedRows | None,
+    placed: Sequence[tuple[EncodedKV | PinnedBlocks, int]],
+) -> None:
+    candidates = [
+        _candidate(chunk, drafts, index) for index, (chunk, _) in enumerate(placed) if isinstance(chunk, EncodedKV)
+    ]
+    try:
+        tier.add_all(candidates, lambda kept, slots: encoded.place_into_pool(tier.pool, kept, slots))
+    except torch.OutOfMemoryError as error:
+        _log.warning("%d chunks are not kept in the tier %s: %s", len(candidates), tier.name, error)
 
 
 def _candidate(chunk: EncodedKV, drafts: EncodedRows | None, index: int) -> PoolCandidate:

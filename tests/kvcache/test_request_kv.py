@@ -169,3 +169,88 @@ def test_leaving_the_context_gives_all_blocks_back(pool):
     request.release()
     assert pool.num_free == 16
     assert request.block_ids == []
+
+
+def _listed(pool: KVPool) -> tuple[RequestKV, list[int]]:
+    """A request of 30 private rows, a shared chunk of 100, and a tail."""
+    blocks = pool.allocate(2)
+    request = RequestKV(pool)
+    request.append_private(30)
+    request.append_shared(blocks, 100)
+    request.reserve(140)
+    return request, blocks
+
+
+def test_private_rows_may_stand_before_shared_ones(pool):
+    request, blocks = _listed(pool)
+    first, *shared, tail = request.block_ids
+    assert shared == blocks
+    assert request.row_positions[0].tolist() == [*range(30), *[HIDDEN] * 34]
+    assert request.row_positions[1:3].flatten().tolist() == [*range(30, 130), *[HIDDEN] * 28]
+    assert request.row_positions[3, :10].tolist() == list(range(130, 140))
+    assert request.slots_at(request.places()[[29, 30, 130]]).tolist() == [first * 64 + 29, blocks[0] * 64, tail * 64]
+    assert request.num_reserved == 130 + 64
+    with pytest.raises(KVCacheError, match="reserved already"):
+        request.append_private(1)
+
+
+def test_rows_replaced_unseen_stand_where_seen_ones_do(pool):
+    chosen = torch.tensor([31, 64, *range(80, 129)])
+    seen, _ = _listed(pool)
+    slots = seen.replace(chosen)
+    unseen, _ = _listed(pool)
+    own = unseen.replace_unseen(chosen)
+    unseen.reserve(200)  # entries behind them
+    seen.reserve(200)
+    assert torch.equal(seen.row_positions, unseen.row_positions)
+    place = {block: entry for entry, block in enumerate(unseen.block_ids)}
+    same = {block: entry for entry, block in enumerate(seen.block_ids)}
+    assert [place[slot // 64] for slot in own.tolist()] == [same[slot // 64] for slot in slots.tolist()]
+    assert (own % 64).tolist() == (slots % 64).tolist()
+    # The prefix's block has 34 rows left, so that 51 take one block more.
+    assert own[:34].tolist() == [unseen.block_ids[0] * 64 + row for row in range(30, 64)]
+    assert len(unseen.block_ids) == 4 + 1 + 1
+
+
+def test_the_table_on_a_device_knows_rows_that_the_host_has_not_looked_at(pool):
+    request, _ = _listed(pool)
+    chosen = torch.tensor([31, 64, 129])
+    request.replace_unseen(chosen)
+    before = request.places()
+    table = request.on_device()
+    assert table.num_entries.tolist() == [4]
+    assert table.block_tables.tolist() == [request.block_ids]
+    assert torch.equal(request.places(), before)
+    assert torch.equal(table.row_positions[0], request.row_positions)
+    assert torch.equal(request.on_device().row_positions, table.row_positions)
+    assert table.row_positions.data_ptr() != request.row_positions.data_ptr()
+
+
+def test_rows_that_find_no_block_are_not_replaced(pool):
+    request, _ = _listed(pool)
+    others = pool.allocate(pool.num_free)
+    with pytest.raises(CacheCapacityError):
+        request.replace_unseen(torch.arange(30, 130))
+    pool.release(others)
+    assert request.row_positions[1, 0] == 30
+    assert len(request.block_ids) == 4
+
+
+def test_a_request_knows_the_bytes_that_it_alone_takes(pool):
+    request, blocks = _listed(pool)
+    block_bytes = 64 * pool.layout.bytes_per_token
+    assert request.private_bytes == 2 * block_bytes
+    request.replace_unseen(torch.arange(40, 75))
+    assert request.private_bytes == 3 * block_bytes
+    request.release()
+    assert request.private_bytes == 0
+    pool.release(blocks)
+    assert pool.num_free == 16
+
+
+def test_a_released_request_forgets_what_it_replaced(pool):
+    request, _ = _listed(pool)
+    request.replace_unseen(torch.tensor([31]))
+    request.release()
+    request.reserve(100)
+    assert request.row_positions.flatten().tolist() == list(range(128))
