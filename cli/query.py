@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ragkit.cli.common import Session, command, flag
-from ragkit.cli.output import Output, bold, human_bytes, one_line, printable
+from ragkit.cli.output import Output, Waiting, bold, human_bytes, one_line, printable
+from ragkit.cli.progress import progress_for
 from ragkit.config import AUTO, Strategy
 from ragkit.errors import UsageError
+from ragkit.progress import Progress
 
 if TYPE_CHECKING:
     from ragkit.types import Answer, Citation, Metadata
+
+_SHOWN_SPANS = 3
 
 
 def register(app: typer.Typer) -> None:
@@ -81,12 +86,15 @@ def query(
         }
     )
     output = session.output
+    progress = progress_for(output)
     with session.open(settings) as pipeline:
         if output.json:
-            output.result(answer_json(pipeline.query(question, filter=chosen, document=document)), ())
+            answer = pipeline.query(question, filter=chosen, document=document, progress=progress)
+            output.result(answer_json(answer), ())
             return
         with output.waiting("loading models, retrieving …") as waiting:
-            stream = pipeline.stream(question, filter=chosen, document=document)
+            shown = _InsteadOf(waiting, progress)
+            stream = pipeline.stream(question, filter=chosen, document=document, progress=shown)
             for piece in stream:
                 waiting.done()
                 output.write(printable(piece))
@@ -152,6 +160,7 @@ def answer_json(answer: Answer) -> dict[str, Any]:
             "ms_per_step": decoding / (tokens.generated - 1) if tokens.generated > 1 else None,
         },
         "timings_ms": timings,
+        "attended": [asdict(span) for span in answer.attended],
     }
 
 
@@ -187,7 +196,9 @@ def _show_rest(answer: Answer, output: Output) -> None:
     output.note(
         f"{timings_line(dict(answer.timings_ms))}; {tokens.prompt:,} prompt and {tokens.generated:,} new tokens"
     )
-    if answer.kv.hits or answer.kv.misses or answer.kv.recomputed:
+    if answer.strategy == Strategy.PAGES:
+        output.note(_pages_line(answer))
+    elif answer.kv.hits or answer.kv.misses or answer.kv.recomputed:
         output.note(_reuse_line(answer))
 
 
@@ -198,6 +209,34 @@ def _reuse_line(answer: Answer) -> str:
     sooner = f", {kv.recomputed:,} computed because that is sooner than loading" if kv.recomputed else ""
     prompt = f"{tokens.reused:,} prompt tokens reused, {tokens.recomputed:,} recomputed"
     return f"{prompt}; KV of chunks: {found}, {kv.misses:,} computed{sooner}"
+
+
+def _pages_line(answer: Answer) -> str:
+    tiers = ", ".join(f"{human_bytes(count)} from {name}" for name, count in answer.kv.bytes_by_tier.items())
+    places = ", ".join(f"{span.char_start:,} to {span.char_stop:,}" for span in answer.attended[:_SHOWN_SPANS])
+    found = f"; attended to most, beside the beginning and the end: characters {places}" if places else ""
+    repaired = f", {answer.kv.misses:,} damaged windows computed again" if answer.kv.misses else ""
+    return f"{answer.tokens.reused:,} tokens in pages ({tiers or 'decoded already'}{repaired}){found}"
+
+
+class _InsteadOf:
+    """A `Progress` that takes the place of what says that one has to wait."""
+
+    def __init__(self, waiting: Waiting, progress: Progress) -> None:
+        self._waiting = waiting
+        self.advance = progress.advance
+        self.close = progress.close
+        self._progress = progress
+
+    def start(self, total_documents: int, total_bytes: int, unit: str = "documents") -> None:
+        """Say how much work there is."""
+        self._waiting.done()
+        self._progress.start(total_documents, total_bytes, unit)
+
+    def message(self, text: str) -> None:
+        """Show one line."""
+        self._waiting.done()
+        self._progress.message(text)
 
 
 def _citation_lines(citations: Sequence[Citation]) -> Iterator[str]:

@@ -42,6 +42,7 @@ class Strategy(StrEnum):
     AUTO = "auto"
     FULL = "full"
     BLEND = "blend"
+    PAGES = "pages"
 
 
 class LengthPriorName(StrEnum):

@@ -19,6 +19,7 @@ from ragkit.types import TextTokenizer
 if TYPE_CHECKING:
     from ragkit.generation.blending import Blending
     from ragkit.generation.engine import Engine
+    from ragkit.generation.paging import Paging
     from ragkit.retrieval.base import ChunkEmbedder, Embedder
     from ragkit.retrieval.retriever import Retriever
 
@@ -53,7 +54,10 @@ class Parts:
     def close(self) -> None:
         """Write what is unsaved, close the store and let the models go."""
         store, retriever, blending = (self._loaded.get(name) for name in ("store", "retriever", "blending"))
+        paging = self._loaded.get("paging")
         self._loaded.clear()
+        if paging is not None:
+            paging.close()  # type: ignore[attr-defined]
         if blending is not None:
             blending.close()  # type: ignore[attr-defined]
         if retriever is not None:
@@ -147,10 +151,25 @@ class Parts:
 
         return self._part("blending", load, is_model=True)
 
+    @property
+    def paging(self) -> Paging:
+        """Answers from documents in pages, with the engine over the store."""
+
+        def load() -> Paging:
+            engine = self.engine
+            from ragkit.generation.paging import Paging
+
+            store = self.store if self.has_store() else None
+            return Paging(engine, self.config.pages, self.config.kv, store)
+
+        return self._part("paging", load, is_model=True)
+
     def forget_removed(self, heirs: Mapping[str, str] | None = None) -> None:
         """Drop what is kept in memory of chunks that have left the store, as `Blending.forget_removed` says."""
         if self.is_loaded("blending"):
             self.blending.forget_removed(heirs)
+        if self.is_loaded("paging"):
+            self.paging.forget_removed()
 
     def is_loaded(self, name: str) -> bool:
         """Return whether a part is there already."""

@@ -186,6 +186,7 @@ class Pipeline:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        progress: Progress | None = None,
     ) -> Answer:
         """Return the answer to `question` with its citations; arguments as for `stream`."""
         stream = self.stream(
@@ -200,6 +201,7 @@ class Pipeline:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            progress=progress,
         )
         for _ in stream:
             pass
@@ -219,18 +221,21 @@ class Pipeline:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        progress: Progress | None = None,
     ) -> AnswerStream:
         """Return an iterator over the pieces of the answer; afterwards `.answer` holds all of it.
 
         Args:
             question: what is asked.
             k: how many chunks are put before the model.
-            strategy: how the prompt is prefilled: full, blend, or auto, which blends where that pays.
+            strategy: how the prompt is prefilled: full, blend, pages (of `document`, read whole), or auto, which takes
+                pages for a document that is longer than the model's window, and blends where that pays.
             ratio: part of the chunks' tokens that blending computes anew, or auto: as many as the question asks for.
             filter: metadata that a chunk's document must have; `uri` takes a glob.
             document: only this source or document, by URI.
             system_prompt: replaces the default instructions.
             max_new_tokens, temperature, top_p, seed: decoding; temperature 0 is greedy.
+            progress: hears of a document that is read before it is answered from, which may take long.
 
         Raises:
             UsageError: an empty question or an impossible option.
@@ -249,12 +254,12 @@ class Pipeline:
         generation = replace(
             self.config.generation, **{name: value for name, value in changes.items() if value is not None}
         )
-        filters = dict(filter or {})
-        if document is not None:
-            filters["uri"] = self._document_uri(document)
+        named = None if document is None else self._document_uri(document)
         blend = self.config.blend if ratio is None else replace(self.config.blend, ratio=ratio)
         retrieval = self.config.retrieval if k is None else replace(self.config.retrieval, k=k)
-        options = QueryOptions(generation, blend, retrieval, self.config.answers, filters)
+        options = QueryOptions(
+            generation, blend, retrieval, self.config.answers, dict(filter or {}), named, progress or Silent()
+        )
         return stream(self.parts, question, options)
 
     # ------------------------------------------------------------------------------------------------ the store

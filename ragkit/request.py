@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from ragkit.answers.base import Confidence, RankedChunk
 from ragkit.config import AnswerConfig, BlendConfig, GenerationConfig, RetrievalConfig, SearchMode, Strategy
 from ragkit.errors import UsageError
+from ragkit.progress import Progress, Silent
 from ragkit.reports import Hit, SearchResult
-from ragkit.types import Answer, Citation, KVUse, MetadataValue, Prompt, TokenUsage, page_of
+from ragkit.types import Answer, AttendedSpan, Citation, KVUse, MetadataValue, Prompt, TokenUsage, page_of
 
 if TYPE_CHECKING:
+    from ragkit.documents import WholeDocument
     from ragkit.generation.steps import Finished
     from ragkit.parts import Parts
     from ragkit.retrieval.retriever import Retrieval, RetrievedChunk
@@ -31,13 +33,24 @@ REFUSAL = "The collection does not seem to hold an answer to this question."
 
 @dataclass(frozen=True, slots=True)
 class QueryOptions:
-    """The configuration of one question, after the caller's changes; `filters` restrict the documents."""
+    """The configuration of one question, after the caller's changes.
+
+    `filters` restrict the documents, `document` is the URI of the only one that is meant, and `progress` hears of what
+    takes long before the answer.
+    """
 
     generation: GenerationConfig
     blend: BlendConfig
     retrieval: RetrievalConfig
     answers: AnswerConfig
     filters: Mapping[str, MetadataValue] = field(default_factory=dict)
+    document: str | None = None
+    progress: Progress = field(default_factory=Silent)
+
+    @property
+    def retrieval_filters(self) -> dict[str, MetadataValue]:
+        """What restricts retrieval: the filters and the document."""
+        return {**self.filters, **({} if self.document is None else {"uri": self.document})}
 
 
 class AnswerStream:
@@ -116,7 +129,11 @@ def _run(parts: Parts, question: str, options: QueryOptions) -> Iterator[str | A
     from ragkit.answers.confidence import judge
 
     clock = _Clock(parts)
-    found = parts.retriever.retrieve(question, options.retrieval.k, dict(options.filters) or None)
+    paged = _paged_document(parts, options)
+    if paged is not None:
+        yield from _answered_from_pages(parts, question, paged, options, clock)
+        return
+    found = parts.retriever.retrieve(question, options.retrieval.k, options.retrieval_filters or None)
     hits = tuple(_ranked(one) for one in found.chunks)
     clock.laps["retrieve"] = clock.elapsed()
     _prefetch(parts, found, options)
@@ -212,6 +229,87 @@ def _answered(
     )
 
 
+def _paged_document(parts: Parts, options: QueryOptions) -> WholeDocument | None:
+    """Return the document that is answered from its pages, or None where chunks are retrieved.
+
+    Raises:
+        UsageError: pages were asked for, and not one document is named, or more than its name is given.
+    """
+    from ragkit.documents import find_document, find_single
+
+    asked = options.generation.strategy
+    if asked is Strategy.PAGES:
+        if options.filters:
+            names = ", ".join(options.filters)
+            raise UsageError(f"an answer from pages reads one document whole, so it cannot be filtered by {names}")
+        return find_document(parts.store, options.document)
+    if asked is not Strategy.AUTO or options.document is None or options.filters:
+        return None
+    found = find_single(parts.store, options.document)
+    if found is None:
+        return None
+    generation = options.generation
+    window = min(generation.context_tokens or parts.engine.max_context, parts.engine.max_context)
+    return None if found.num_tokens <= window - generation.max_new_tokens else found
+
+
+def _answered_from_pages(
+    parts: Parts, question: str, whole: WholeDocument, options: QueryOptions, clock: _Clock
+) -> Iterator[str | Answer]:
+    paging = parts.paging  # first: it imports torch, which counts as loading
+    from ragkit.answers.citations import cite
+    from ragkit.documents import chunks_attended
+    from ragkit.generation.paging import PagedText, price_line
+    from ragkit.generation.sampling import SamplingConfig
+    from ragkit.generation.steps import GeneratedToken
+
+    generation = options.generation
+    sampling = SamplingConfig(generation.max_new_tokens, generation.temperature, generation.top_p, generation.seed)
+    document = whole.document
+    text = PagedText(document.doc_id, document.text, whole.chunks[0].chunk_id)
+    with paging.document(text, generation.system_prompt) as opened:
+        if not opened.pages.is_complete:
+            options.progress.message(price_line(whole.uri, paging.price(opened)))
+            try:
+                paging.read(opened, options.progress)
+            finally:
+                options.progress.close()
+            clock.laps["read_document"] = clock.elapsed()
+        answer = paging.answer(opened, question, sampling, generation.system_prompt)
+        before_engine = clock.elapsed()
+        pieces: list[str] = []
+        finished: Finished | None = None
+        for step in answer.steps():
+            if isinstance(step, GeneratedToken):
+                clock.laps.setdefault("first_token", clock.elapsed())
+            else:
+                finished = step
+            if step.piece:
+                pieces.append(step.piece)
+                yield step.piece
+        attended = opened.attended(answer)
+    assert finished is not None, "a generation ends with Finished"
+    clock.laps["prefill"] = finished.timings_ms["prefill"]
+    clock.laps.setdefault("first_token", before_engine + finished.timings_ms["first_token"])
+    words = "".join(pieces).strip()
+    hits = tuple(
+        RankedChunk(chunk, whole.uri, score, None, None, rank)
+        for rank, (chunk, score) in enumerate(chunks_attended(whole, attended, options.retrieval.k), start=1)
+    )
+    yield _answer(
+        parts,
+        options,
+        clock,
+        text=words,
+        found=True,
+        citations=cite(question, words, hits, parts.embedder, options.answers, _page_lookup(parts)),
+        strategy=Strategy.PAGES,
+        tokens=finished.usage,
+        kv=finished.kv,
+        attended=attended,
+    )
+
+
 def _page_lookup(parts: Parts) -> Callable[[str, int], int | None]:
     """Return the page of a character: a quote may stand on a later page than the start of its chunk."""
     pages = cache(parts.store.pages)
@@ -240,9 +338,10 @@ def _answer(
     kv: KVUse | None = None,
     dropped_chunks: tuple[str, ...] = (),
     warnings: tuple[str, ...] = (),
+    attended: tuple[AttendedSpan, ...] = (),
 ) -> Answer:
     laps = {"load_kv": 0.0, "prefill": 0.0} | clock.laps
-    names = ("retrieve", "load_kv", *_BLEND_STEPS, "prefill", "first_token")
+    names = ("retrieve", "read_document", "load_kv", *_BLEND_STEPS, "prefill", "first_token")
     timings = {"load_models": clock.load_models} | {name: laps[name] for name in names if name in laps}
     return Answer(
         text=text,
@@ -255,6 +354,7 @@ def _answer(
         dropped_chunks=dropped_chunks,
         warnings=warnings,
         kv=kv or KVUse(),
+        attended=attended,
     )
 
 

@@ -162,6 +162,23 @@ class KVUse:
 
 
 @dataclass(frozen=True, slots=True)
+class AttendedSpan:
+    """A stretch of a document that an answer attended to because it was found among all others.
+
+    Attributes:
+        token_start, token_stop: positions in the document's tokens.
+        char_start, char_stop: the same in its text.
+        share: how much of all choices of layers and steps took it, from 0 to 1.
+    """
+
+    token_start: int
+    token_stop: int
+    char_start: int
+    char_stop: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The answer to one question, with what it rests on and what it cost.
 
@@ -177,6 +194,7 @@ class Answer:
         dropped_chunks: chunk ids that did not fit the context budget, best first.
         warnings: one line each; every fallback shows up here.
         kv: where the KV of the chunks came from.
+        attended: where a document was answered from its pages, those of them that were found, most often first.
     """
 
     text: str
@@ -189,6 +207,7 @@ class Answer:
     dropped_chunks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     kv: KVUse = field(default_factory=KVUse)
+    attended: tuple[AttendedSpan, ...] = ()
 
 
 @runtime_checkable

@@ -88,7 +88,7 @@ class PromptBuilder:
             GenerationError: the question alone does not fit.
         """
         window = min(context_tokens or self._max_context, self._max_context)
-        ending = Segment((*self._heading, *self._tokenizer.encode(question), *self._suffix))
+        ending = self.ending(question)
         room = window - max_new_tokens - len(self._prefix) - len(ending.token_ids)
         if room < 0:
             raise GenerationError(
@@ -105,6 +105,15 @@ class PromptBuilder:
             else:
                 dropped.append(chunk.chunk_id)
         return BuiltPrompt(Prompt((self.prefix, *reversed(kept), ending)), tuple(dropped))
+
+    @property
+    def chunk_end(self) -> tuple[int, ...]:
+        """The ids behind every chunk."""
+        return self._chunk_end
+
+    def ending(self, question: str) -> Segment:
+        """Return the segment behind the last chunk: the question, and what the template puts around it."""
+        return Segment((*self._heading, *self._tokenizer.encode(question), *self._suffix))
 
     def _frame(self, template: ChatTemplate, system_prompt: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         # The template is rendered around marks, and what the user writes is encoded as plain text in their place.

@@ -90,6 +90,11 @@ class ModelTokenizer:
         spans: list[tuple[int, int]] = self._text.encode(_checked(text), add_special_tokens=False).offsets
         return spans
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return what `encode` and `offsets` return, for the time of one."""
+        encoding = self._text.encode(_checked(text), add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def encode_template(self, text: str) -> list[int]:
         """Return the token ids of chat-template text, control tokens parsed. Never for text of users or documents."""
         ids: list[int] = self._template.encode(_checked(text), add_special_tokens=False).ids

@@ -10,7 +10,7 @@ import pytest
 from pipeline_double import FakePipeline, FakeStream
 
 from ragkit.config import Strategy
-from ragkit.types import KVUse, TokenUsage
+from ragkit.types import AttendedSpan, KVUse, TokenUsage
 
 
 def test_the_answer_comes_first_then_the_citations_then_the_timings(run):
@@ -93,7 +93,24 @@ def test_the_json_has_the_keys_that_other_tools_rely_on(run):
             "first_token": 75.0,
             "total": 115.0,
         },
+        "attended": [],
     }
+
+
+def test_an_answer_from_pages_says_where_it_looked(run, world):
+    world.answer = replace(
+        world.answer,
+        strategy="pages",
+        tokens=TokenUsage(prompt=9020, reused=9000, recomputed=20, generated=5),
+        kv=KVUse(hits=300, bytes_by_tier={"disk": 2_000_000}),
+        attended=(AttendedSpan(640, 704, 2500, 2760, 0.75), AttendedSpan(64, 128, 250, 500, 0.5)),
+    )
+    said = run("query", "q").err
+    assert "9,000 tokens in pages (2.0 MB from disk); attended to most, beside the beginning and the end: " in said
+    assert "characters 2,500 to 2,760, 250 to 500" in said
+    assert run("query", "q", "--json").json["attended"][0] == {
+        "token_start": 640, "token_stop": 704, "char_start": 2500, "char_stop": 2760, "share": 0.75,
+    }  # fmt: skip
 
 
 def test_the_json_says_what_was_reused(run, world):
@@ -183,7 +200,7 @@ def test_a_log_line_takes_the_place_of_what_is_waited_for(run, world, monkeypatc
     assert run("query", "q").err.startswith("loading models, retrieving …\r\x1b[Kwarning: falling back\n")
 
 
-def _stream_with_a_warning(self, question, *, filter=None, document=None):
+def _stream_with_a_warning(self, question, *, filter=None, document=None, progress=None):
     logging.getLogger("ragkit.generation").warning("falling back")
     return FakeStream(self.world.answer)
 

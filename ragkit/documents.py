@@ -1,0 +1,84 @@
+"""One document of a store, found by what a user calls it, for answers that read it whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ragkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from ragkit.store import Store
+    from ragkit.store.base import StoredChunk
+    from ragkit.types import AttendedSpan, Chunk, Document
+
+
+@dataclass(frozen=True, slots=True)
+class WholeDocument:
+    """A document with its chunks in order.
+
+    Attributes:
+        document: its text and pages.
+        uri: where it came from.
+        chunks: they tile the text.
+    """
+
+    document: Document
+    uri: str
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of its chunks; the text as a whole may have some fewer."""
+        return sum(chunk.token_count for chunk in self.chunks)
+
+
+def find_document(store: Store, uri: str | None) -> WholeDocument:
+    """Return the document that `uri` names, or the only one of the store where it is None.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    found = _documents(store, uri)
+    if len(found) != 1:
+        named = "the store" if uri is None else repr(uri)
+        raise UsageError(
+            f"an answer from pages reads one document, and {named} holds {len(found):,}: name one by --document URI "
+            "(a row or a member of a file by its own URI, as citations show it)"
+        )
+    return _whole(store, *next(iter(found.items())))
+
+
+def find_single(store: Store, uri: str) -> WholeDocument | None:
+    """Return the document that `uri` names, or None where it names more than one or none."""
+    found = _documents(store, uri)
+    return _whole(store, *next(iter(found.items()))) if len(found) == 1 else None
+
+
+def _whole(store: Store, doc_id: str, chunks: list[StoredChunk]) -> WholeDocument:
+    return WholeDocument(store.document(doc_id), chunks[0].uri, tuple(one.chunk for one in chunks))
+
+
+def _documents(store: Store, uri: str | None) -> dict[str, list[StoredChunk]]:
+    """Return the chunks of each document, in order."""
+    rows = store.row_ids() if uri is None else store.rows_where({"uri": uri})
+    found: dict[str, list[StoredChunk]] = {}
+    for one in store.chunks(rows):
+        found.setdefault(one.chunk.doc_id, []).append(one)
+    for chunks in found.values():
+        chunks.sort(key=lambda one: one.chunk.index)
+    return found
+
+
+def chunks_attended(whole: WholeDocument, attended: Sequence[AttendedSpan], most: int) -> list[tuple[Chunk, float]]:
+    """Return the chunks that an answer attended to most, with the sum of the shares of the spans they overlap.
+
+    Where nothing was found among others, because all of the document was attended to, the first ones are returned.
+    """
+    scores = [
+        sum(span.share for span in attended if span.char_start < chunk.char_stop and chunk.char_start < span.char_stop)
+        for chunk in whole.chunks
+    ]
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    return [(whole.chunks[index], scores[index]) for index in order[:most]]

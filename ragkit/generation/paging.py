@@ -1,0 +1,246 @@
+"""Documents in pages for one engine and one store: opened, read where they are not yet, and answered from."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event
+
+from ragkit.config import KVConfig, PagesConfig
+from ragkit.errors import CacheCapacityError
+from ragkit.generation.chunk_prefill import expected_cost
+from ragkit.generation.engine import Engine
+from ragkit.generation.page_options import PageOptions
+from ragkit.generation.paged_answer import PagedAnswer
+from ragkit.generation.paged_prefill import PagedPrefill
+from ragkit.generation.sampling import SamplingConfig
+from ragkit.kvcache.eviction import make_policy
+from ragkit.kvcache.kv_key import KVRecipe
+from ragkit.kvcache.kv_pages import KVPages
+from ragkit.kvcache.kv_segment import RECORD_OVERHEAD
+from ragkit.kvcache.page_cache import PageCache
+from ragkit.kvcache.page_codec import PageCodec
+from ragkit.kvcache.page_memory import PageMemory
+from ragkit.kvcache.page_records import PageRecords, window_refs
+from ragkit.kvcache.segment_tier import KVCatalogue, SegmentTier
+from ragkit.models.fingerprint import weights_fingerprint, weights_stamp
+from ragkit.progress import Progress
+from ragkit.types import AttendedSpan
+
+_LARGEST_SHARE = 0.7  # of the disk's budget that one document may take: the tier keeps a quarter free when it evicts
+_LISTED_SPANS = 32
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedText:
+    """A document of a store that is answered from its pages.
+
+    Attributes:
+        doc_id: its identity.
+        text: the whole text.
+        owner: the chunk of the catalogue with which its pages go.
+    """
+
+    doc_id: str
+    text: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What reading the rest of a document takes: tokens, bytes, and about how many seconds."""
+
+    tokens: int
+    nbytes: int
+    seconds: float
+
+
+def price_line(uri: str, price: Price) -> str:
+    """Return what reading a document takes, for people, before it is begun."""
+    hours, minutes = divmod(max(1, round(price.seconds / 60)), 60)
+    time = f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    return (
+        f"reading {uri} into pages: {price.tokens:,} tokens, {price.nbytes / 1e6:,.0f} MB, about {time}; later "
+        "questions find them, and reading that was interrupted goes on where it stopped"
+    )
+
+
+class PagedDocument:
+    """One document, opened: its pages, and which characters its tokens stand for.
+
+    Attributes:
+        document: what it is.
+        pages: its pages.
+    """
+
+    def __init__(self, document: PagedText, pages: KVPages, before: int, offsets: Sequence[tuple[int, int]]) -> None:
+        self.document = document
+        self.pages = pages
+        self._before = before  # tokens of the prompt's prefix
+        self._starts = array("q", (start for start, _ in offsets))
+        self._stops = array("q", (stop for _, stop in offsets))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text, without what stands around it in the prompt."""
+        return len(self._starts)
+
+    def attended(self, answer: PagedAnswer, most: int = _LISTED_SPANS) -> tuple[AttendedSpan, ...]:
+        """Return the pages that an answer found, most often chosen first."""
+        spans: list[AttendedSpan] = []
+        size = self.pages.page_size
+        for page, count in sorted(answer.times_chosen.items(), key=lambda item: (-item[1], item[0])):
+            start, stop = max(page * size - self._before, 0), min((page + 1) * size - self._before, self.num_tokens)
+            if start < stop and len(spans) < most:
+                share = count / answer.choices
+                spans.append(AttendedSpan(start, stop, self._starts[start], self._stops[stop - 1], share))
+        return tuple(spans)
+
+
+class Paging:
+    """Answers from documents in pages. One document is open at a time, and questions take turns.
+
+    A document is read behind the model's prompt prefix and without the question. Where the weights on disk are not
+    those that the engine loaded, no key could name its pages, so they stay in memory.
+
+    Args:
+        engine: the model.
+        config: how documents are read.
+        kv: the disk's budget.
+        store: where pages are kept; None keeps them in memory.
+
+    Attributes:
+        prefill: reads documents.
+    """
+
+    def __init__(self, engine: Engine, config: PagesConfig, kv: KVConfig, store: KVCatalogue | None) -> None:
+        decoder = engine.decoder
+        self._engine = engine
+        self._config = config
+        self._store = store
+        self._codec = PageCodec(
+            config.codec, decoder.layout, config.page_tokens, with_received=config.keep_received
+        )  # fmt: skip
+        self._recipe = KVRecipe(
+            weights_fingerprint=weights_fingerprint(engine.folder),
+            config=decoder.config,
+            tokenizer_id=engine.tokenizer.tokenizer_id,
+            dtype=decoder.dtype,
+            codec_id=self._codec.codec_id,
+        )
+        self._tier: SegmentTier | None = None
+        if store is not None and kv.disk_mb:
+            # Compared after hashing: files that were replaced before or meanwhile are not those in memory.
+            if weights_stamp(engine.folder) == engine.weights_stamp:
+                self._tier = SegmentTier(store, kv.disk_mb << 20, make_policy(kv.policy))
+            else:
+                _log.warning(
+                    "the weights in %s were replaced since they were loaded: pages stay in memory", engine.folder
+                )
+        self.prefill = PagedPrefill(decoder, engine.rotary, PageOptions.of(config))
+        self._lock = threading.RLock()
+        self._open: tuple[tuple[str, str], PagedDocument] | None = None
+
+    @contextmanager
+    def document(self, document: PagedText, system_prompt: str = "") -> Iterator[PagedDocument]:
+        """Give a document, opened; others wait until the block ends.
+
+        Raises:
+            CacheCapacityError: it is larger than the budgets.
+        """
+        with self._lock:
+            name = (document.doc_id, system_prompt)
+            if self._open is None or self._open[0] != name:
+                self._close_document()
+                self._open = name, self._opened(document, system_prompt)
+            yield self._open[1]
+
+    def price(self, document: PagedDocument) -> Price:
+        """Return what reading the rest of a document takes; the time is guessed from the model's size."""
+        pages = document.pages
+        tokens = pages.total_tokens - pages.num_tokens
+        nbytes = (pages.pages_for(pages.total_tokens) - pages.num_pages) * self._codec.bytes_per_page
+        windows = len(pages.refs) - pages.num_windows
+        return Price(tokens, nbytes, expected_cost(self._engine.decoder).seconds(tokens, windows))
+
+    def read(self, document: PagedDocument, progress: Progress | None = None, stop: Event | None = None) -> bool:
+        """Read what is missing of a document and return whether all of it is there, as `PagedPrefill.read` does."""
+        return document.pages.is_complete or self.prefill.read(document.pages, progress, stop)
+
+    def answer(
+        self, document: PagedDocument, question: str, sampling: SamplingConfig, system_prompt: str = ""
+    ) -> PagedAnswer:
+        """Return the answer to a question about a document that was read, not generated yet.
+
+        Raises:
+            GenerationError: question and pages do not fit the model's window.
+        """
+        ending = self._engine.prompt_builder(system_prompt).ending(question).token_ids
+        return PagedAnswer(self._engine, self.prefill, document.pages, ending, sampling)
+
+    def forget_removed(self) -> None:
+        """Drop the open document if it has left the store."""
+        with self._lock:
+            if self._open is None or self._store is None:
+                return
+            owner = self._open[1].document.owner
+            if owner not in self._store.known_chunks([owner]):
+                self._close_document()
+
+    def close(self) -> None:
+        """Write what is unsaved and let the document go."""
+        with self._lock:
+            self._close_document()
+
+    def _close_document(self) -> None:
+        if self._open is not None:
+            (_, document), self._open = self._open, None
+            document.pages.close()
+
+    def _opened(self, document: PagedText, system_prompt: str) -> PagedDocument:
+        engine, options = self._engine, self.prefill.options
+        builder = engine.prompt_builder(system_prompt)
+        ids, offsets = engine.tokenizer.encode_with_offsets(document.text)
+        prefix = builder.prefix.token_ids
+        token_ids = (*prefix, *ids, *builder.chunk_end)
+        self._require_room(len(token_ids))
+        refs = window_refs(
+            self._recipe, options.reading_id, token_ids, options.window_tokens, lambda start: document.owner
+        )
+        records = PageRecords(self._tier, self._codec.codec_id, engine.decoder.config.num_layers)
+        memory = PageMemory(self._config.memory_mb << 20, page_locked=engine.decoder.device.type == "cuda")
+        cache = self._cache(-(-len(token_ids) // options.page_size))
+        pages = KVPages(self._codec, refs, options.window_tokens, cache, memory, records)
+        return PagedDocument(document, pages, len(prefix), offsets)
+
+    def _cache(self, num_pages: int) -> PageCache:
+        layout, size = self._engine.decoder.layout, self._config.page_tokens
+        fitting = (self._config.cache_mb << 20) // (layout.bytes_per_token * size)
+        wanted = self.prefill.options.pages_at_once(num_pages)
+        if fitting < wanted:
+            megabytes = -(-wanted * size * layout.bytes_per_token >> 20)
+            raise CacheCapacityError(
+                f"{wanted:,} pages of each layer are attended to at once, {megabytes:,} MB decoded, and pages.cache_mb "
+                f"is {self._config.cache_mb:,}: raise it, or lower pages.budget_tokens"
+            )
+        return PageCache(layout, size, max(1, min(fitting, num_pages)), 0, self._engine.decoder.device)
+
+    def _require_room(self, num_tokens: int) -> None:
+        nbytes = -(-num_tokens // self._config.page_tokens) * self._codec.bytes_per_page
+        nbytes += -(-num_tokens // self._config.window_tokens) * RECORD_OVERHEAD
+        if self._tier is None:
+            setting, budget = "pages.memory_mb", self._config.memory_mb << 20
+        else:
+            setting, budget = "kv.disk_mb", int(self._tier.budget_bytes * _LARGEST_SHARE)
+        if nbytes > budget:
+            raise CacheCapacityError(
+                f"the pages of this document of {num_tokens:,} tokens take {-(-nbytes >> 20):,} MB as "
+                f"{self._config.codec}, and {setting} leaves {budget >> 20:,} MB for one document: raise it, or take "
+                f"pages.codec = {'int4' if self._config.codec != 'int4' else 'int4 and a smaller document'}"
+            )

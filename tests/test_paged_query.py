@@ -1,0 +1,174 @@
+import sqlite3
+from dataclasses import replace
+
+import pytest
+from blended_pipeline import CONFIG, open_blended, text_of
+from tiny_generator import write_generator
+
+from ragkit.config import CodecName, GenerationConfig, PagesConfig, PageSelectorName, Strategy
+from ragkit.errors import CacheCapacityError, GenerationError, UsageError
+from ragkit.generation.engine import Engine
+
+SMALL = PagesConfig(
+    page_tokens=16, codec=CodecName.INT8, selector=PageSelectorName.MEAN_KEY, sink_tokens=32, budget_tokens=64,
+    local_tokens=64, window_tokens=128,
+)  # fmt: skip
+PAGED = replace(
+    CONFIG, pages=SMALL, generation=GenerationConfig(dtype="float32", max_new_tokens=6, strategy=Strategy.PAGES)
+)
+QUESTION = "Where do the otters live?"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return Engine.load(write_generator(tmp_path_factory.mktemp("generator")), device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def collection(tmp_path, engine):
+    """A store of one long document and a short one."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "long.txt").write_text(text_of(1, sentences=130), encoding="utf-8")
+    (folder / "short.txt").write_text(text_of(2), encoding="utf-8")
+    with open_blended(tmp_path / "store", engine, PAGED) as pipeline:
+        pipeline.ingest([folder])
+    return tmp_path / "store", str(folder / "long.txt")
+
+
+def test_a_document_beyond_the_window_is_answered_from_its_pages(collection, engine):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        answer = pipeline.query(QUESTION, document=uri)
+    assert answer.strategy == "pages"
+    assert answer.tokens.reused > engine.max_context == 4096
+    assert answer.tokens.generated == 6
+    assert answer.found
+    assert answer.timings_ms["read_document"] > 0
+
+
+def test_the_answer_lists_the_places_that_were_found(collection, engine):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        answer = pipeline.query(QUESTION, document=uri)
+    text = text_of(1, sentences=130)
+    assert 4 <= len(answer.attended) <= 32
+    for span in answer.attended:
+        assert 0 < span.share <= 1
+        assert span.token_stop - span.token_start <= 16
+        # One token a byte here, so both count alike.
+        assert (span.char_start, span.char_stop) == (span.token_start, span.token_stop)
+    shares = [span.share for span in answer.attended]
+    assert shares == sorted(shares, reverse=True)
+    assert all(text[one.char_start : one.char_stop] == one.quote for one in answer.citations)
+    assert {one.uri for one in answer.citations} == {uri}
+
+
+def test_a_second_question_reads_nothing_and_a_new_process_finds_the_pages(collection, engine):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        first = pipeline.query(QUESTION, document=uri)
+        second = pipeline.query("What does the miller grind?", document=uri)
+        assert "read_document" not in second.timings_ms
+    with open_blended(store, engine, PAGED) as pipeline:
+        again = pipeline.query(QUESTION, document=uri)
+    assert "read_document" not in again.timings_ms
+    assert again.text == first.text
+    assert again.attended == first.attended
+    assert again.kv.bytes_by_tier["disk"] > 0
+
+
+def test_pages_answer_without_full_text_rows_and_vectors(collection, engine):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        expected = pipeline.query(QUESTION, document=uri)
+    with sqlite3.connect(store / "ragkit.db") as connection:
+        connection.execute("DELETE FROM chunk_fts_data")
+    for segment in (store / "segments").rglob("*.arrow"):
+        segment.unlink()
+    with open_blended(store, engine, PAGED) as pipeline:
+        answer = pipeline.query(QUESTION, document=uri)
+    assert (answer.text, answer.attended) == (expected.text, expected.attended)
+
+
+def test_auto_takes_pages_for_a_document_that_does_not_fit_the_window_and_only_for_that(collection, engine):
+    store, uri = collection
+    auto = replace(PAGED, generation=replace(PAGED.generation, strategy=Strategy.AUTO))
+    with open_blended(store, engine, auto) as pipeline:
+        chosen = [
+            pipeline.query(QUESTION, document=document).strategy
+            for document in (uri, uri.replace("long", "short"), None)
+        ]
+        filtered = pipeline.query(QUESTION, document=uri, filter={"doc_id": "*"})
+    assert chosen == ["pages", "blend", "blend"]
+    assert filtered.strategy != "pages"
+
+
+def test_pages_of_several_documents_are_refused_by_their_number(collection, engine):
+    store, _ = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        with pytest.raises(UsageError, match="reads one document, and the store holds 2: name one by --document"):
+            pipeline.query(QUESTION)
+        with pytest.raises(UsageError, match="cannot be filtered by title"):
+            pipeline.query(QUESTION, filter={"title": "x"})
+
+
+def test_a_document_larger_than_the_budget_is_refused_with_the_numbers(collection, engine):
+    store, uri = collection
+    with (
+        open_blended(store, engine, PAGED, disk_mb=1) as pipeline,
+        pytest.raises(CacheCapacityError, match=r"of [\d,]+ tokens take [\d,]+ MB as int8, and kv.disk_mb leaves 0 MB"),
+    ):
+        pipeline.query(QUESTION, document=uri)
+
+
+def test_settings_that_leave_the_trained_window_are_refused(collection, engine):
+    store, uri = collection
+    wide = replace(PAGED, pages=replace(SMALL, budget_tokens=4096))
+    with (
+        open_blended(store, engine, wide) as pipeline,
+        pytest.raises(GenerationError, match="positions would be in use at once"),
+    ):
+        pipeline.query(QUESTION, document=uri)
+
+
+def test_an_interrupted_reading_goes_on_where_it_stopped(collection, engine):
+    store, uri = collection
+
+    class Progress:
+        def __init__(self, stop_at=None):
+            self.stop_at, self.windows, self.lines, self.closed = stop_at, 0, [], 0
+
+        def start(self, total_documents, total_bytes, unit="documents"):
+            self.total = total_documents
+
+        def advance(self, documents=0, bytes=0, tokens=0):
+            self.windows += documents
+            if self.windows == self.stop_at:
+                raise KeyboardInterrupt
+
+        def message(self, text):
+            self.lines.append(text)
+
+        def close(self):
+            self.closed += 1
+
+    first, second = Progress(stop_at=7), Progress()
+    with open_blended(store, engine, PAGED) as pipeline, pytest.raises(KeyboardInterrupt):
+        pipeline.query(QUESTION, document=uri, progress=first)
+    with open_blended(store, engine, PAGED) as pipeline:
+        pipeline.query(QUESTION, document=uri, progress=second)
+    assert second.total == second.windows == first.total - 7
+    assert first.closed == 1
+    assert first.lines[0].startswith(f"reading {uri} into pages: ")
+    assert "MB, about 1 min" in first.lines[0]
+
+
+def test_removing_a_document_takes_its_pages_from_the_disk(collection, engine):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        pipeline.query(QUESTION, document=uri)
+        assert pipeline.store.kv_totals().entries > 30
+        pipeline.remove([uri])
+        assert pipeline.store.kv_totals().entries == 0
+        assert pipeline.parts.paging._open is None
