@@ -3,6 +3,7 @@
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.generation.shared_rows import SharedRows, shared_slots
 from ragkit.generation.strategy import PrefillRequest
 from ragkit.kernels.paged_rows import FIELD_ROWS
+from ragkit.kernels.propagation_plan import ChunkTiles
 from ragkit.kvcache.change_strength import ChangeStrength
 from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.eviction import make_policy
@@ -162,13 +164,12 @@ def _twin(bench, rows, chosen, propagation):
     decoder, table = bench.decoder, bench.rotary.table(256, len(PROMPT))
     ids, positions = torch.tensor(PROMPT.token_ids, device=DEVICE), torch.arange(len(PROMPT), device=DEVICE)
     active, picked = torch.cat((chosen, positions[STOP:])), chosen.tolist()
-    cuts = torch.tensor((0, *torch.tensor((len(PREFIX), *LENGTHS)).cumsum(0).tolist()), device=DEVICE)
-    strength = ChangeStrength(chosen, torch.searchsorted(chosen, cuts).tolist(), propagation.sigma)
-    owner = torch.searchsorted(cuts, positions, right=True)
-    distance = (positions[:, None] - chosen[None]).double()
-    weights = (-distance.square() / (2 * propagation.sigma**2)).exp()
-    weights *= (distance.abs() <= int(4 * propagation.sigma)) & (owner[:, None] == owner[chosen][None])
-    weights /= weights.sum(1, keepdim=True).clamp_min(1.0)
+    cuts = (0, *accumulate((len(PREFIX), *LENGTHS)))
+    of_chunks = torch.searchsorted(chosen, torch.tensor(cuts, device=DEVICE)).tolist()
+    strength = ChangeStrength(chosen, of_chunks, propagation.sigma)
+    weights = torch.zeros(STOP, len(chosen), device=DEVICE)
+    for block in ChunkTiles(cuts, propagation.sigma, DEVICE).plan(chosen).blocks:
+        weights[block.rows, block.entries] = block.weights
     activations, out = decoder.embed(ids[active]), []
     for layer in range(3):
         queries, keys, values, residual = decoder.project(layer, activations)
@@ -178,10 +179,10 @@ def _twin(bench, rows, chosen, propagation):
         ):
             change = fresh[: len(chosen)] - old[chosen]
             part = full * (strength.of(change)[:, None] if propagation.by_evidence else 1.0)
-            move = torch.einsum("tj,jhd->thd", weights.float(), change) * part
+            move = torch.einsum("tj,jhd->thd", weights, change) * part
             new = old.clone()
             if layer:
-                new[len(PREFIX) : STOP] += move[len(PREFIX) : STOP]
+                new[:STOP] += move
             new = _averaged(new, old, picked)
             new[active] = fresh
             blended.append(new)
