@@ -3,7 +3,7 @@
 """The change of rows that stay as they are, averaged over cells of `FIELD_ROWS` rows: what attention adds to them.
 
     field_c = mean over the rows t of cell c that were not recomputed of
-              strength * min(1, S_t) * sum_j w_tj (fresh_j - cached_j) / S_t        (see propagation_plan for w and S)
+              strength * min(1, S_t) * sum_j v_j w_tj (fresh_j - cached_j) / sum_j v_j w_tj      (see propagation_plan)
 
 `propagate_change` writes the change of every row into a private copy of it. Here rows stay where they are, for every
 request that uses them, and what a request knows better about them is a coarse field beside: one vector for 16 rows,
@@ -146,7 +146,7 @@ def change_field(
     ):
         by_head = isinstance(strength, Tensor)
         _change_field_kernel[(len(change.tiles), kv_heads)](
-            cached, fresh, change.selected, change.entry_of_row, change.tiles, plan.cells.of_tiles,
+            cached, fresh, change.selected, change.stands_for, change.entry_of_row, change.tiles, plan.cells.of_tiles,
             strength if by_head else cached, field,
             cached.stride(0), fresh.stride(0), 1.0 if by_head else float(strength),
             -0.5 * 1.4426950408889634 / change.sigma**2,  # the kernel works with powers of two
@@ -228,7 +228,7 @@ def _check_strengths(kv_heads: int, strengths: tuple[float | Tensor, float | Ten
 
 @launched
 def _change_field_kernel(
-    cached_ptr, fresh_ptr, selected_ptr, entry_ptr, tile_ptr, cell_ptr, strength_ptr, field_ptr,
+    cached_ptr, fresh_ptr, selected_ptr, gap_ptr, entry_ptr, tile_ptr, cell_ptr, strength_ptr, field_ptr,
     stride_cr, stride_fr, strength, exponent, reach,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
     FIELD_ROWS: tl.constexpr, ENTRIES: tl.constexpr, BY_HEAD: tl.constexpr, UPCAST: tl.constexpr,
@@ -244,6 +244,7 @@ def _change_field_kernel(
     channel = head * HEAD_DIM + column
 
     nearness = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     moved = tl.zeros((ROWS, DIM_PADDED), tl.float32)
     for start in range(first_entry, end_entry, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
@@ -254,6 +255,8 @@ def _change_field_kernel(
         step = distance.to(tl.float32)
         weight = tl.where(near, tl.exp2(step * step * exponent), 0.0)
         nearness += tl.sum(weight, axis=1)
+        weight *= tl.load(gap_ptr + entry, mask=is_entry, other=0.0)[None, :]
+        total += tl.sum(weight, axis=1)
         at, mask = entry.to(tl.int64)[:, None], is_entry[:, None] & (column < HEAD_DIM)
         was = tl.load(cached_ptr + at * stride_cr + channel, mask=mask, other=0.0)
         now = tl.load(fresh_ptr + at * stride_fr + channel, mask=mask, other=0.0)
@@ -265,7 +268,7 @@ def _change_field_kernel(
 
     if BY_HEAD:
         strength = tl.load(strength_ptr + head)
-    share = tl.where(is_kept, strength / tl.maximum(nearness, 1.0), 0.0)
+    share = tl.where(is_kept, strength * tl.minimum(nearness, 1.0) / tl.maximum(total, 1e-30), 0.0)
     kept = tl.sum(tl.reshape(is_kept.to(tl.float32), (CELLS, FIELD_ROWS)), axis=1)
     summed = tl.sum(tl.reshape(moved * share[:, None], (CELLS, FIELD_ROWS, DIM_PADDED)), axis=1)
     mean = summed / tl.maximum(kept, 1.0)[:, None]

@@ -2,8 +2,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Blend cached KV rows with recomputed ones, moving the rows between by the smoothed change of those recomputed.
 
-    row_t = cached_t + strength * min(1, S_t) * sum_j w_tj (fresh_j - cached_j) / S_t,   row_j = fresh_j
-    over the recomputed rows j of t's chunk (see propagation_plan for w and S)
+    row_t = cached_t + strength * min(1, S_t) * sum_j v_j w_tj (fresh_j - cached_j) / sum_j v_j w_tj,   row_j = fresh_j
+    over the recomputed rows j of t's chunk (see propagation_plan for v, w and S)
 
 Keys are those before rotation; keys and values have their own strengths. A row that no recomputed one is near to keeps
 its cached numbers exactly, and so does a chunk without any. Rows go to their slots in the pool and, where asked,
@@ -82,8 +82,9 @@ def propagate_change(
     ):
         by_head = isinstance(strength, Tensor)
         _propagate_change_kernel[(len(plan.tiles), kv_heads)](
-            cached, fresh, plan.selected, plan.entry_of_row, plan.tiles, slots, strength if by_head else cached,
-            cached if cos is None else cos, cached if sin is None else sin, pool, pool if copy is None else copy,
+            cached, fresh, plan.selected, plan.stands_for, plan.entry_of_row, plan.tiles, slots,
+            strength if by_head else cached, cached if cos is None else cos, cached if sin is None else sin,
+            pool, pool if copy is None else copy,
             cached.stride(0), fresh.stride(0), 1.0 if by_head else float(strength),
             -0.5 * 1.4426950408889634 / plan.sigma**2,  # the kernel works with powers of two
             plan.reach, first_position,
@@ -212,7 +213,7 @@ def _check_copies(
 
 @launched(do_not_specialize=("first_position",))  # no request waits for another compilation
 def _propagate_change_kernel(
-    cached_ptr, fresh_ptr, selected_ptr, entry_ptr, tile_ptr, slot_ptr, strength_ptr, cos_ptr, sin_ptr,
+    cached_ptr, fresh_ptr, selected_ptr, gap_ptr, entry_ptr, tile_ptr, slot_ptr, strength_ptr, cos_ptr, sin_ptr,
     pool_ptr, copy_ptr,
     stride_cr, stride_fr, strength, exponent, reach, first_position,
     KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
@@ -238,6 +239,7 @@ def _propagate_change_kernel(
     second = tl.where(is_fresh, tl.load(fresh_at + HALF, mask=mask & is_fresh, other=0.0), second)
 
     nearness = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     moved_first = tl.zeros((ROWS, HALF_PADDED), tl.float32)
     moved_second = tl.zeros((ROWS, HALF_PADDED), tl.float32)
     for start in range(first_entry, end_entry, ENTRIES):
@@ -249,6 +251,8 @@ def _propagate_change_kernel(
         step = distance.to(tl.float32)
         weight = tl.where(near, tl.exp2(step * step * exponent), 0.0)
         nearness += tl.sum(weight, axis=1)
+        weight *= tl.load(gap_ptr + entry, mask=is_entry, other=0.0)[None, :]
+        total += tl.sum(weight, axis=1)
         in_entry = is_entry[:, None] & (column < HALF)
         was_at = cached_ptr + chosen[:, None] * stride_cr + channel
         is_at = fresh_ptr + entry.to(tl.int64)[:, None] * stride_fr + channel
@@ -265,7 +269,7 @@ def _propagate_change_kernel(
 
     if BY_HEAD:
         strength = tl.load(strength_ptr + head)
-    share = tl.where(own >= 0, 0.0, strength / tl.maximum(nearness, 1.0))[:, None]
+    share = tl.where(own >= 0, 0.0, strength * tl.minimum(nearness, 1.0) / tl.maximum(total, 1e-30))[:, None]
     out_type = pool_ptr.dtype.element_ty
     first = (first.to(tl.float32) + share * moved_first).to(out_type)
     second = (second.to(tl.float32) + share * moved_second).to(out_type)

@@ -27,9 +27,12 @@ class ChangeStrength:
         selected: (n,) int64 ascending rows that were recomputed.
         cu_selected: which of them belong to which chunk, as `plan_propagation` takes it, on the host.
         sigma: standard deviation of the smoothing in tokens.
+        stands_for: (n,) fp32, how many rows each of them speaks for (`PropagationPlan`); one each unless given.
     """
 
-    def __init__(self, selected: Tensor, cu_selected: Sequence[int], sigma: float) -> None:
+    def __init__(
+        self, selected: Tensor, cu_selected: Sequence[int], sigma: float, stands_for: Tensor | None = None
+    ) -> None:
         counts = [stop - start for start, stop in itertools.pairwise(cu_selected)]
         self._count = len(selected)
         self._width = max(counts, default=0)
@@ -47,7 +50,12 @@ class ChangeStrength:
         weights = (distance.square() * (-0.5 / sigma**2)).exp()
         weights *= there[:, :, None] & there[:, None, :]
         weights.diagonal(dim1=1, dim2=2).zero_()
-        self._weights = weights / weights.sum(dim=2, keepdim=True).clamp_min(1.0)
+        share = weights.sum(dim=2, keepdim=True).clamp_max(1.0)
+        if stands_for is not None:
+            padded = stands_for.new_zeros(self._chunks * self._width)
+            padded[self._places] = stands_for
+            weights *= padded.view(self._chunks, 1, self._width)
+        self._weights = weights * (share / weights.sum(dim=2, keepdim=True).clamp_min(1e-30))
 
     def of(self, change: Tensor) -> Tensor:
         """Return (heads,) fp32 from 0 to 1.

@@ -38,7 +38,7 @@ class Propagation:
         by_evidence: whether each layer and head applies only the part that predicts recomputed rows from one another.
     """
 
-    sigma: float = 48.0
+    sigma: float = 96.0
     key_strength: float = 1.0
     value_strength: float = 1.0
     by_evidence: bool = False
@@ -232,7 +232,7 @@ class BlendPass:
         propagation = self._propagation
         if propagation.by_evidence and not propagation.is_off and len(chosen):
             cu_selected = torch.searchsorted(chosen, torch.tensor(self._tiles.cu_rows, device=chosen.device))
-            active.strength = ChangeStrength(chosen, cu_selected.tolist(), propagation.sigma)
+            active.strength = ChangeStrength(chosen, cu_selected.tolist(), propagation.sigma, active.plan.stands_for)
         return active
 
     def _narrowed(

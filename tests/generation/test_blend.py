@@ -124,6 +124,12 @@ def _reference(bench, rows, chosen, propagation):
     positions = torch.arange(len(ids), device=DEVICE)
     active = torch.cat((chosen, positions[stop:]))
     owner = torch.cat([torch.full((len(one.token_ids),), index) for index, one in enumerate(PROMPT.segments)])
+    stands_for = [0.0] * len(chosen)  # each row speaks for the recomputed one that is nearest, or half for each of two
+    for t in range(len(PREFIX), stop):
+        gaps = {index: abs(t - j) for index, j in enumerate(chosen.tolist()) if owner[j] == owner[t]}
+        nearest = [index for index, gap in gaps.items() if gap == min(gaps.values())]
+        for index in nearest:
+            stands_for[index] += 1 / len(nearest)
     activations, out = decoder.embed(ids[active]), []
     for layer in range(3):
         queries, keys, values, residual = decoder.project(layer, activations)
@@ -141,11 +147,11 @@ def _reference(bench, rows, chosen, propagation):
                     for index in near
                 ]
                 if layer and strength and sum(weights):
+                    voices = [weight * stands_for[index] for weight, index in zip(weights, near, strict=True)]
                     change = sum(
-                        weight * (fresh[index] - old[chosen[index]])
-                        for weight, index in zip(weights, near, strict=True)
+                        voice * (fresh[index] - old[chosen[index]]) for voice, index in zip(voices, near, strict=True)
                     )
-                    new[t] += strength * min(1.0, sum(weights)) * change / sum(weights)
+                    new[t] += strength * min(1.0, sum(weights)) * change / sum(voices)
             new[active] = fresh
             blended.append(new)
         out.append(tuple(blended))

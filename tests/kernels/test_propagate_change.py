@@ -138,19 +138,22 @@ def test_the_definition_is_the_formula(device, rng):
     case.run()
     chunk_of = [0] * 40 + [1] * 300 + [2] * 9
     selected = case.plan.selected.tolist()
+    # Half of the gap to the neighbour on each side, or all of it to the chunk's end.
+    stands_for = [2.5 + 0.5, 0.5 + 13.5, 13.5 + 9.5, 10.5 + 135, 40.0]  # the last two up to twice the reach
     for rows, cached, fresh, strength in zip(case.rows(), case.cached, case.fresh, case.strengths, strict=True):
         for row, chunk in enumerate(chunk_of):
             expected = cached[row].double()
-            weights = {
+            near = {
                 entry: math.exp(-((row - other) ** 2) / 50)
                 for entry, other in enumerate(selected)
                 if chunk_of[other] == chunk and abs(row - other) <= 20
             }
             if row in selected:
                 expected = fresh[selected.index(row)]
-            elif total := sum(weights.values()):
+            elif near:
+                weights = {j: weight * min(stands_for[j], 40.0) for j, weight in near.items()}
                 change = sum(weight * (fresh[j] - cached[selected[j]]).double() for j, weight in weights.items())
-                expected = expected + strength * min(1, total) * change / total
+                expected = expected + strength * min(1, sum(near.values())) * change / sum(weights.values())
             assert float((rows[row] - expected).abs().max()) < 2e-6
 
 

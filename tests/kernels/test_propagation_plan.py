@@ -32,6 +32,13 @@ def test_every_row_knows_its_entry():
     assert _plan([1, 3], [0, 2, 5], [0, 1, 2]).entry_of_row.tolist() == [-1, 0, -1, 1, -1]
 
 
+def test_a_recomputed_row_stands_for_the_rows_that_it_is_nearest_to():
+    # Chunks of 10, 1, 0 and 20 rows; halves of a row where two are equally near.
+    plan = _plan([2, 3, 8, 10, 11, 30], [0, 10, 11, 11, 31], [0, 3, 4, 4, 6])
+    assert plan.stands_for.tolist() == [3.0, 3.0, 4.0, 1.0, 10.0, 10.0]
+    assert _plan([50], [0, 100], [0, 1], sigma=4.0).stands_for.tolist() == [32.0]  # no further than it reaches
+
+
 def test_weights_sum_to_at_most_one_and_end_at_four_sigmas():
     plan = _plan([20, 21, 22, 23, 24, 25], [0, 60], [0, 6], sigma=3.0)
     sums = plan.blocks[0].weights.sum(1)
