@@ -1,4 +1,4 @@
-"""`ragkit eval`: how well parts of ragkit do what they are for, on question sets with known answers."""
+"""`ragkit eval`: how well parts of ragkit do what they are for, on questions with known answers; here `chunking`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragkit.bench.caps import DEFAULT_CAPS, CapUnit
+from ragkit.cli import eval_needle, eval_ruler
 from ragkit.cli.common import Session, command
 from ragkit.cli.measuring import check_places, listed_values, run_measurement
 from ragkit.cli.output import Output, bold, json_text, one_line, table
@@ -27,14 +28,18 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the group to `app`."""
-    group = typer.Typer(help="Measure quality on question sets.", no_args_is_help=True, rich_markup_mode=None)
+    group = typer.Typer(
+        help="Measure quality on questions with known answers.", no_args_is_help=True, rich_markup_mode=None
+    )
     group.callback()(_group)
     group.command("chunking")(command(chunking))
+    eval_needle.register(group)
+    eval_ruler.register(group)
     app.add_typer(group, name="eval")
 
 
 def _group() -> None:
-    """Measure quality on question sets."""
+    """Measure quality on questions with known answers."""
 
 
 def chunking(

@@ -9,6 +9,8 @@ from blended_pipeline import text_of
 from tiny_generator import write_generator
 
 from ragkit.generation.engine import Engine
+from ragkit.models import resolve
+from ragkit.models.tokenizer import ModelTokenizer
 from ragkit.types import Chunk, Prompt
 
 
@@ -27,3 +29,9 @@ def prompt_of(engine: Engine) -> Callable[[int], Prompt]:
         return engine.prompt_builder().build("Where do the otters live?", chunks, max_new_tokens=64).prompt
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bundled_tokenizer() -> ModelTokenizer:
+    """The tokenizer of the bundled generator."""
+    return ModelTokenizer(resolve("smollm2-135m-instruct", offline=True))

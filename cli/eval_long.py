@@ -1,0 +1,242 @@
+"""What `ragkit eval needle` and `ragkit eval ruler` share: their options, the models, the run, and what is shown."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ragkit.cli.common import Session, flag
+from ragkit.cli.heat_map import heat_map
+from ragkit.cli.measuring import check_places, listed_values, run_measurement
+from ragkit.cli.output import bold, json_text, one_line, table
+from ragkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from ragkit.bench.long_answers import LongContextAnswerer
+    from ragkit.bench.long_items import LongTask
+    from ragkit.bench.long_report import HeatCell, LongReport, Outcome, ScoreRow
+    from ragkit.config import PipelineConfig
+    from ragkit.types import TextTokenizer
+
+STRATEGIES = ("full", "rag")  # ragkit.bench.long_strategies, which imports torch, has the same
+CPU_LENGTHS, GPU_LENGTHS = (1024, 2048, 4096), (4096, 8192, 16384, 32768)
+_WIDTH = 100
+
+LengthsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--lengths",
+        metavar="N,N",
+        help="Tokens of document, question and answer. [default: 1024 to 4096 on a CPU, 4096 to 32768 on a GPU]",
+    ),
+]
+StrategiesOption = Annotated[
+    str, typer.Option("--strategies", metavar="NAME,NAME", help=f"What answers: {', '.join(STRATEGIES)}.")
+]
+GeneratorOption = Annotated[
+    str | None, typer.Option("--generator", metavar="NAME", help="Language model: a name, folder or hub id.")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DIR", help="Folder of public texts; made ones without. [env: RAGKIT_DATA]"),
+]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Equal seeds give equal documents.")]
+TimeLimitOption = Annotated[
+    float | None, typer.Option("--time-limit", min=0.0, metavar="S", help="Seconds after which what is there is shown.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Also write the raw numbers to this file, as JSON.")
+]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="DIR", help="Also draw the heat map into this folder, as SVG.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LongOptions:
+    """The options that both commands have, as they were given."""
+
+    lengths: str | None
+    strategies: str
+    generator: str | None
+    k: int | None
+    data: Path | None
+    seed: int
+    time_limit: float | None
+    out: Path | None
+    plot: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class LongJob:
+    """What one of the commands asks: its name, tasks, rounds, questions a document, and what its heat map shows."""
+
+    evaluation: str
+    tasks: Sequence[LongTask]
+    rounds: Sequence[Sequence[int]]
+    questions: int
+    rows: str
+    cells: Callable[[Sequence[Outcome]], list[HeatCell]]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LongTools:
+    """The loaded models: what answers, and what counts."""
+
+    answerers: Sequence[LongContextAnswerer]
+    tokenizer: TextTokenizer
+    frame_tokens: int
+    on_gpu: bool
+
+
+def evaluate(session: Session, options: LongOptions, job: LongJob) -> None:
+    """Run an evaluation and show what it found; ends the command with the code of a signal that stopped it.
+
+    Raises:
+        UsageError: an option is impossible, or nothing can be asked at any length.
+    """
+    from ragkit.bench.long_plots import check_heat_map_folder
+
+    check_places(options.out, options.plot, check_heat_map_folder)
+    lengths = listed_values("--lengths", options.lengths, _length, "whole numbers from 1 on")
+    strategies = listed_values("--strategies", options.strategies, _strategy, f"some of {', '.join(STRATEGIES)}")
+    data = _data_folder(options.data)
+    settings = session.settings(
+        {"generation.model": flag(options.generator, "--generator"), "retrieval.k": flag(options.k, "-k")}
+    )
+    with session.output.waiting("loading models …"):
+        tools = long_tools(settings.config, strategies)
+    lengths = tuple(sorted(lengths or (GPU_LENGTHS if tools.on_gpu else CPU_LENGTHS)))
+    from ragkit.bench.long_context import LongContextEval, LongPlan
+    from ragkit.bench.long_items import Material
+
+    plan = LongPlan(
+        job.tasks, lengths, job.rounds, math.inf if options.time_limit is None else options.time_limit
+    )  # fmt: skip
+    material = Material(
+        tools.tokenizer, data, seed=options.seed, frame_tokens=tools.frame_tokens, questions=job.questions
+    )  # fmt: skip
+    facts = {**_facts(settings.config, options, data), "lengths": lengths, "strategies": strategies, **job.settings}
+    measured = LongContextEval(plan, material, tools.answerers, job.cells, facts)
+    exit_code = run_measurement(measured, session.output)
+    report = measured.report()
+    if not report.outcomes and not exit_code:
+        raise UsageError("; ".join(report.notes) or "there is nothing to ask")
+    _show(session, report, options, job, interrupted=bool(exit_code))
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
+def long_tools(config: PipelineConfig, strategies: Sequence[str]) -> LongTools:
+    """Return the answerers of `strategies` over one loaded generator."""
+    from ragkit.bench.long_answers import AnswererTools, frame_tokens
+    from ragkit.bench.long_strategies import make_answerers
+    from ragkit.pipeline import Pipeline
+
+    models = Pipeline(Path(), config)  # for its models alone: no store is opened
+    embedder = models.embedder if "rag" in strategies else None
+    tools = AnswererTools(models.engine, embedder, config)
+    on_gpu = models.engine.decoder.device.type == "cuda"
+    return LongTools(make_answerers(strategies, tools), models.tokenizer, frame_tokens(tools), on_gpu)
+
+
+def _show(session: Session, report: LongReport, options: LongOptions, job: LongJob, *, interrupted: bool) -> None:
+    plots = []
+    if options.plot is not None and report.cells:
+        from ragkit.bench.long_plots import write_heat_map
+
+        plots = [str(write_heat_map(report, job.evaluation, job.rows, options.plot))]
+    data = _json(report, job, plots, interrupted=interrupted)
+    if options.out is not None:
+        options.out.write_text(json_text(data), encoding="utf-8")
+    session.output.result(data, _lines(report, job))
+    for path in (*plots, *([str(options.out)] if options.out is not None else [])):
+        session.output.note(f"wrote {path}")
+
+
+def _json(report: LongReport, job: LongJob, plots: list[str], *, interrupted: bool) -> dict[str, Any]:
+    """Return the object that `--json` prints and `--out` writes."""
+    from ragkit.bench.machine import machine_facts, versions
+
+    return {
+        "evaluation": job.evaluation,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **asdict(report),
+        "interrupted": interrupted,
+        "plots": plots,
+        "machine": machine_facts(),
+        "versions": versions(),
+    }
+
+
+def _lines(report: LongReport, job: LongJob) -> Iterator[str]:
+    if not report.rows:
+        yield "nothing was measured"
+    for strategy in dict.fromkeys(cell.strategy for cell in report.cells):
+        cells = [cell for cell in report.cells if cell.strategy == strategy]
+        yield bold(f"{one_line(strategy)}: score in percent by {job.rows} and tokens", sys.stdout)
+        rows = list(dict.fromkeys(cell.row for cell in report.cells))
+        lengths = sorted({cell.length for cell in report.cells})
+        values = {(cell.row, f"{cell.length:,}"): cell.score for cell in cells}
+        yield from heat_map(rows, [f"{length:,}" for length in lengths], values, job.rows)
+        yield ""
+    if report.rows:
+        yield from _table(report.rows)
+    for note in report.notes:
+        yield from wrap(f"note: {one_line(note)}", _WIDTH)
+
+
+def _table(rows: Sequence[ScoreRow]) -> Iterator[str]:
+    first = rows[0].strategy
+    header = ["strategy", "task", "tokens", "questions", "score % (95%)", f"against {first} (95%)"]
+    header += ["gold shown %", "prompt tokens", "s to read", "s to answer"]
+    cells: list[list[object]] = []
+    for row in rows:
+        against = row.against_first
+        difference = "" if against is None else f"{against.mean:+.1f} [{against.low:+.1f}, {against.high:+.1f}]"
+        interval = f"{row.score:.1f} [{row.low:.1f}, {row.high:.1f}]"
+        costs = [round(row.gold_shown), round(row.prompt_tokens), f"{row.document_seconds:.2f}", f"{row.seconds:.2f}"]
+        cells.append([row.strategy, row.task, row.length, row.questions, interval, difference, *costs])
+    yield from table(header, cells)
+
+
+def _facts(config: PipelineConfig, options: LongOptions, data: Path | None) -> dict[str, Any]:
+    return {
+        "generator": config.generation.model,
+        "embedder": config.embedding.model,
+        "chunker": config.chunking.chunker,
+        "chunk_tokens": config.chunking.max_tokens,
+        "k": config.retrieval.k,
+        "seed": options.seed,
+        "texts": "made" if data is None else "public",
+    }
+
+
+def _data_folder(data: Path | None) -> Path | None:
+    folder = data or (Path(os.environ["RAGKIT_DATA"]) if os.environ.get("RAGKIT_DATA") else None)
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"the folder {folder} of public texts does not exist; give another with --data or RAGKIT_DATA")
+    return folder
+
+
+def _length(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _strategy(text: str) -> str:
+    if text not in STRATEGIES:
+        raise ValueError(text)
+    return text

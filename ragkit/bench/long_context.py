@@ -1,0 +1,165 @@
+"""Runs questions about long documents past every way of answering them, and keeps what is done at any time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ragkit.bench.haystacks import TooShortError
+from ragkit.bench.long_answers import LongAnswer, LongContextAnswerer
+from ragkit.bench.long_items import CharSpan, LongItem, LongQuestion, LongTask, Material
+from ragkit.bench.long_report import HeatCell, LongReport, Outcome, score_rows
+from ragkit.bench.long_scores import score
+from ragkit.bench.watch import Watch
+from ragkit.errors import GenerationError, KVCacheError
+from ragkit.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class LongPlan:
+    """What is asked.
+
+    Attributes:
+        tasks: what makes the documents.
+        lengths: in tokens, ascending.
+        rounds: the indices of the documents of each round; every round is done at every length before the next.
+        time_limit_s: no document is begun after so many seconds.
+    """
+
+    tasks: Sequence[LongTask]
+    lengths: Sequence[int]
+    rounds: Sequence[Sequence[int]]
+    time_limit_s: float = math.inf
+
+
+class LongContextEval:
+    """One evaluation. `report` gives what is done, also after `run` was interrupted.
+
+    Args:
+        plan: what is asked.
+        material: what documents are made of.
+        answerers: what answers, the one that others are compared with first. For every document they are called one
+            after the other, so those that share what reading it gave need to keep one document only.
+        cells: makes the heat maps.
+        settings: goes into the report.
+    """
+
+    def __init__(
+        self,
+        plan: LongPlan,
+        material: Material,
+        answerers: Sequence[LongContextAnswerer],
+        cells: Callable[[Sequence[Outcome]], list[HeatCell]],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._plan = plan
+        self._material = material
+        self._answerers = answerers
+        self._cells = cells
+        self._settings = settings
+        self._outcomes: list[Outcome] = []
+        self._notes: dict[str, None] = {}
+        self._refused: set[tuple[str, int]] = set()
+        self._seconds = 0.0
+
+    def run(self, progress: Progress) -> None:
+        """Ask everything, or go on until an exception ends it.
+
+        Raises:
+            UsageError: the folder of public data does not hold what it should.
+        """
+        watch = Watch(progress, self._plan.time_limit_s)
+        started = time.perf_counter()
+        documents = self._documents()
+        watch.start(len(documents) * len(self._answerers), "readings of documents")
+        try:
+            for done, (task, length, index) in enumerate(documents):
+                if done and watch.is_over:
+                    self._note(f"the time limit left out {len(documents) - done} of {len(documents)} documents")
+                    break
+                self._ask(task, length, index, watch)
+        finally:
+            self._seconds = time.perf_counter() - started
+
+    def report(self) -> LongReport:
+        """Return what is done."""
+        order = {answerer.name: place for place, answerer in enumerate(self._answerers)}
+        outcomes = sorted(self._outcomes, key=lambda one: order[one.strategy])
+        return LongReport(
+            score_rows(outcomes), self._cells(outcomes), outcomes, list(self._notes), self._settings, self._seconds
+        )
+
+    def _documents(self) -> list[tuple[LongTask, int, int]]:
+        plan = self._plan
+        return [
+            (task, length, index)
+            for indices in plan.rounds
+            for length in plan.lengths
+            for task, index in itertools.product(plan.tasks, indices)
+        ]
+
+    def _ask(self, task: LongTask, length: int, index: int, watch: Watch) -> None:
+        willing = [answerer for answerer in self._answerers if self._takes(answerer, length)]
+        item = self._make(task, length, index) if willing else None
+        for answerer in self._answerers:
+            if item is not None and answerer in willing:
+                self._answer(answerer, item)
+            watch.step()
+
+    def _takes(self, answerer: LongContextAnswerer, length: int) -> bool:
+        if answerer.most_tokens and length > answerer.most_tokens:
+            self._note(
+                f"{answerer.name} was not asked at {length:,} tokens: it takes {answerer.most_tokens:,} at most, the "
+                "model's window"
+            )
+            return False
+        return (answerer.name, length) not in self._refused
+
+    def _make(self, task: LongTask, length: int, index: int) -> LongItem | None:
+        try:
+            return task.make(self._material, length, index)
+        except TooShortError as error:
+            self._note(f"{task.name} was left out at {length:,} tokens: {error}")
+            return None
+
+    def _answer(self, answerer: LongContextAnswerer, item: LongItem) -> None:
+        answers = answerer.answer(item.document, item.questions, item.max_new_tokens)
+        try:
+            for number, (question, answer) in enumerate(zip(item.questions, answers, strict=True)):
+                self._outcomes.append(_outcome(answerer.name, item, number, question, answer))
+        except (GenerationError, KVCacheError) as error:
+            self._refused.add((answerer.name, item.length))
+            self._note(f"{answerer.name} gave up at {item.length:,} tokens: {error}")
+
+    def _note(self, text: str) -> None:
+        self._notes[text] = None
+
+
+def _outcome(strategy: str, item: LongItem, number: int, question: LongQuestion, answer: LongAnswer) -> Outcome:
+    return Outcome(
+        strategy=strategy,
+        task=item.task,
+        length=item.length,
+        index=item.index,
+        number=number,
+        depth=question.depth,
+        tokens=item.tokens,
+        question=question.text,
+        answers=question.answers,
+        text=answer.text,
+        score=score(item.metric, answer.text, question.answers),
+        gold_shown=_share_shown(question.gold, answer.shown),
+        prompt_tokens=answer.prompt_tokens,
+        document_seconds=answer.document_seconds,
+        seconds=answer.seconds,
+    )
+
+
+def _share_shown(gold: Sequence[CharSpan], shown: Sequence[CharSpan]) -> float:
+    """Return the share of `gold` spans that lie whole in one of `shown`."""
+    held = [any(start <= first and last <= stop for start, stop in shown) for first, last in gold]
+    return sum(held) / len(held) if held else 0.0
