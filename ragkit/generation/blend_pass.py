@@ -51,7 +51,7 @@ class Propagation:
 
 @dataclass(frozen=True, slots=True)
 class BlendInputs:
-    """What a blend needs on the device beside KV. It is sent there first: small copies would wait behind the KV.
+    """What a blend needs on the device beside KV.
 
     Attributes:
         token_ids: (positions,) int64, the whole prompt.
