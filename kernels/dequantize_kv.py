@@ -1,11 +1,12 @@
-# ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels, and pointers have none)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton reads the annotations of kernels, and pointers have none)
 # mypy: disable-error-code="no-untyped-def"
 """Turn 8- or 4-bit codes back into keys or values, straight into the rows of a pool where asked.
 
     x = code * scale + zero     (see quantize_kv for the groups)
 
 Source: KIVI, arXiv 2402.02750, section 3.
-Cost: reads the codes and writes the numbers once; bandwidth bound.
+Cost: reads the codes and writes the numbers once; bandwidth bound. A program takes whole rows, all heads of them: the
+memory opens a page for what lies side by side in it, and a head's part of each row would have every page opened anew.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, reso
 from ragkit.kernels.launched import launched
 from ragkit.kernels.quantize_kv import QuantizedHeads
 
-_TILE = 2048  # elements that one program holds of one half of a head
+_CODE_BYTES = 8192  # that one program reads, behind each other
 
 
 def dequantize_kv(
@@ -44,17 +45,24 @@ def dequantize_kv(
     if resolve_backend(out, backend) is Backend.TORCH:
         dequantize_kv_torch(quantized, out, slots, token_group=token_group)
         return
-    tokens, num_heads, _ = quantized.codes.shape
-    half = out.shape[2] // 2
+    tokens, num_heads, head_bytes = quantized.codes.shape
     if quantized.codes.numel() == 0:
         return
-    block = max(1, min(_TILE // next_power_of_2(half), next_power_of_2(tokens)))
-    _dequantize_kv_kernel[(ceil_div(tokens, block), num_heads)](
-        quantized.codes, quantized.scale, quantized.zero, out, out if slots is None else slots, tokens, num_heads,
-        TOKEN_GROUP=token_group, CHANNEL_GROUP=out.shape[2] // quantized.scale.shape[2],
-        HALF=half, HALF_PADDED=next_power_of_2(half), TOKENS=block,
-        FOUR_BITS=bits == 4, HAS_SLOTS=slots is not None,
+    width, channel_group = num_heads * head_bytes, out.shape[2] // quantized.scale.shape[2]
+    by_channel = channel_group == 1
+    rows = rows_of_a_program(width, token_group if by_channel else tokens)
+    _dequantize_kv_kernel[(ceil_div(tokens, rows),)](
+        quantized.codes, quantized.scale, quantized.zero, out, out if slots is None else slots, tokens,
+        HEADS=num_heads, HEAD_DIM=out.shape[2], WIDTH=width, WIDTH_PADDED=next_power_of_2(width),
+        TOKEN_GROUP=token_group, CHANNEL_GROUP=channel_group,
+        GROUPS_PADDED=next_power_of_2(rows * width // channel_group), ROWS=rows, BY_CHANNEL=by_channel,
+        FOUR_BITS=bits == 4, HAS_SLOTS=slots is not None, num_warps=8,
     )  # fmt: skip
+
+
+def rows_of_a_program(row_bytes: int, most: int) -> int:
+    """Return how many rows of codes a program treats: a power of two, up to `most` or little more, of about 8 KB."""
+    return min(next_power_of_2(most), max(1, _CODE_BYTES // next_power_of_2(row_bytes)))
 
 
 def dequantize_kv_torch(
@@ -100,46 +108,102 @@ def _check_inputs(quantized: QuantizedHeads, out: Tensor, slots: Tensor | None, 
 
 
 @jit
-def _spread(of_group, CHANNEL_GROUP: tl.constexpr):
-    # The number of each group, fp32, for each of its channels.
-    of_group = of_group.to(tl.float32)
-    if CHANNEL_GROUP == 1:
-        return of_group
-    wide = of_group[:, :, None].broadcast_to(of_group.shape[0], of_group.shape[1], CHANNEL_GROUP)
-    return wide.reshape(of_group.shape[0], of_group.shape[1] * CHANNEL_GROUP)
-
-
-@launched
-def _dequantize_kv_kernel(
-    code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, tokens, num_heads,
-    TOKEN_GROUP: tl.constexpr, CHANNEL_GROUP: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
-    TOKENS: tl.constexpr, FOUR_BITS: tl.constexpr, HAS_SLOTS: tl.constexpr,
+def dequantize_rows(
+    code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, first, first_row, tokens,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    FOUR_BITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    # This program treats TOKENS tokens of one head, as two halves of HALF channels each.
-    head = tl.program_id(1)
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    channel = tl.arange(0, HALF_PADDED)
-    in_tokens = token < tokens
-    mask = in_tokens[:, None] & (channel < HALF)[None, :]
-    if HAS_SLOTS:  # noqa: SIM108 (both branches must not be compiled)
-        row = tl.load(slot_ptr + token, mask=in_tokens, other=0)
-    else:
-        row = token
-    GROUPS: tl.constexpr = HALF // CHANNEL_GROUP
-    base = (token[:, None] * num_heads + head) * HALF
+    """Write ROWS rows from token `first` on, whose channels have a scale each, which all these rows share.
+
+    Token t goes to row `first_row + t`, or to the slot that stands there; rows of codes have WIDTH bytes.
+    """
+    row_of_tile = tl.arange(0, ROWS)
+    token = first + row_of_tile
+    is_token = token < tokens
+    # A thread takes eight codes that lie side by side: it writes 16 bytes then, and the threads of a warp what follows.
+    column = tl.max_contiguous(tl.arange(0, WIDTH_PADDED), 8)
+    is_column = column < tl.where(first < tokens, WIDTH, 0)  # a part behind the chunk's end has no scales
+    mask = is_token[:, None] & (column < WIDTH)[None, :]
+    code_ptr += first.to(tl.int64) * WIDTH
+    codes = tl.load(code_ptr + row_of_tile[:, None] * WIDTH + column[None, :], mask=mask, other=0)
+    row = (first_row + token).to(tl.int64)
+    if HAS_SLOTS:
+        row = tl.load(slot_ptr + row, mask=is_token, other=0)
+    channel = column
+    if FOUR_BITS:  # a byte holds two channels half a head apart
+        HALF: tl.constexpr = HEAD_DIM // 2
+        channel = column // HALF * HEAD_DIM + column % HALF
+        if HALF % 8 == 0:  # which the division hides from the compiler
+            channel = tl.max_contiguous(tl.multiple_of(channel, 8), 8)
+    scale = tl.load(scale_ptr + channel, mask=is_column, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + channel, mask=is_column, other=0.0).to(tl.float32)
     if FOUR_BITS:
-        packed = tl.load(code_ptr + base + channel[None, :], mask=mask, other=0)
-        first, second = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
+        high_scale = tl.load(scale_ptr + channel + HALF, mask=is_column, other=0.0).to(tl.float32)
+        high_zero = tl.load(zero_ptr + channel + HALF, mask=is_column, other=0.0).to(tl.float32)
+        numbers = (codes >> 4).to(tl.float32) * high_scale[None, :] + high_zero[None, :]
+        target = out_ptr + row[:, None] * (HEADS * HEAD_DIM) + (channel + HALF)[None, :]
+        tl.store(target, numbers.to(out_ptr.dtype.element_ty), mask=mask)
+        codes = codes & 15
+    numbers = codes.to(tl.float32) * scale[None, :] + zero[None, :]
+    target = out_ptr + row[:, None] * (HEADS * HEAD_DIM) + channel[None, :]
+    tl.store(target, numbers.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def dequantize_groups(
+    code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, first, first_row, tokens,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BYTES: tl.constexpr, TOKEN_GROUP: tl.constexpr,
+    CHANNEL_GROUP: tl.constexpr, GROUPS_PADDED: tl.constexpr, ROWS: tl.constexpr, FOUR_BITS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Write ROWS rows from token `first` on, of which CHANNEL_GROUP channels share a scale; as `dequantize_rows`."""
+    # Bytes that share their scales stand behind each other, GROUPS such groups in a head.
+    GROUPS: tl.constexpr = HEAD_BYTES // CHANNEL_GROUP
+    group = tl.arange(0, GROUPS_PADDED)
+    head, within = group // GROUPS, group % GROUPS  # heads are counted over all tokens of the tile
+    token = first + head // HEADS
+    is_group = (head < ROWS * HEADS) & (token < tokens)
+    byte = tl.arange(0, CHANNEL_GROUP)
+    if CHANNEL_GROUP > 8:
+        byte = tl.max_contiguous(byte, 8)
+    mask = is_group[:, None] & (byte < CHANNEL_GROUP)[None, :]
+    code_ptr += first.to(tl.int64) * (HEADS * HEAD_BYTES)
+    codes = tl.load(code_ptr + group[:, None] * CHANNEL_GROUP + byte[None, :], mask=mask, other=0)
+    row = (first_row + token).to(tl.int64)
+    if HAS_SLOTS:
+        row = tl.load(slot_ptr + row, mask=is_group, other=0)
+    place = row * (HEADS * HEAD_DIM) + head % HEADS * HEAD_DIM + within * CHANNEL_GROUP
+    scale_at = (token // TOKEN_GROUP * HEADS + head % HEADS) * (HEAD_DIM // CHANNEL_GROUP) + within
+    scale = tl.load(scale_ptr + scale_at, mask=is_group, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + scale_at, mask=is_group, other=0.0).to(tl.float32)
+    if FOUR_BITS:
+        high_scale = tl.load(scale_ptr + scale_at + GROUPS, mask=is_group, other=0.0).to(tl.float32)
+        high_zero = tl.load(zero_ptr + scale_at + GROUPS, mask=is_group, other=0.0).to(tl.float32)
+        numbers = (codes >> 4).to(tl.float32) * high_scale[:, None] + high_zero[:, None]
+        target = out_ptr + (place + HEAD_DIM // 2)[:, None] + byte[None, :]
+        tl.store(target, numbers.to(out_ptr.dtype.element_ty), mask=mask)
+        codes = codes & 15
+    numbers = codes.to(tl.float32) * scale[:, None] + zero[:, None]
+    tl.store(out_ptr + place[:, None] + byte[None, :], numbers.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@launched(do_not_specialize=("tokens",))
+def _dequantize_kv_kernel(
+    code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, tokens,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
+    TOKEN_GROUP: tl.constexpr, CHANNEL_GROUP: tl.constexpr, GROUPS_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    BY_CHANNEL: tl.constexpr, FOUR_BITS: tl.constexpr, HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    # This program treats ROWS rows with all their heads.
+    first = tl.program_id(0) * ROWS
+    if BY_CHANNEL:
+        at = (first // TOKEN_GROUP).to(tl.int64) * (HEADS * HEAD_DIM)
+        dequantize_rows(
+            code_ptr, scale_ptr + at, zero_ptr + at, out_ptr, slot_ptr, first, 0, tokens,
+            HEAD_DIM, WIDTH, WIDTH_PADDED, ROWS, FOUR_BITS, HAS_SLOTS, HEADS,
+        )  # fmt: skip
     else:
-        first = tl.load(code_ptr + 2 * base + channel[None, :], mask=mask, other=0).to(tl.float32)
-        second = tl.load(code_ptr + 2 * base + HALF + channel[None, :], mask=mask, other=0).to(tl.float32)
-    group = tl.arange(0, HALF_PADDED // CHANNEL_GROUP)
-    at = ((token // TOKEN_GROUP)[:, None] * num_heads + head) * (2 * GROUPS) + group[None, :]
-    known = in_tokens[:, None] & (group < GROUPS)[None, :]
-    target = out_ptr + (row[:, None] * num_heads + head) * (2 * HALF) + channel[None, :]
-    scale = _spread(tl.load(scale_ptr + at, mask=known, other=0.0), CHANNEL_GROUP)
-    zero = _spread(tl.load(zero_ptr + at, mask=known, other=0.0), CHANNEL_GROUP)
-    tl.store(target, (first * scale + zero).to(out_ptr.dtype.element_ty), mask=mask)
-    scale = _spread(tl.load(scale_ptr + at + GROUPS, mask=known, other=0.0), CHANNEL_GROUP)
-    zero = _spread(tl.load(zero_ptr + at + GROUPS, mask=known, other=0.0), CHANNEL_GROUP)
-    tl.store(target + HALF, (second * scale + zero).to(out_ptr.dtype.element_ty), mask=mask)
+        dequantize_groups(
+            code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, first, 0, tokens,
+            HEADS, HEAD_DIM, WIDTH // HEADS, TOKEN_GROUP, CHANNEL_GROUP, GROUPS_PADDED, ROWS, FOUR_BITS, HAS_SLOTS,
+        )  # fmt: skip

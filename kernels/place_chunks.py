@@ -22,7 +22,12 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
-from ragkit.kernels.dequantize_kv import dequantize_kv_torch
+from ragkit.kernels.dequantize_kv import (
+    dequantize_groups,
+    dequantize_kv_torch,
+    dequantize_rows,
+    rows_of_a_program,
+)
 from ragkit.kernels.launched import launched
 from ragkit.kernels.place_streams import launch_place_streams, place_streams_torch
 from ragkit.kernels.placement_table import (
@@ -35,7 +40,7 @@ from ragkit.kernels.placement_table import (
 from ragkit.kernels.quantize_kv import QuantizedHeads
 from ragkit.kernels.rans_tables import CHANNELS_PER_STREAM
 
-_NUMBER_BYTES, _CODE_BYTES = 16384, 8192  # stored bytes of keys or values that one program reads
+_NUMBER_BYTES = 16384  # stored bytes of keys or values that one program reads
 
 
 def place_chunks(
@@ -76,7 +81,7 @@ def place_chunks(
     target = keys if slots is None else slots
     if form.number is not None:
         width = heads * head_dim
-        rows = _rows_of_a_part(_NUMBER_BYTES, width * form.number.itemsize, TABLE_ROWS)
+        rows = min(TABLE_ROWS, max(1, _NUMBER_BYTES // next_power_of_2(width * form.number.itemsize)))
         _place_numbers_kernel[(len(table.tiles) * (TABLE_ROWS // rows), 2)](
             stored.view(form.number), table.starts, table.chunks, table.tiles, keys, values, target,
             layer, len(table.tokens),
@@ -85,7 +90,7 @@ def place_chunks(
         )  # fmt: skip
         return
     width = heads * head_dim * form.bits // 8
-    rows = _rows_of_a_part(_CODE_BYTES, width, min(form.token_group, TABLE_ROWS))
+    rows = rows_of_a_program(width, min(form.token_group, TABLE_ROWS))
     _place_codes_kernel[(len(table.tiles) * (TABLE_ROWS // rows), 2)](
         stored, stored.view(torch.float16), table.starts, table.chunks, table.tiles, keys, values, target,
         layer, len(table.tokens),
@@ -133,11 +138,6 @@ def _split(stored: Tensor, start: int, sections: Sequence[Section]) -> list[Tens
         parts.append(stored[start:stop].view(dtype).view(shape))
         start = ceil_div(stop, SECTION_ALIGNMENT) * SECTION_ALIGNMENT
     return parts
-
-
-def _rows_of_a_part(part_bytes: int, row_bytes: int, most: int) -> int:
-    """Return how many rows a program treats: a power of two, `most` or fewer, of about `part_bytes`."""
-    return min(most, max(1, part_bytes // next_power_of_2(row_bytes)))
 
 
 def _check_inputs(
@@ -228,82 +228,16 @@ def _place_codes_kernel(
     if is_value:
         start += code_bytes + 2 * scale_bytes
         scale_bytes = _aligned(count * (HEADS * HEAD_DIM // CHANNEL_GROUP * 2))
-        _place_values(
+        dequantize_groups(
             code_ptr + tl.multiple_of(start, 16), half_ptr + tl.multiple_of((start + code_bytes) // 2, 8),
             half_ptr + tl.multiple_of((start + code_bytes + scale_bytes) // 2, 8), value_ptr, slot_ptr,
-            first, first_row, tokens, HEADS, HEAD_DIM, WIDTH // HEADS, CHANNEL_GROUP, VALUE_GROUPS_PADDED, ROWS,
+            first, first_row, tokens, HEADS, HEAD_DIM, WIDTH // HEADS, 1, CHANNEL_GROUP, VALUE_GROUPS_PADDED, ROWS,
             FOUR_BITS, HAS_SLOTS,
         )  # fmt: skip
     else:
         at = first // TOKEN_GROUP * (HEADS * HEAD_DIM)
-        _place_keys(
+        dequantize_rows(
             code_ptr + tl.multiple_of(start, 16), half_ptr + tl.multiple_of((start + code_bytes) // 2, 8) + at,
             half_ptr + tl.multiple_of((start + code_bytes + scale_bytes) // 2, 8) + at, key_ptr, slot_ptr,
             first, first_row, tokens, HEAD_DIM, WIDTH, WIDTH_PADDED, ROWS, FOUR_BITS, HAS_SLOTS, HEADS,
         )  # fmt: skip
-
-
-@jit
-def _place_keys(
-    code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, first, first_row, tokens,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, ROWS: tl.constexpr,
-    FOUR_BITS: tl.constexpr, HAS_SLOTS: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    token = first + tl.arange(0, ROWS)
-    is_token = token < tokens
-    column = tl.arange(0, WIDTH_PADDED)
-    is_column = column < tl.where(first < tokens, WIDTH, 0)  # a part behind the chunk's end has no scales
-    mask = is_token[:, None] & (column < WIDTH)[None, :]
-    codes = tl.load(code_ptr + token[:, None] * WIDTH + column[None, :], mask=mask, other=0)
-    row = (first_row + token).to(tl.int64)
-    if HAS_SLOTS:
-        row = tl.load(slot_ptr + row, mask=is_token, other=0)
-    channel = column
-    if FOUR_BITS:  # a byte holds two channels half a head apart
-        HALF: tl.constexpr = HEAD_DIM // 2
-        channel = column // HALF * HEAD_DIM + column % HALF
-        scale = tl.load(scale_ptr + channel + HALF, mask=is_column, other=0.0).to(tl.float32)
-        zero = tl.load(zero_ptr + channel + HALF, mask=is_column, other=0.0).to(tl.float32)
-        numbers = (codes >> 4).to(tl.float32) * scale[None, :] + zero[None, :]
-        target = out_ptr + row[:, None] * (HEADS * HEAD_DIM) + (channel + HALF)[None, :]
-        tl.store(target, numbers.to(out_ptr.dtype.element_ty), mask=mask)
-        codes = codes & 15
-    scale = tl.load(scale_ptr + channel, mask=is_column, other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + channel, mask=is_column, other=0.0).to(tl.float32)
-    numbers = codes.to(tl.float32) * scale[None, :] + zero[None, :]
-    target = out_ptr + row[:, None] * (HEADS * HEAD_DIM) + channel[None, :]
-    tl.store(target, numbers.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@jit
-def _place_values(
-    code_ptr, scale_ptr, zero_ptr, out_ptr, slot_ptr, first, first_row, tokens,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BYTES: tl.constexpr, CHANNEL_GROUP: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr, ROWS: tl.constexpr, FOUR_BITS: tl.constexpr, HAS_SLOTS: tl.constexpr,
-):  # fmt: skip
-    # Bytes that share their scales stand behind each other, GROUPS such groups in a head.
-    GROUPS: tl.constexpr = HEAD_BYTES // CHANNEL_GROUP
-    group = tl.arange(0, GROUPS_PADDED)
-    head, within = group // GROUPS, group % GROUPS  # heads are counted over all tokens of the tile
-    token = first + head // HEADS
-    is_group = (head < ROWS * HEADS) & (token < tokens)
-    byte = tl.arange(0, CHANNEL_GROUP)
-    mask = is_group[:, None] & (byte < CHANNEL_GROUP)[None, :]
-    at = (first * (HEADS * GROUPS) + group)[:, None] * CHANNEL_GROUP + byte[None, :]
-    codes = tl.load(code_ptr + at, mask=mask, other=0)
-    row = (first_row + token).to(tl.int64)
-    if HAS_SLOTS:
-        row = tl.load(slot_ptr + row, mask=is_group, other=0)
-    place = row * (HEADS * HEAD_DIM) + head % HEADS * HEAD_DIM + within * CHANNEL_GROUP
-    scale_at = (first * HEADS + head) * (HEAD_DIM // CHANNEL_GROUP) + within
-    if FOUR_BITS:
-        scale = tl.load(scale_ptr + scale_at + GROUPS, mask=is_group, other=0.0).to(tl.float32)
-        zero = tl.load(zero_ptr + scale_at + GROUPS, mask=is_group, other=0.0).to(tl.float32)
-        numbers = (codes >> 4).to(tl.float32) * scale[:, None] + zero[:, None]
-        target = out_ptr + (place + HEAD_DIM // 2)[:, None] + byte[None, :]
-        tl.store(target, numbers.to(out_ptr.dtype.element_ty), mask=mask)
-        codes = codes & 15
-    scale = tl.load(scale_ptr + scale_at, mask=is_group, other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + scale_at, mask=is_group, other=0.0).to(tl.float32)
-    numbers = codes.to(tl.float32) * scale[:, None] + zero[:, None]
-    tl.store(out_ptr + place[:, None] + byte[None, :], numbers.to(out_ptr.dtype.element_ty), mask=mask)

@@ -42,6 +42,16 @@ def test_matches_the_definition_for_every_head_size(head_dim, bits, device, rng)
     assert_matches(out, _reference(quantized, out.shape, 4, device))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [(64, 1), (1, 16), (2, 1), (1, 1), (1, 2)])
+def test_many_programs_of_several_rows_match_the_definition(bits, groups, device, rng):
+    quantized = _quantized(333, 3, 96, bits, groups, device, rng)
+    out, check = canaried((333, 3, 96), torch.bfloat16, device)
+    dequantize_kv(quantized, out, token_group=groups[0], backend=Backend.TRITON)
+    check()
+    assert_matches(out, _reference(quantized, out.shape, groups[0], device))
+
+
 @pytest.mark.parametrize("backend", list(Backend))
 def test_rows_go_to_their_slots(backend, device, rng):
     quantized = _quantized(20, 2, 16, 4, (16, 1), device, rng)
