@@ -159,31 +159,38 @@ def _averaged(moved, cached, chosen):
     return out
 
 
-def _twin(bench, rows, chosen, propagation):
-    """The private blend whose change is averaged over cells, as loops with dense masks. Returns logits and rows."""
-    decoder, table = bench.decoder, bench.rotary.table(256, len(PROMPT))
-    ids, positions = torch.tensor(PROMPT.token_ids, device=DEVICE), torch.arange(len(PROMPT), device=DEVICE)
-    active, picked = torch.cat((chosen, positions[STOP:])), chosen.tolist()
+def _smoothing(chosen, propagation):
+    """The weights (positions before the ending, chosen) of the change of each chosen token, and its strengths."""
     cuts = (0, *accumulate((len(PREFIX), *LENGTHS)))
     of_chunks = torch.searchsorted(chosen, torch.tensor(cuts, device=DEVICE)).tolist()
-    strength = ChangeStrength(chosen, of_chunks, propagation.sigma)
     weights = torch.zeros(STOP, len(chosen), device=DEVICE)
     for block in ChunkTiles(cuts, propagation.sigma, DEVICE).plan(chosen).blocks:
         weights[block.rows, block.entries] = block.weights
+    return weights, ChangeStrength(chosen, of_chunks, propagation.sigma)
+
+
+def _twin(bench, rows, chosen, propagation, dropping=(None, ())):
+    """The private blend whose change is averaged over cells, as loops with dense masks. Returns logits and rows.
+
+    `dropping` names a layer, and tokens that are computed up to it only.
+    """
+    decoder, table = bench.decoder, bench.rotary.table(256, len(PROMPT))
+    ids, positions = torch.tensor(PROMPT.token_ids, device=DEVICE), torch.arange(len(PROMPT), device=DEVICE)
+    active = torch.cat((chosen, positions[STOP:]))
     activations, out = decoder.embed(ids[active]), []
     for layer in range(3):
         queries, keys, values, residual = decoder.project(layer, activations)
+        weights, strength = _smoothing(chosen, propagation)
         blended = []
         for old, fresh, full in zip(
             rows.layers[layer], (keys, values), (propagation.key_strength, propagation.value_strength), strict=True
         ):
             change = fresh[: len(chosen)] - old[chosen]
             part = full * (strength.of(change)[:, None] if propagation.by_evidence else 1.0)
-            move = torch.einsum("tj,jhd->thd", weights, change) * part
             new = old.clone()
             if layer:
-                new[:STOP] += move
-            new = _averaged(new, old, picked)
+                new[:STOP] += torch.einsum("tj,jhd->thd", weights, change) * part
+            new = _averaged(new, old, chosen.tolist())
             new[active] = fresh
             blended.append(new)
         out.append(tuple(blended))
@@ -192,6 +199,14 @@ def _twin(bench, rows, chosen, propagation):
         scores = torch.einsum("qhd,khd->hqk", table.rotate(queries, active), turned) * decoder.scale
         scores = scores.masked_fill(positions > active[:, None], -torch.inf)
         attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), blended[1].repeat_interleave(group, 1))
+        if layer == dropping[0]:
+            kept = torch.tensor([position not in dropping[1] for position in active.tolist()], device=DEVICE)
+            chosen, active, attended, residual = (
+                chosen[kept[: len(chosen)]],
+                active[kept],
+                attended[kept],
+                residual[kept],
+            )
         activations = decoder.complete(layer, attended, residual)
     return decoder.logits(activations.rows(slice(-1, None)))[0], out
 
@@ -248,6 +263,39 @@ def test_shared_rows_are_their_definition(decoder, propagation, block_size):
         expected, rows = _twin(bench, placed.rows, chosen, propagation)
         torch.testing.assert_close(logits, expected, rtol=0, atol=3e-4)
         _close([kv.rows(layer, packed) for layer in range(3)], rows, 3e-4)
+
+
+class Dropping(RandomTokens):
+    """Leaves some tokens out after a layer."""
+
+    def __init__(self, layer, tokens):
+        super().__init__()
+        self.layer, self.tokens = layer, tokens
+
+    def narrow(self, scene, layer, chosen, fresh):
+        if layer == self.layer:
+            return torch.tensor([position not in self.tokens for position in chosen.tolist()], device=chosen.device)
+        return None
+
+
+@pytest.mark.parametrize("propagation", [Propagation(7.0, 1.0, 0.5), CHOOSE_ONLY], ids=["moved", "chosen only"])
+@pytest.mark.parametrize("layer", [0, 1])
+@torch.inference_mode()
+def test_tokens_that_are_not_computed_in_upper_layers_move_there_with_their_cells(decoder, layer, propagation):
+    bench = Bench(decoder)
+    bench.run(bench.blend())
+    chosen = torch.tensor([13, 14, 30, 52, 60, 61, 62, 84, *range(101, 117), 141], device=DEVICE)
+    dropped = (14, 60, 62, *range(101, 114), 141)
+    with RequestKV(bench.pool) as kv:
+        placed = _listed(bench, kv, propagation)
+        target = SharedRows(kv, placed.inputs, placed.prefix, chosen, propagation)
+        logits = placed.scene.blend_pass().run(chosen, target, Dropping(layer, dropped))
+        kv.num_tokens = len(PROMPT)
+        packed = pack_rows([kv]).to(DEVICE)
+        expected, rows = _twin(bench, placed.rows, chosen, propagation, (layer, dropped))
+        torch.testing.assert_close(logits, expected, rtol=0, atol=3e-4)
+        # What `kv.rows` adds to rows of the table's shared entries is in the private ones already.
+        _close([kv.rows(index, packed) for index in range(3)], rows, 3e-4)
 
 
 def _listed(bench, kv, propagation):
