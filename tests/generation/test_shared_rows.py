@@ -164,9 +164,10 @@ def _smoothing(chosen, propagation):
     cuts = (0, *accumulate((len(PREFIX), *LENGTHS)))
     of_chunks = torch.searchsorted(chosen, torch.tensor(cuts, device=DEVICE)).tolist()
     weights = torch.zeros(STOP, len(chosen), device=DEVICE)
-    for block in ChunkTiles(cuts, propagation.sigma, DEVICE).plan(chosen).blocks:
+    plan = ChunkTiles(cuts, propagation.sigma, DEVICE).plan(chosen)
+    for block in plan.blocks:
         weights[block.rows, block.entries] = block.weights
-    return weights, ChangeStrength(chosen, of_chunks, propagation.sigma)
+    return weights, ChangeStrength(chosen, of_chunks, propagation.sigma, plan.stands_for)
 
 
 def _twin(bench, rows, chosen, propagation, dropping=(None, ())):
