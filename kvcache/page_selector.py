@@ -2,14 +2,15 @@
 
 A selector sees keys before RoPE, once, when a page is complete, and later queries that are turned to one fixed distance
 from them. The keys of all pages count as standing at position 0 and every query `distance` behind them: so pages that
-were never within one window compare, and neither a selector nor what it keeps knows where anything stands. Every
-selector gives logits, one a query head and page; how heads and queries share one choice is a `PageVote` of its own.
-Selectors know nothing of tiers, of the engine and of how pages are attended to. Adding one is a file with a class, and
-a line in `page_selectors.py`.
+were never within one window compare, and neither a selector nor what it keeps knows where anything stands. Selectors
+give each query head's logits of pages; how heads and queries share one choice is a `PageVote` that all of them take.
+They know nothing of tiers, of the engine and of how pages are attended to. Adding one is a file with a class, and a
+line in `page_selectors.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
@@ -39,6 +40,22 @@ class Takes(Enum):
     NOTHING = auto()
     BEST = auto()
     EVERYTHING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Election:
+    """How the logits of all voters, the query heads of all queries, become scores of pages.
+
+    Attributes:
+        vote: how they are pooled.
+        groups: 1 where all heads of a layer share their pages, the number of key heads where only the query heads of
+            one key head do.
+        scale: factor that attention puts on products of queries and keys.
+    """
+
+    vote: PageVote
+    groups: int
+    scale: float
 
 
 class PageSelector(Protocol):
@@ -72,34 +89,32 @@ class PageSelector(Protocol):
         """
         ...
 
-    def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, scale: float) -> Tensor:
-        """Return (queries, q_heads, pages) fp32: logits of the pages from `first` up to `stop`, higher is better.
+    def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
+        """Return (groups, pages) fp32: scores of the pages from `first` up to `stop`, higher is better.
 
         Args:
             queries: (queries, q_heads, head_dim), turned to one distance from the keys.
             summary: what `summarise` gave for all pages, joined along the first dimension.
-            first, stop: the pages that can be chosen.
-            scale: factor that attention puts on products of queries and keys.
+            first, stop: the pages that can be chosen, at least one.
+            election: how voters share a choice.
         """
         ...
 
 
-def pool_votes(logits: Tensor, vote: PageVote, groups: int) -> Tensor:
-    """Return (groups, pages) fp32 scores of all queries together.
+def pool_votes(logits: Tensor, election: Election) -> Tensor:
+    """Return (groups, pages) fp32 scores of all voters together.
 
     Adding softmax weights is TokenSelect's soft vote (arXiv 2411.02886, section 4.2), which took KV retrieval from 16.6
     with added logits to 86.6; InfLLM (arXiv 2402.04617) adds logits, InfiniteHiP (arXiv 2502.08910) takes the highest.
 
     Args:
         logits: (queries, q_heads, pages).
-        vote: how they are pooled.
-        groups: 1 where all heads of a layer share their pages, the number of key heads where only the query heads of
-            one key head do.
+        election: how they are pooled.
     """
-    logits = logits.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)  # (groups, voters, pages)
-    if vote is PageVote.SOFTMAX:
+    logits = logits.unflatten(1, (election.groups, -1)).transpose(0, 1).flatten(1, 2)  # (groups, voters, pages)
+    if election.vote is PageVote.SOFTMAX:
         return logits.softmax(dim=-1).sum(dim=1)
-    return logits.sum(dim=1) if vote is PageVote.SUM else logits.amax(dim=1)
+    return logits.sum(dim=1) if election.vote is PageVote.SUM else logits.amax(dim=1)
 
 
 def best_pages(scores: Tensor, first: int, count: int) -> Tensor:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ragkit.kvcache.page_selector import PageRows, Takes
+from ragkit.kvcache.page_scoring import score_vectors
+from ragkit.kvcache.page_selector import Election, PageRows, Takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +33,7 @@ class MeanKey:
         """Return the means (pages, kv_heads, head_dim), in the keys' type."""
         return (rows.keys.float().mean(dim=1).to(rows.keys.dtype),)
 
-    def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, scale: float) -> Tensor:
-        """Return (queries, q_heads, pages) fp32."""
+    def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
+        """Return (groups, pages) fp32."""
         (means,) = summary
-        return head_products(queries, means[first:stop]) * scale
-
-
-def head_products(queries: Tensor, vectors: Tensor) -> Tensor:
-    """Return (queries, q_heads, vectors) fp32: every query head's products with the vectors of its key head.
-
-    Args:
-        queries: (queries, q_heads, head_dim).
-        vectors: (vectors, kv_heads, head_dim); query heads of one key head are neighbours.
-    """
-    grouped = queries.float().unflatten(1, (vectors.shape[1], -1))
-    products = torch.einsum("qhgd,vhd->qhgv", grouped, vectors.float())
-    return products.flatten(1, 2)
+        return score_vectors(queries, means[first:stop].unsqueeze(1), election)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ragkit.kvcache.page_selector import PageRows, Takes
+from ragkit.kvcache.page_selector import Election, PageRows, Takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,9 @@ class EveryPage:
         """Return nothing."""
         return ()
 
-    def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, scale: float) -> Tensor:
-        """Return equal logits; nobody asks."""
-        return queries.new_zeros((*queries.shape[:2], stop - first)).float()
+    def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
+        """Return equal scores; nobody asks."""
+        return torch.zeros((election.groups, stop - first), device=queries.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,6 @@ class SinksAndWindow:
         """Return nothing."""
         return ()
 
-    def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, scale: float) -> Tensor:
-        """Return equal logits; nobody asks."""
-        return queries.new_zeros((*queries.shape[:2], stop - first)).float()
+    def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
+        """Return equal scores; nobody asks."""
+        return torch.zeros((election.groups, stop - first), device=queries.device)

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from ragkit.config import PageSelectorName
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.page_selector import PageSelector
+from ragkit.kvcache.page_selector_centroids import Centroids
 from ragkit.kvcache.page_selector_mean_key import MeanKey
+from ragkit.kvcache.page_selector_min_max import MinMax
+from ragkit.kvcache.page_selector_representative import RepresentativeKeys
+from ragkit.kvcache.page_selector_soft_vote import SoftVote
 from ragkit.kvcache.page_selector_static import EveryPage, SinksAndWindow
 
 #: How each is made.
@@ -15,6 +19,11 @@ PAGE_SELECTORS: dict[PageSelectorName, Callable[[], PageSelector]] = {
     PageSelectorName.EVERYTHING: EveryPage,
     PageSelectorName.WINDOW: SinksAndWindow,
     PageSelectorName.MEAN_KEY: MeanKey,
+    PageSelectorName.REPRESENTATIVE: RepresentativeKeys,
+    PageSelectorName.MIN_MAX: MinMax,
+    PageSelectorName.SOFT_VOTE: SoftVote,
+    PageSelectorName.CENTROIDS: Centroids,
+    PageSelectorName.CENTROIDS_2: lambda: Centroids(levels=2),
 }
 
 

@@ -131,6 +131,11 @@ class PageSelectorName(StrEnum):
     EVERYTHING = "everything"
     WINDOW = "window"
     MEAN_KEY = "mean-key"
+    REPRESENTATIVE = "representative"
+    MIN_MAX = "min-max"
+    SOFT_VOTE = "soft-vote"
+    CENTROIDS = "centroids"
+    CENTROIDS_2 = "centroids-2"
 
 
 class PageVote(StrEnum):
@@ -363,9 +368,12 @@ class PagesConfig:
     attend to the first `sink_tokens`, to the pages that `selector` finds, `budget_tokens` in all, and to the
     `local_tokens` before. So does the answer, which chooses again every `interval` tokens and in every
     `layer_interval`-th layer; the layers between share its choice. With `per_key_head` each key head has pages of its
-    own. `memory_mb` of the encoded pages stay in memory, the others on disk within `kv.disk_mb`; `cache_mb` of them
-    stay decoded where the model runs. `keep_received` also stores the attention that rows received, for selectors that
-    look at it.
+    own. A choice is also kept where the queries have a cosine of `keep_similarity` with those that made it; 1 never
+    keeps one.
+
+    `memory_mb` of the encoded pages stay in memory, the others on disk within `kv.disk_mb`; `cache_mb` of them stay
+    decoded where the model runs. `keep_received` also stores the attention that rows received, for selectors that look
+    at it.
     """
 
     page_tokens: int = 64
@@ -380,6 +388,7 @@ class PagesConfig:
     window_tokens: int = 512
     interval: int = 4
     layer_interval: int = 1
+    keep_similarity: float = 1.0
     keep_received: bool = False
     cache_mb: int = 1024
     memory_mb: int = 4096
@@ -394,6 +403,7 @@ class PagesConfig:
             _multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens, least=1)
         _at_least("pages.interval", self.interval, 1)
         _at_least("pages.layer_interval", self.layer_interval, 1)
+        _share("pages.keep_similarity", self.keep_similarity)
         _at_least("pages.cache_mb", self.cache_mb, 1)
         _at_least("pages.memory_mb", self.memory_mb, 1)
         if self.codec not in PAGE_CODECS:

@@ -18,7 +18,7 @@ from ragkit.config import PagePositions
 from ragkit.generation.attention import causal_attention
 from ragkit.generation.page_options import PageOptions
 from ragkit.kvcache.kv_pages import KVPages, WindowRows
-from ragkit.kvcache.page_selector import Takes, best_pages, pool_votes
+from ragkit.kvcache.page_selector import Election, Takes, best_pages
 from ragkit.kvcache.rope import RotaryTable
 
 _VOTERS = 8  # means of neighbouring queries that choose for a whole window
@@ -50,6 +50,7 @@ class PageAttention:
     Attributes:
         chosen: (groups, pages) int64 of each layer, the pages that its last choice found.
         rows: what the last pass gives for each layer.
+        num_choices: how often a layer has chosen.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class PageAttention:
         self.chosen: list[Tensor] = [torch.empty(0)] * num_layers
         self.rows: list[WindowRows] = []
         self._seen: list[_SeenRows | None] = [None] * num_layers
+        self._choosers: list[Tensor | None] = [None] * num_layers  # the mean queries that made the choices
         self._chooses = True
+        self.num_choices = 0
 
     def begin(self, *, choose: bool) -> None:
         """Begin a pass; `choose` says whether it chooses pages or keeps those of the pass before."""
@@ -86,7 +89,7 @@ class PageAttention:
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Return the attention output, as `Attend` says."""
         seen = self._seen[layer]
-        if seen is None or self._chooses:
+        if seen is None or (self._chooses and not self._stays(layer, queries)):
             self._choose(layer, queries)
             self._pages.prefetch((layer + 1) % self._pages.num_layers, self._listed(layer))
             seen = self._seen[layer] = self._gather(layer, seen)
@@ -103,6 +106,18 @@ class PageAttention:
         self._seen[layer] = None  # of a window nobody asks again
         return out
 
+    def _stays(self, layer: int, queries: Tensor) -> bool:
+        """Return whether the queries are like those that made the layer's choice (TokenSelect's selection cache)."""
+        if self._options.keep_similarity >= 1:
+            return False
+        mean, chooser = queries.float().mean(dim=0), self._choosers[layer]
+        if chooser is not None:
+            cosine = torch.nn.functional.cosine_similarity(mean.flatten(), chooser.flatten(), dim=0)
+            if float(cosine) >= self._options.keep_similarity:
+                return True
+        self._choosers[layer] = mean
+        return False
+
     def _choose(self, layer: int, queries: Tensor) -> None:
         options, (first, stop, _) = self._options, self._range
         if options.selector.takes is Takes.NOTHING:
@@ -115,10 +130,11 @@ class PageAttention:
             voters = _voters(queries, self._keep_rows)
             distance = torch.full((len(voters),), options.local_tokens, device=queries.device)
             turned = self._rotary.rotate(voters, distance)
-            logits = options.selector.score(turned, self._summaries.of(layer), first, stop, self._scale)
             groups = self._pages.codec.layout.layers[layer].num_kv_heads if options.per_key_head else 1
-            scores = pool_votes(logits, options.vote, groups)
+            election = Election(options.vote, groups, self._scale)
+            scores = options.selector.score(turned, self._summaries.of(layer), first, stop, election)
             self.chosen[layer] = best_pages(scores, first, options.budget_pages).cpu()
+            self.num_choices += 1
 
     def _listed(self, layer: int) -> list[int]:
         """Return all pages that a layer attends to, ascending: those of all key heads together."""

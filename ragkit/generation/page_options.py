@@ -28,6 +28,8 @@ class PageOptions:
         positions: where the pages stand for the model.
         interval: tokens of the answer that share one choice.
         layer_interval: layers that share one choice.
+        keep_similarity: cosine of the queries with those that made a choice, from which on an answer keeps it; from 1
+            on it never does.
     """
 
     selector: PageSelector
@@ -41,6 +43,7 @@ class PageOptions:
     positions: PagePositions = PagePositions.REINDEXED
     interval: int = 4
     layer_interval: int = 1
+    keep_similarity: float = 1.0
 
     @classmethod
     def of(cls, config: PagesConfig) -> PageOptions:
@@ -57,6 +60,7 @@ class PageOptions:
             positions=config.positions,
             interval=config.interval,
             layer_interval=config.layer_interval,
+            keep_similarity=config.keep_similarity,
         )
 
     @property

@@ -124,8 +124,10 @@ class Paging:
         self._engine = engine
         self._config = config
         self._store = store
+        options = PageOptions.of(config)
+        needs = options.selector.needs_received
         self._codec = PageCodec(
-            config.codec, decoder.layout, config.page_tokens, with_received=config.keep_received
+            config.codec, decoder.layout, config.page_tokens, with_received=config.keep_received or needs
         )  # fmt: skip
         self._recipe = KVRecipe(
             weights_fingerprint=weights_fingerprint(engine.folder),
@@ -143,7 +145,7 @@ class Paging:
                 _log.warning(
                     "the weights in %s were replaced since they were loaded: pages stay in memory", engine.folder
                 )
-        self.prefill = PagedPrefill(decoder, engine.rotary, PageOptions.of(config))
+        self.prefill = PagedPrefill(decoder, engine.rotary, options)
         self._lock = threading.RLock()
         self._open: tuple[tuple[str, str], PagedDocument] | None = None
 

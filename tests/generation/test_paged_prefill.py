@@ -5,7 +5,7 @@ import pytest
 import torch
 from page_doubles import RecordsInMemory, recipe_of
 
-from ragkit.config import PagePositions, PageVote
+from ragkit.config import PagePositions, PageSelectorName, PageVote
 from ragkit.errors import CacheCapacityError, GenerationError, KVCacheError
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.page_options import PageOptions
@@ -200,6 +200,52 @@ def test_a_pass_that_keeps_its_pages_sees_the_rows_of_the_passes_before(llama):
             attend.begin(choose=False)
             last = llama.logits(llama.run([token], attend))[-1]
     torch.testing.assert_close(last, full_logits(llama, TOKENS[:163])[-1], rtol=0, atol=1e-3)
+
+
+def test_a_choice_stays_while_queries_are_alike(llama):
+    pages, _ = read(llama, TOKENS[:300])
+    choices = []
+    for similarity in (1.0, 0.0):
+        options = replace(SMALL, keep_similarity=similarity)
+        attend = PagedPrefill(llama, RotaryCache(llama), options).attention(pages, 20)
+        with torch.inference_mode():
+            for token in (5, 5, 5):
+                attend.begin(choose=True)
+                llama.run([token], attend)
+        choices.append(attend.num_choices)
+    assert choices[0] == 9
+    assert choices[1] < 9
+
+
+def test_a_choice_that_stays_is_kept_exactly_where_the_cosine_says_so(llama):
+    pages, _ = read(llama, TOKENS[:300])
+    options = replace(SMALL, keep_similarity=0.9)
+    attend = PagedPrefill(llama, RotaryCache(llama), options).attention(pages, 20)
+    queries = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(1))
+    other = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(2))
+    assert [attend._stays(0, one) for one in (queries, queries + 0.1 * other, other, queries)] == [
+        False, True, False, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("selector", [name for name in PageSelectorName if name not in ("everything", "window")])
+def test_every_selector_reads_and_answers_beyond_the_window(llama, selector):
+    options = replace(SMALL, selector=make_page_selector(selector))
+    pages, prefill = read(llama, TOKENS, options, codec="int8", received=selector == "representative")
+    assert bool(logits_over(llama, pages, prefill).isfinite().all())
+
+
+@pytest.mark.parametrize("selector", ["min-max", "centroids-2", "soft-vote", "representative"])
+def test_another_selector_answers_from_the_pages_that_one_has_read(llama, selector):
+    tier = RecordsInMemory()
+    read(llama, TOKENS, tier=tier, received=True)
+    pages = pages_of(llama, TOKENS, SMALL, tier=tier, received=True)
+    other = PagedPrefill(llama, RotaryCache(llama), replace(SMALL, selector=make_page_selector(selector)))
+    logits = logits_over(llama, pages, other)
+    first, prefill = read(llama, TOKENS, received=True)
+    assert bool(logits.isfinite().all())
+    assert not torch.allclose(logits, logits_over(llama, first, prefill))
+    torch.testing.assert_close(logits, logits_over(llama, first, other), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])

@@ -1,0 +1,66 @@
+"""Scores of pages from vectors or bounds that stand for their keys, by the kernel on a GPU and by torch on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ragkit.config import PageVote
+from ragkit.kernels.page_scores import KeyBounds, Pooling, page_scores
+from ragkit.kvcache.page_selector import Election, pool_votes
+
+_POOLING = {PageVote.SOFTMAX: Pooling.VOTE, PageVote.SUM: Pooling.MEAN, PageVote.MAX: Pooling.MAX}
+
+
+def score_vectors(queries: Tensor, vectors: Tensor, election: Election) -> Tensor:
+    """Return (groups, pages) fp32: the vector of a page whose product with a query head is the highest counts.
+
+    Args:
+        queries: (queries, q_heads, head_dim).
+        vectors: (pages, parts, kv_heads, head_dim); query heads of one key head are neighbours.
+        election: how voters share a choice.
+    """
+    if queries.is_cuda:
+        return _by_kernel(queries, vectors, election)
+    products = head_products(queries, vectors.flatten(0, 1)) * election.scale
+    return pool_votes(products.unflatten(2, vectors.shape[:2]).amax(dim=3), election)
+
+
+def score_bounds(queries: Tensor, bounds: KeyBounds, election: Election) -> Tensor:
+    """Return (groups, pages) fp32: a page's score is the highest product that a key of it could have.
+
+    Args:
+        queries: (queries, q_heads, head_dim).
+        bounds: (pages, parts, kv_heads, head_dim) each.
+        election: how voters share a choice.
+    """
+    if queries.is_cuda:
+        return _by_kernel(queries, bounds, election)
+    wide = queries.float()
+    highest = head_products(wide.clamp(min=0), bounds.upper.flatten(0, 1))
+    highest += head_products(wide.clamp(max=0), bounds.lower.flatten(0, 1))
+    logits = highest.unflatten(2, bounds.lower.shape[:2]).amax(dim=3) * election.scale
+    return pool_votes(logits, election)
+
+
+def head_products(queries: Tensor, vectors: Tensor) -> Tensor:
+    """Return (queries, q_heads, vectors) fp32: every query head's products with the vectors of its key head.
+
+    Args:
+        queries: (queries, q_heads, head_dim).
+        vectors: (vectors, kv_heads, head_dim).
+    """
+    count, q_heads, _ = queries.shape
+    kv_heads = vectors.shape[1]
+    # One product a key head, of the queries of its group with its vectors where they lie.
+    grouped = queries.float().unflatten(1, (kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
+    products = torch.bmm(grouped, vectors.float().permute(1, 2, 0))
+    return products.unflatten(1, (count, -1)).permute(1, 0, 2, 3).reshape(count, q_heads, len(vectors))
+
+
+def _by_kernel(queries: Tensor, summaries: Tensor | KeyBounds, election: Election) -> Tensor:
+    dtype = summaries.lower.dtype if isinstance(summaries, KeyBounds) else summaries.dtype
+    return page_scores(
+        queries.to(dtype), summaries, pooling=_POOLING[election.vote], per_head=election.groups > 1,
+        scale=election.scale,
+    )  # fmt: skip
