@@ -113,7 +113,8 @@ def _compared(centroids: Tensor, nearness: Nearness) -> Tensor:
     wide = centroids.float()
     if nearness is Nearness.DOT:
         return wide
-    return wide / wide.norm(dim=2, keepdim=True).clamp(min=LEAST_NORM)
+    unit: Tensor = wide / wide.norm(dim=2, keepdim=True).clamp(min=LEAST_NORM)
+    return unit
 
 
 def _tile_sizes(keys: Tensor) -> tuple[int, int, int]:
