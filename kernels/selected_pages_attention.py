@@ -1,0 +1,318 @@
+# ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels, and pointers have none)
+# mypy: disable-error-code="no-untyped-def"
+"""Attention over listed pages of a long document: of a new token, or of a window that reads on through the document.
+
+    out_i = softmax_j(scale * q_i . key_j) v_j   over the rows j <= last_row_i of the list (see gather_pages for key_j)
+
+A list holds the sinks, the pages chosen and the local window, ascending, so "up to the own row" is causal and all there
+is to mask. Which pages are listed and how many rows are seen is known on the device alone; launches depend on shapes.
+
+Few queries: a program attends over some of the pages, and the parts are merged. R(p + r) = R(p) R(r), so the query is
+turned back by where a page begins and all pages share the angles of their rows, which stay in registers; turned row by
+row, the angles would be as many bytes as the keys and values. Many queries: the pages are packed and rotated once, and
+`selected_attention` runs over them. One list for all heads with a position a row, of several requests at once, is what
+`paged_decode_attention` takes.
+
+Source: split of the keys: FlashDecoding; online softmax: FlashAttention, arXiv 2205.14135, section 3.1; pages with
+positions of their own: TokenSelect, arXiv 2411.02886. Cost: reads the listed rows once (few queries, bandwidth bound),
+or 4 * head_dim operations a head and visible (query, row) pair (many, compute bound).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KernelInputError
+from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, num_processors, resolve_backend, tl
+from ragkit.kernels.gather_pages import PageLists, check_page_lists, gather_pages, gather_pages_torch, list_strides
+from ragkit.kernels.launched import launched
+from ragkit.kernels.merge_splits import merge_splits
+from ragkit.kernels.paged_rows import (
+    Blocks,
+    channels_of,
+    load_angles,
+    load_rotated_keys,
+    load_values,
+    parts_of,
+    stored_as,
+)
+from ragkit.kernels.selected_attention import selected_attention, selected_attention_torch
+
+MOST_PAIRS = 64  # tokens times heads of a key head that read the pages directly; more read packed rows
+_MOST_SPLITS = 128  # parts that are merged
+_LOG2_E = 1.4426950408889634  # the kernel works with powers of two
+
+
+class PageTile(NamedTuple):
+    """How the work of few queries is cut.
+
+    Attributes:
+        rows: of a page, multiplied at once.
+        warps, stages: of the program; `stages` tiles of keys and values are under way.
+        programs: for each multiprocessor.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def selected_pages_attention(
+    queries: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
+    lists: PageLists,
+    last_rows: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    scale: float,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Return (tokens, q_heads, head_dim), contiguous, in the dtype of `queries`.
+
+    Args:
+        queries: (tokens, q_heads, head_dim), rotated to where they stand among the lists' positions; heads of a token
+            contiguous, tokens at any stride.
+        key_pool, value_pool: (blocks, block_size, kv_heads, head_dim), contiguous, keys un-rotated; numbers, or codes.
+        lists: the pages, those of the queries themselves among them, and their positions.
+        last_rows: (tokens,) int32, ascending: the last row of the list that each query sees, row r of the list's page i
+            being i * block_size + r. On a GPU the caller answers for that: to look would stop the stream.
+        cos, sin: (positions, head_dim / 2) fp32: row p turns by p times what row 1 turns by. Row 0 turns by nothing and
+            holds the factor on all rows, where there is one.
+        scale: factor on the scores, above zero.
+        backend: an implementation to insist on.
+
+    Raises:
+        KernelInputError: shapes do not fit, or rows on the CPU are not in the list.
+    """
+    _check_inputs(queries, key_pool, value_pool, lists, last_rows, cos, sin, scale)
+    if resolve_backend(queries, backend) is Backend.TORCH:
+        return selected_pages_attention_torch(queries, key_pool, value_pool, lists, last_rows, cos, sin, scale=scale)
+    if queries.shape[0] * queries.shape[1] // key_pool.shape[2] <= MOST_PAIRS:
+        tile = page_tile(key_pool, value_pool, queries.dtype, queries.device)
+        return launch_few_queries(queries, key_pool, value_pool, lists, last_rows, cos, sin, scale=scale, tile=tile)
+    keys, values = gather_pages(key_pool, value_pool, lists, cos, sin, dtype=queries.dtype, backend=Backend.TRITON)
+    return selected_attention(queries, keys, values, last_rows, scale=scale, backend=Backend.TRITON)
+
+
+def selected_pages_attention_torch(
+    queries: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
+    lists: PageLists,
+    last_rows: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Return what `selected_pages_attention` returns: the definition, and what runs on a CPU."""
+    keys, values = gather_pages_torch(key_pool, value_pool, lists, cos, sin, dtype=queries.dtype)
+    if len(last_rows):  # what nobody sees may hold NaN, of which no product is free
+        keys, values = (part[: int(last_rows[-1]) + 1] for part in (keys, values))
+    return selected_attention_torch(queries, keys, values, last_rows, scale=scale)
+
+
+def page_tile(key_pool: Blocks, value_pool: Blocks, dtype: torch.dtype, device: torch.device) -> PageTile:
+    """Return how the work of few queries is cut: a tile of keys and one of values take 32 KB at most."""
+    together = stored_as(key_pool, value_pool)[1]  # rows that share a scale, or all of a block
+    if device.type != "cuda":
+        return PageTile(min(16, together), 4, 1, 1)  # interpreted: small pages have several tiles
+    rows = min(64 if key_pool.shape[3] * dtype.itemsize <= 256 else 32, together)
+    return PageTile(rows, max(2, rows // 8), 2, 8)
+
+
+def launch_few_queries(
+    queries: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
+    lists: PageLists,
+    last_rows: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    scale: float,
+    tile: PageTile,
+) -> Tensor:
+    """Return what `selected_pages_attention` returns, of few queries, cut as `tile` says; nothing is checked."""
+    tokens, q_heads, head_dim = queries.shape
+    _, block_size, kv_heads, _ = key_pool.shape
+    out = torch.empty((tokens, q_heads, head_dim), dtype=queries.dtype, device=queries.device)
+    if out.numel() == 0:
+        return out
+    group, listed = q_heads // kv_heads, lists.pages.shape[1]
+    packed = tokens * group
+    pairs = max(16, min(MOST_PAIRS, next_power_of_2(packed)))
+    programs = ceil_div(packed, pairs) * kv_heads
+    splits = num_splits(programs, listed, tile, queries.device)
+    partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
+    weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
+    bits, key_group, channel_group = stored_as(key_pool, value_pool)
+    _few_queries_kernel[(ceil_div(packed, pairs), kv_heads, splits)](
+        queries, *parts_of(key_pool), *parts_of(value_pool), lists.pages, lists.positions,
+        lists.pages if lists.blocks is None else lists.blocks, last_rows, cos, sin, partial, weights,
+        scale * _LOG2_E, packed, listed, splits, queries.stride(0), *list_strides(lists),
+        GROUP=group, PAIRS=pairs, KV_HEADS=kv_heads, HALF=head_dim // 2,
+        HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), BLOCK_SIZE=block_size, ROWS=tile.rows, BITS=bits,
+        KEY_GROUP=key_group, CHANNEL_GROUP=channel_group, HAS_BLOCKS=lists.blocks is not None, STAGES=tile.stages,
+        # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
+        UPCAST=not queries.is_cuda, num_warps=tile.warps,
+    )  # fmt: skip
+    merge_splits(partial, weights, out, backend=Backend.TRITON)
+    return out
+
+
+def num_splits(programs: int, listed: int, tile: PageTile, device: torch.device) -> int:
+    """Return into how many parts the listed pages are split, all of equally many pages but the last.
+
+    Args:
+        programs: how many there are for one part.
+        listed: pages in a list.
+        tile: how many programs a multiprocessor takes.
+        device: where the kernel runs.
+    """
+    processors = num_processors(device) if device.type == "cuda" else 6  # interpreted: enough to test the merge
+    wanted = max(1, min(listed, ceil_div(tile.programs * processors, programs), _MOST_SPLITS))
+    return ceil_div(listed, ceil_div(listed, wanted))
+
+
+def _check_inputs(
+    queries: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
+    lists: PageLists,
+    last_rows: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+) -> None:
+    check_page_lists(key_pool, value_pool, lists, cos, sin)
+    _, block_size, kv_heads, head_dim = key_pool.shape
+    if queries.dim() != 3 or queries.shape[2] != head_dim:
+        raise KernelInputError(f"queries must be (tokens, heads, {head_dim}), got {tuple(queries.shape)}")
+    if queries.numel() and queries.stride()[1:] != (head_dim, 1):
+        raise KernelInputError(f"the heads of one token of queries must be contiguous, got strides {queries.stride()}")
+    tokens, q_heads = queries.shape[:2]
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise KernelInputError(f"{q_heads} query heads cannot share {kv_heads} key heads")
+    if not scale > 0:
+        raise KernelInputError(f"scale must be above zero, got {scale}")
+    if last_rows.shape != (tokens,) or last_rows.dtype != torch.int32 or not last_rows.is_contiguous():
+        raise KernelInputError(f"last_rows must be ({tokens},) int32, got {tuple(last_rows.shape)} {last_rows.dtype}")
+    rows = lists.pages.shape[1] * block_size
+    if tokens and rows == 0:
+        raise KernelInputError(f"{tokens} queries need a page to attend to, the list has none")
+    if tokens and last_rows.device.type == "cpu":
+        ascending = bool((last_rows.diff() > 0).all())
+        if not ascending or not 0 <= int(last_rows[0]) <= int(last_rows[-1]) < rows:
+            raise KernelInputError(f"last_rows must be ascending rows below {rows}: each query's own row in the list")
+
+
+@jit
+def _listed_page(page_ptr, page_position_ptr, block_ptr, at, position_at, HAS_BLOCKS: tl.constexpr):
+    # The block of a listed page, and where it begins.
+    block = tl.load(page_ptr + at)
+    if HAS_BLOCKS:
+        block = tl.load(block_ptr + block)
+    return block, tl.load(page_position_ptr + position_at)
+
+
+# Sizes that differ from call to call are not specialised: no request waits for another compilation.
+@launched(do_not_specialize=("packed", "listed", "splits", "stride_list", "stride_position"))
+def _few_queries_kernel(
+    query_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
+    page_ptr, page_position_ptr, block_ptr, last_row_ptr, cos_ptr, sin_ptr, partial_ptr, weight_ptr,
+    scale_log2, packed, listed, splits, stride_qt, stride_list, stride_position,
+    GROUP: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
+    CHANNEL_GROUP: tl.constexpr, HAS_BLOCKS: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # This program attends with PAIRS queries (heads within tokens) of one key head over one part of its pages.
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    NUMBER: tl.constexpr = query_ptr.dtype.element_ty
+    HEAD_DIM: tl.constexpr = 2 * HALF
+    PARTS: tl.constexpr = BLOCK_SIZE // ROWS
+    pair = tile * PAIRS + tl.arange(0, PAIRS)
+    is_pair = pair < packed
+    token, head = (pair // GROUP).to(tl.int64), kv_head * GROUP + pair % GROUP
+    half = tl.arange(0, HALF_PADDED)
+    is_channel = half < HALF
+    query_at = query_ptr + (token * stride_qt + head * HEAD_DIM)[:, None] + half[None, :]
+    query_mask = is_pair[:, None] & is_channel[None, :]
+    query_first = tl.load(query_at, mask=query_mask, other=0.0).to(tl.float32)
+    query_second = tl.load(query_at + HALF, mask=query_mask, other=0.0).to(tl.float32)
+    last_row = tl.load(last_row_ptr + token, mask=is_pair, other=-1)
+    last = tl.max(last_row, axis=0)
+
+    entries = tl.minimum(last // BLOCK_SIZE + 1, listed)
+    part = (listed + splits - 1) // splits  # pages that nobody sees yet leave programs without work
+    first_entry = split * part
+    last_entry = tl.minimum(first_entry + part, entries)
+    list_at, position_at = kv_head * stride_list, kv_head * stride_position
+    # The page after the current one is looked up ahead: else every page would wait for its number first.
+    ahead = tl.minimum(first_entry, listed - 1)
+    block, start = _listed_page(
+        page_ptr, page_position_ptr, block_ptr, list_at + ahead, position_at + ahead, HAS_BLOCKS
+    )
+    factor = tl.load(cos_ptr + half, mask=is_channel, other=1.0)
+    every = tl.arange(0, ROWS) >= 0
+    cos, sin = load_angles(cos_ptr, sin_ptr, tl.arange(0, ROWS), every, half, HALF)
+
+    highest = tl.full((PAIRS,), float("-inf"), tl.float32)
+    total = tl.zeros((PAIRS,), tl.float32)
+    summed = tl.zeros((PAIRS, 2 * HALF_PADDED), tl.float32)
+    for step in tl.range(first_entry * PARTS, last_entry * PARTS, num_stages=STAGES):
+        ahead = tl.minimum((step + 1) // PARTS, listed - 1)
+        next_block, next_start = _listed_page(
+            page_ptr, page_position_ptr, block_ptr, list_at + ahead, position_at + ahead, HAS_BLOCKS
+        )
+        first_row = step % PARTS * ROWS
+        row = first_row + tl.arange(0, ROWS)
+        if PARTS > 1:
+            cos, sin = load_angles(cos_ptr, sin_ptr, row, every, half, HALF)
+        seen = step // PARTS * BLOCK_SIZE + row <= last
+        row_at = (block.to(tl.int64) * BLOCK_SIZE + row) * KV_HEADS + kv_head
+        group_at = (block.to(tl.int64) * (BLOCK_SIZE // KEY_GROUP) + first_row // KEY_GROUP) * KV_HEADS + kv_head
+        # A page of negative position stands at 0 with all rows.
+        stands = start >= 0
+        key_first, key_second = load_rotated_keys(
+            key_ptr, key_scale_ptr, key_zero_ptr, key_ptr, row_at, group_at, row_at,
+            tl.where(stands, cos, factor[None, :]), tl.where(stands, sin, 0.0), seen, half, HALF, BITS, False, NUMBER,
+        )  # fmt: skip
+        begins = tl.maximum(start, 0).to(tl.int64) * HALF + half
+        turn_cos = (tl.load(cos_ptr + begins, mask=is_channel, other=1.0) / factor)[None, :]
+        turn_sin = (tl.load(sin_ptr + begins, mask=is_channel, other=0.0) / factor)[None, :]
+        turned_first = (query_first * turn_cos + query_second * turn_sin).to(NUMBER)
+        turned_second = (query_second * turn_cos - query_first * turn_sin).to(NUMBER)
+        value = load_values(
+            value_ptr, value_scale_ptr, value_zero_ptr, value_ptr, row_at, row_at, seen,
+            HALF, HALF_PADDED, BITS, CHANNEL_GROUP, False, NUMBER,
+        )  # fmt: skip
+        if UPCAST:
+            turned_first, turned_second = turned_first.to(tl.float32), turned_second.to(tl.float32)
+            key_first, key_second, value = key_first.to(tl.float32), key_second.to(tl.float32), value.to(tl.float32)
+        scores = tl.dot(turned_first, tl.trans(key_first), input_precision="ieee")
+        scores = tl.dot(turned_second, tl.trans(key_second), acc=scores, input_precision="ieee")
+        visible = (step // PARTS * BLOCK_SIZE + row)[None, :] <= last_row[:, None]
+        scores = tl.where(visible, scores * scale_log2, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        # While nothing was seen the maximum is -inf, and -inf - -inf would be NaN.
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        shrink = tl.exp2(highest - base)
+        exponent = tl.exp2(scores - base[:, None])
+        total = total * shrink + tl.sum(exponent, axis=1)
+        summed = tl.dot(exponent.to(value.dtype), value, acc=summed * shrink[:, None], input_precision="ieee")
+        highest = new_highest
+        block, start = next_block, next_start
+
+    out_at = (token * (KV_HEADS * GROUP) + head) * splits + split
+    safe = tl.where(total > 0, total, 1.0)
+    tl.store(weight_ptr + out_at, tl.where(total > 0, highest + tl.log2(safe), float("-inf")), mask=is_pair)
+    channel, own_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
+    out_mask = is_pair[:, None] & own_channel[None, :]
+    tl.store(partial_ptr + out_at[:, None] * HEAD_DIM + channel[None, :], summed / safe[:, None], mask=out_mask)

@@ -1,0 +1,223 @@
+import math
+
+import pytest
+import torch
+
+from ragkit.errors import KernelInputError
+from ragkit.kernels.backend import Backend
+from ragkit.kernels.gather_pages import PageLists
+from ragkit.kernels.page_scores import Pooling, page_scores
+from ragkit.kernels.page_top_k import page_top_k
+from ragkit.kernels.paged_decode_attention import HIDDEN, paged_decode_attention_torch
+from ragkit.kernels.quantize_kv import quantize_kv
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
+from ragkit.kernels.selected_pages_attention import (
+    MOST_PAIRS,
+    selected_pages_attention,
+    selected_pages_attention_torch,
+)
+from ragkit.kernels.testing import assert_matches, guarded
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK = 32
+PAGES, BLOCKS = 12, 15
+
+
+def _int32(numbers, device):
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def _angles(positions, head_dim, device, factor=1.0):
+    """Cosines and sines of a model, with the factor that YaRN puts on them."""
+    frequencies = 100.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
+    angles = torch.outer(torch.arange(positions, device=device).float(), frequencies)
+    return guarded(angles.cos() * factor), guarded(angles.sin() * factor)
+
+
+def _lists(kv_heads, listed, device, rng, *, per_head, mapped):
+    """Ascending pages, other ones for each head; the first stand at zero as a whole, the others behind each other."""
+    rows = kv_heads if per_head else 1
+    pages = torch.stack(
+        [torch.randperm(PAGES, device=device, generator=rng)[:listed].sort().values for _ in range(rows)]
+    )
+    pages = pages.int().view(rows, listed)
+    positions = torch.arange(-2 * BLOCK, (listed - 2) * BLOCK, BLOCK, dtype=torch.int32, device=device)[None]
+    if per_head:
+        positions = positions + torch.arange(rows, dtype=torch.int32, device=device)[:, None] * (positions >= 0)
+    blocks = torch.randperm(BLOCKS, device=device, generator=rng)[:PAGES].int() if mapped else None
+    return PageLists(pages, positions.contiguous(), blocks)
+
+
+def _inputs(tokens, listed, q_heads, kv_heads, head_dim, dtype, device, rng, *, per_head=True, mapped=True, spare=5):
+    """Queries as a view over a fused projection, at the end of lists whose last `spare` rows nobody sees."""
+    qkv = guarded(torch.randn(tokens, q_heads + 2, head_dim, device=device, generator=rng).to(dtype))
+    qkv[:, q_heads:] = math.nan
+    pools = [torch.randn(BLOCKS, BLOCK, kv_heads, head_dim, device=device, generator=rng).to(dtype) for _ in range(2)]
+    lists = _lists(kv_heads, listed, device, rng, per_head=per_head, mapped=mapped)
+    if spare:  # the unseen rows of each head's last page
+        for head in range(kv_heads):
+            page = int(lists.pages[head if per_head else 0, -1])
+            block = int(lists.blocks[page]) if mapped else page
+            for pool in pools:
+                pool[block, BLOCK - spare :, head] = math.nan
+    last_rows = torch.arange(tokens, dtype=torch.int32, device=device) + (listed * BLOCK - spare - tokens)
+    tables = _angles(PAGES * BLOCK + kv_heads, head_dim, device)
+    return [qkv[:, :q_heads], *(guarded(pool) for pool in pools), lists, last_rows, *tables]
+
+
+def _compare(inputs, reduced=4):
+    scale = inputs[0].shape[-1] ** -0.5
+    got = selected_pages_attention(*inputs, scale=scale, backend=Backend.TRITON)
+    wide = [part.float() if isinstance(part, torch.Tensor) and part.is_floating_point() else part for part in inputs]
+    assert_matches(got, selected_pages_attention_torch(*wide, scale=scale), reduced=reduced)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(("tokens", "listed"), [(1, 1), (1, 7), (5, 4)])
+def test_matches_the_definition(tokens, listed, per_head, dtype, device, rng):
+    _compare(_inputs(tokens, listed, 6, 2, 32, dtype, device, rng, per_head=per_head))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(9, 3), (20, 1)])
+def test_matches_the_definition_for_every_head_size(head_dim, q_heads, kv_heads, device, rng):
+    _compare(_inputs(1, 3, q_heads, kv_heads, head_dim, torch.float32, device, rng, mapped=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_many_queries_match_the_definition(per_head, dtype, device, rng):
+    inputs = _inputs(40, 6, 4, 2, 32, dtype, device, rng, per_head=per_head)
+    assert MOST_PAIRS < 40 * 2
+    _compare(inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.float32), (80, torch.bfloat16)])
+def test_codes_are_attended_to_as_the_numbers_they_stand_for(head_dim, dtype, bits, tokens, device, rng):
+    inputs = _inputs(tokens, 4, 4, 2, head_dim, dtype, device, rng, spare=0)
+    for index, (row_group, channel_group) in ((1, (16, 1)), (2, (1, 8))):
+        whole = quantize_kv(inputs[index].flatten(0, 1), bits=bits, token_group=row_group, channel_group=channel_group)
+        inputs[index] = QuantizedBlocks(*(part.unflatten(0, (BLOCKS, -1)).contiguous() for part in whole), bits)
+    _compare(inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_a_factor_on_the_angles_counts_once_a_key(tokens, device, rng):
+    inputs = _inputs(tokens, 5, 4, 2, 32, torch.float32, device, rng)
+    inputs[5:] = _angles(PAGES * BLOCK + 2, 32, device, factor=1.3)
+    _compare(inputs)
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_one_list_of_positions_by_rank_is_paged_decode_attention(backend, device, rng):
+    inputs = _inputs(1, 6, 4, 2, 32, torch.float32, device, rng, per_head=False)
+    pages = inputs[3].pages
+    starts = torch.arange(0, 6 * BLOCK, BLOCK, dtype=torch.int32, device=device)[None]
+    inputs[3] = PageLists(pages, starts, inputs[3].blocks)
+    got = selected_pages_attention(*inputs, scale=0.2, backend=backend)
+    row = torch.arange(BLOCK, dtype=torch.int32, device=device)
+    positions = starts[..., None] + row
+    positions[positions > inputs[4]] = HIDDEN
+    expected = paged_decode_attention_torch(
+        inputs[0], inputs[1], inputs[2], inputs[3].blocks[pages.long()], positions, _int32([6], device),
+        inputs[4].long(), *inputs[5:], scale=0.2,
+    )  # fmt: skip
+    assert_matches(got, expected, reduced=4)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_pages_behind_the_last_row_are_not_attended_to(tokens, device, rng):
+    inputs = _inputs(tokens, 6, 4, 2, 32, torch.float32, device, rng, spare=0)
+    inputs[4] = inputs[4] - 3 * BLOCK
+    before = selected_pages_attention(*inputs, scale=0.2, backend=Backend.TRITON)
+    pages, positions, blocks = inputs[3]
+    pages = pages.clone()
+    pages[:, 3:] = 0
+    inputs[3] = PageLists(pages, positions, blocks)
+    assert torch.equal(selected_pages_attention(*inputs, scale=0.2, backend=Backend.TRITON), before)
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_a_query_sees_no_row_behind_its_own(tokens, device, rng):
+    inputs = _inputs(tokens, 5, 4, 2, 32, torch.float32, device, rng)
+    whole = selected_pages_attention(*inputs, scale=0.5, backend=Backend.TRITON)
+    inputs[0], inputs[4] = inputs[0][:2], inputs[4][:2]
+    assert_matches(selected_pages_attention(*inputs, scale=0.5, backend=Backend.TRITON), whole[:2], reduced=4)
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_no_queries_give_no_rows(backend, device, rng):
+    inputs = _inputs(1, 3, 4, 2, 32, torch.float32, device, rng)
+    inputs[0], inputs[4] = inputs[0][:0], inputs[4][:0]
+    assert selected_pages_attention(*inputs, scale=1.0, backend=backend).shape == (0, 4, 32)
+
+
+def test_inputs_that_do_not_fit_are_refused(device, rng):
+    inputs = _inputs(3, 3, 4, 2, 32, torch.float32, device, rng)
+    empty = PageLists(inputs[3].pages[:, :0], inputs[3].positions[:, :0])
+    wrongs = [
+        (0, inputs[0][..., :16], r"queries must be \(tokens, heads, 32\)"),
+        (0, inputs[0][:, :3], "3 query heads cannot share 2 key heads"),
+        (0, inputs[0].transpose(0, 1).contiguous().transpose(0, 1), "of queries must be contiguous"),
+        (1, inputs[1][:4], "alike"),
+        (3, empty, "need a page to attend to"),
+        (4, inputs[4].long(), r"last_rows must be \(3,\) int32"),
+        (4, inputs[4][:2], r"last_rows must be \(3,\) int32"),
+    ]
+    if device.type == "cpu":
+        wrongs += [
+            (4, inputs[4] + 10, "ascending rows below 96"),
+            (4, inputs[4].flip(0).contiguous(), "ascending rows below 96"),
+        ]
+    for index, wrong, message in wrongs:
+        with pytest.raises(KernelInputError, match=message):
+            selected_pages_attention(*inputs[:index], wrong, *inputs[index + 1 :], scale=1.0)
+    with pytest.raises(KernelInputError, match="scale must be above zero"):
+        selected_pages_attention(*inputs, scale=0.0)
+
+
+def _retrieve(queries, summaries, bounds, pools, blocks, last_rows, tables, backend):
+    """One step over a document: score its pages, choose, attend."""
+    scores = page_scores(
+        queries, summaries, pooling=Pooling.VOTE, per_head=True, scale=0.2, bounds=bounds, backend=backend
+    )
+    pages, counts = page_top_k(scores, 6, bounds=bounds, keep_rest=True, backend=backend)
+    starts = torch.arange(0, 6 * BLOCK, BLOCK, dtype=torch.int32, device=queries.device)[None]
+    lists = PageLists(pages, starts, blocks)
+    last = last_rows + (counts[:1] - 1) * BLOCK
+    return selected_pages_attention(queries, *pools, lists, last, *tables, scale=0.2, backend=backend)
+
+
+def _document(device, rng):
+    pools = [torch.randn(BLOCKS, BLOCK, 2, 32, device=device, generator=rng) for _ in range(2)]
+    blocks = torch.randperm(BLOCKS, device=device, generator=rng)[:PAGES].int()
+    summaries = pools[0][blocks.long()].mean(dim=1, keepdim=True)
+    return pools, blocks, summaries.contiguous(), _angles(PAGES * BLOCK, 32, device)
+
+
+def test_scoring_choosing_and_attending_is_the_same_on_both_backends(device, rng):
+    pools, blocks, summaries, tables = _document(device, rng)
+    queries = torch.randn(1, 4, 32, device=device, generator=rng)
+    arguments = (queries, summaries, _int32([1, 9, 11], device), pools, blocks, _int32([7], device), tables)
+    assert_matches(_retrieve(*arguments, Backend.TRITON), _retrieve(*arguments, Backend.TORCH), reduced=4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_one_graph_replays_steps_over_other_queries_and_a_longer_document(device, rng):
+    pools, blocks, summaries, tables = _document(device, rng)
+    queries, bounds, last = torch.zeros(1, 4, 32, device=device), _int32([1, 6, 8], device), _int32([3], device)
+    arguments = (queries, summaries, bounds, pools, blocks, last, tables)
+    for _ in range(2):
+        _retrieve(*arguments, Backend.TRITON)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = _retrieve(*arguments, Backend.TRITON)
+    for step in range(4):
+        queries.copy_(torch.randn(1, 4, 32, device=device, generator=rng))
+        bounds.copy_(_int32([1, 6 + step, 8 + step], device))
+        last.copy_(_int32([3 + step], device))
+        graph.replay()
+        assert_matches(out, _retrieve(*arguments, Backend.TORCH), reduced=4)
