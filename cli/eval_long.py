@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from ragkit.cli.common import Session, flag
 from ragkit.cli.heat_map import heat_map
 from ragkit.cli.measuring import check_places, listed_values, run_measurement
 from ragkit.cli.output import bold, json_text, one_line, table
+from ragkit.config import PageSelectorName
 from ragkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ragkit.config import PipelineConfig
     from ragkit.types import TextTokenizer
 
-STRATEGIES = ("full", "rag")  # ragkit.bench.long_strategies, which imports torch, has the same
+STRATEGIES = ("full", "rag", "pages")  # ragkit.bench.long_strategies, which imports torch, has the same
 CPU_LENGTHS, GPU_LENGTHS = (1024, 2048, 4096), (4096, 8192, 16384, 32768)
 _WIDTH = 100
 
@@ -41,6 +42,22 @@ LengthsOption = Annotated[
 ]
 StrategiesOption = Annotated[
     str, typer.Option("--strategies", metavar="NAME,NAME", help=f"What answers: {', '.join(STRATEGIES)}.")
+]
+SelectorsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--selectors", metavar="NAME,NAME", help="Page selectors that pages compares. [default: the configured one]"
+    ),
+]
+BudgetsOption = Annotated[
+    str | None,
+    typer.Option("--budgets", metavar="N,N", help="Tokens that they find. [default: pages.budget_tokens]"),
+]
+OwnPrefillOption = Annotated[
+    bool,
+    typer.Option(
+        "--own-prefill", help="Each of these reads the documents itself; else the configured selector, once for all."
+    ),
 ]
 GeneratorOption = Annotated[
     str | None, typer.Option("--generator", metavar="NAME", help="Language model: a name, folder or hub id.")
@@ -67,6 +84,9 @@ class LongOptions:
 
     lengths: str | None
     strategies: str
+    selectors: str | None
+    budgets: str | None
+    own_prefill: bool
     generator: str | None
     k: int | None
     data: Path | None
@@ -110,12 +130,13 @@ def evaluate(session: Session, options: LongOptions, job: LongJob) -> None:
     check_places(options.out, options.plot, check_heat_map_folder)
     lengths = listed_values("--lengths", options.lengths, _length, "whole numbers from 1 on")
     strategies = listed_values("--strategies", options.strategies, _strategy, f"some of {', '.join(STRATEGIES)}")
+    variants = _variants(options, strategies)
     data = _data_folder(options.data)
     settings = session.settings(
         {"generation.model": flag(options.generator, "--generator"), "retrieval.k": flag(options.k, "-k")}
     )
     with session.output.waiting("loading models …"):
-        tools = long_tools(settings.config, strategies)
+        tools = long_tools(settings.config, strategies, variants)
     lengths = tuple(sorted(lengths or (GPU_LENGTHS if tools.on_gpu else CPU_LENGTHS)))
     from ragkit.bench.long_context import LongContextEval, LongPlan
     from ragkit.bench.long_items import Material
@@ -126,7 +147,13 @@ def evaluate(session: Session, options: LongOptions, job: LongJob) -> None:
     material = Material(
         tools.tokenizer, data, seed=options.seed, frame_tokens=tools.frame_tokens, questions=job.questions
     )  # fmt: skip
-    facts = {**_facts(settings.config, options, data), "lengths": lengths, "strategies": strategies, **job.settings}
+    facts = {
+        **_facts(settings.config, options, data),
+        "lengths": lengths,
+        "strategies": strategies,
+        **variants,
+        **job.settings,
+    }
     measured = LongContextEval(plan, material, tools.answerers, job.cells, facts)
     exit_code = run_measurement(measured, session.output)
     report = measured.report()
@@ -137,15 +164,15 @@ def evaluate(session: Session, options: LongOptions, job: LongJob) -> None:
         raise typer.Exit(exit_code)
 
 
-def long_tools(config: PipelineConfig, strategies: Sequence[str]) -> LongTools:
+def long_tools(config: PipelineConfig, strategies: Sequence[str], variants: Mapping[str, Any]) -> LongTools:
     """Return the answerers of `strategies` over one loaded generator."""
-    from ragkit.bench.long_answers import AnswererTools, frame_tokens
+    from ragkit.bench.long_answers import AnswererTools, PagesVariants, frame_tokens
     from ragkit.bench.long_strategies import make_answerers
     from ragkit.pipeline import Pipeline
 
     models = Pipeline(Path(), config)  # for its models alone: no store is opened
     embedder = models.embedder if "rag" in strategies else None
-    tools = AnswererTools(models.engine, embedder, config)
+    tools = AnswererTools(models.engine, embedder, config, PagesVariants(**variants))
     on_gpu = models.engine.decoder.device.type == "cuda"
     return LongTools(make_answerers(strategies, tools), models.tokenizer, frame_tokens(tools), on_gpu)
 
@@ -217,6 +244,7 @@ def _facts(config: PipelineConfig, options: LongOptions, data: Path | None) -> d
         "chunker": config.chunking.chunker,
         "chunk_tokens": config.chunking.max_tokens,
         "k": config.retrieval.k,
+        "pages": asdict(config.pages),
         "seed": options.seed,
         "texts": "made" if data is None else "public",
     }
@@ -227,6 +255,19 @@ def _data_folder(data: Path | None) -> Path | None:
     if folder is not None and not folder.is_dir():
         raise UsageError(f"the folder {folder} of public texts does not exist; give another with --data or RAGKIT_DATA")
     return folder
+
+
+def _variants(options: LongOptions, strategies: Sequence[str]) -> dict[str, Any]:
+    """Return what `ragkit.bench.long_answers.PagesVariants`, which imports torch, takes."""
+    given = (options.selectors, options.budgets, options.own_prefill or None)
+    if "pages" not in strategies and any(value is not None for value in given):
+        raise UsageError("--selectors, --budgets and --own-prefill are for pages: add it to --strategies")
+    names = f"some of {', '.join(PageSelectorName)}"
+    return {
+        "selectors": listed_values("--selectors", options.selectors, PageSelectorName, names),
+        "budgets": listed_values("--budgets", options.budgets, _length, "whole numbers from 1 on"),
+        "own_prefill": options.own_prefill,
+    }
 
 
 def _length(text: str) -> int:

@@ -8,14 +8,17 @@ import typer
 
 from ragkit.cli.common import Session, command
 from ragkit.cli.eval_long import (
+    BudgetsOption,
     DataOption,
     GeneratorOption,
     LengthsOption,
     LongJob,
     LongOptions,
     OutOption,
+    OwnPrefillOption,
     PlotOption,
     SeedOption,
+    SelectorsOption,
     StrategiesOption,
     TimeLimitOption,
     evaluate,
@@ -42,6 +45,9 @@ def needle(
         typer.Option("--together", help="All depths in one document, each with a question: it is read once for all."),
     ] = False,
     strategies: StrategiesOption = "full,rag",
+    selectors: SelectorsOption = None,
+    budgets: BudgetsOption = None,
+    own_prefill: OwnPrefillOption = False,
     k: TopKOption = None,
     generator: GeneratorOption = None,
     data: DataOption = None,
@@ -68,4 +74,7 @@ def needle(
         cells=depth_cells,
         settings={"depths": depths, "needles": needles, "together": together},
     )
-    evaluate(session, LongOptions(lengths, strategies, generator, k, data, seed, time_limit, out, plot), job)
+    options = LongOptions(
+        lengths, strategies, selectors, budgets, own_prefill, generator, k, data, seed, time_limit, out, plot
+    )
+    evaluate(session, options, job)

@@ -8,14 +8,17 @@ import typer
 
 from ragkit.cli.common import Session, command
 from ragkit.cli.eval_long import (
+    BudgetsOption,
     DataOption,
     GeneratorOption,
     LengthsOption,
     LongJob,
     LongOptions,
     OutOption,
+    OwnPrefillOption,
     PlotOption,
     SeedOption,
+    SelectorsOption,
     StrategiesOption,
     TimeLimitOption,
     evaluate,
@@ -46,6 +49,9 @@ def ruler(
         ),
     ] = 1,
     strategies: StrategiesOption = "full,rag",
+    selectors: SelectorsOption = None,
+    budgets: BudgetsOption = None,
+    own_prefill: OwnPrefillOption = False,
     k: TopKOption = None,
     generator: GeneratorOption = None,
     data: DataOption = None,
@@ -71,4 +77,7 @@ def ruler(
         cells=task_cells,
         settings={"tasks": [task.name for task in chosen], "items": items, "questions": questions},
     )
-    evaluate(session, LongOptions(lengths, strategies, generator, k, data, seed, time_limit, out, plot), job)
+    options = LongOptions(
+        lengths, strategies, selectors, budgets, own_prefill, generator, k, data, seed, time_limit, out, plot
+    )
+    evaluate(session, options, job)

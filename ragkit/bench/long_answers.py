@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ragkit.bench.long_items import CharSpan, LongQuestion
-from ragkit.config import PipelineConfig
+from ragkit.config import PageSelectorName, PipelineConfig
 from ragkit.generation.engine import Engine
 from ragkit.generation.prompt import PromptBuilder
 from ragkit.generation.sampling import SamplingConfig
-from ragkit.generation.steps import Finished
+from ragkit.generation.steps import GenerationStep
 from ragkit.generation.strategy import PrefillStrategy
 from ragkit.models.chat_template import ChatTemplate
 from ragkit.retrieval.base import Embedder
@@ -61,12 +61,28 @@ class LongContextAnswerer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PagesVariants:
+    """What of answers from pages is compared.
+
+    Attributes:
+        selectors: page selectors; empty for the configured one.
+        budgets: tokens of the pages that they find; empty for the configured number.
+        own_prefill: whether each of these reads the documents itself, instead of the configured one for all.
+    """
+
+    selectors: tuple[PageSelectorName, ...] = ()
+    budgets: tuple[int, ...] = ()
+    own_prefill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class AnswererTools:
     """What answerers are made of; `embedder` is None where none of them retrieves."""
 
     engine: Engine
     embedder: Embedder | None
     config: PipelineConfig
+    pages: PagesVariants = PagesVariants()
 
 
 def fresh_builder(tools: AnswererTools) -> PromptBuilder:
@@ -97,9 +113,9 @@ def with_prefix(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
 
 def generate_text(engine: Engine, prompt: Prompt, max_new_tokens: int, strategy: str | PrefillStrategy = "full") -> str:
     """Return what the model says after `prompt`, greedily."""
-    pieces = []
-    for step in engine.generate(prompt, SamplingConfig(max_new_tokens), strategy):
-        pieces.append(step.piece)
-        if isinstance(step, Finished):
-            break
-    return "".join(pieces)
+    return text_of(engine.generate(prompt, SamplingConfig(max_new_tokens), strategy))
+
+
+def text_of(steps: Iterator[GenerationStep]) -> str:
+    """Return the whole text of an answer."""
+    return "".join(step.piece for step in steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ragkit.bench.answer_full import FullAnswerer
+from ragkit.bench.answer_pages import pages_answerers
 from ragkit.bench.answer_rag import RagAnswerer
 from ragkit.bench.long_answers import AnswererTools, LongContextAnswerer
 
@@ -12,6 +13,7 @@ from ragkit.bench.long_answers import AnswererTools, LongContextAnswerer
 ANSWERERS: Mapping[str, Callable[[AnswererTools], Sequence[LongContextAnswerer]]] = {
     "full": lambda tools: [FullAnswerer(tools)],
     "rag": lambda tools: [RagAnswerer(tools)],
+    "pages": pages_answerers,
 }
 
 

@@ -9,14 +9,24 @@ from blended_pipeline import CONFIG, text_of
 from doubles import HashEmbedder
 
 from ragkit.bench.answer_full import FullAnswerer
+from ragkit.bench.answer_pages import pages_answerers
 from ragkit.bench.answer_rag import RagAnswerer
-from ragkit.bench.long_answers import AnswererTools, chunk_of, frame_tokens, fresh_builder, generate_text, with_prefix
+from ragkit.bench.long_answers import (
+    AnswererTools,
+    PagesVariants,
+    chunk_of,
+    frame_tokens,
+    fresh_builder,
+    generate_text,
+    with_prefix,
+)
 from ragkit.bench.long_items import LongQuestion, Material
 from ragkit.bench.long_strategies import ANSWERERS, make_answerers
 from ragkit.bench.needle import NeedleTask
 from ragkit.cli.eval_long import STRATEGIES
-from ragkit.config import ChunkingConfig, RetrievalConfig, SearchMode
+from ragkit.config import ChunkingConfig, CodecName, PagesConfig, PageSelectorName, RetrievalConfig, SearchMode
 from ragkit.errors import GenerationError
+from ragkit.generation.paged_prefill import PagedPrefill
 
 NEW_TOKENS = 8
 QUESTIONS = [LongQuestion(text, ("x",), begun, (), 0.0) for text, begun in (("Where?", "It is"), ("Who is it?", "She"))]
@@ -96,4 +106,50 @@ def test_the_frame_is_what_a_prompt_takes_besides_document_and_question(tools, e
 
 def test_the_command_line_knows_the_strategies_that_there_are(tools):
     assert tuple(ANSWERERS) == STRATEGIES
-    assert [answerer.name for answerer in make_answerers(STRATEGIES, tools)] == list(STRATEGIES)
+    assert [answerer.name for answerer in make_answerers(STRATEGIES, tools)] == ["full", "rag", "pages mean-key"]
+
+
+@pytest.fixture
+def paged(tools) -> AnswererTools:
+    pages = PagesConfig(page_tokens=16, sink_tokens=32, budget_tokens=64, local_tokens=64, window_tokens=128)
+    return replace(tools, config=replace(tools.config, pages=replace(pages, codec=CodecName.BF16)))
+
+
+def test_selectors_and_budgets_are_compared_over_one_reading(paged, monkeypatch):
+    variants = PagesVariants((PageSelectorName.MEAN_KEY, PageSelectorName.WINDOW), (32, 64))
+    answerers = pages_answerers(replace(paged, pages=variants))
+    assert [one.name for one in answerers] == [
+        "pages mean-key 32", "pages mean-key 64", "pages window 32", "pages window 64",
+    ]  # fmt: skip
+    read, readings = PagedPrefill.read, []
+    monkeypatch.setattr(PagedPrefill, "read", lambda self, *rest: readings.append(self.options) or read(self, *rest))
+    document = text_of(1, 30)
+    answers = [list(one.answer(document, QUESTIONS, NEW_TOKENS)) for one in answerers]
+    assert [(one.selector.selector_id, one.budget_pages) for one in readings] == [("mean-key", 4)]
+    assert len({one.document_seconds for some in answers for one in some}) == 1
+    narrow, wide = (sum(stop - start for start, stop in some[0].shown) for some in (answers[2], answers[0]))
+    assert 32 <= narrow <= 64  # the local window: the sinks lie in the prompt's prefix
+    assert narrow + 16 <= wide < len(document)
+
+
+def test_with_a_prefill_of_its_own_each_selector_reads(paged, monkeypatch):
+    variants = PagesVariants((PageSelectorName.MEAN_KEY, PageSelectorName.WINDOW), own_prefill=True)
+    answerers = pages_answerers(replace(paged, pages=variants))
+    assert [one.name for one in answerers] == ["pages mean-key own prefill", "pages window own prefill"]
+    read, readings = PagedPrefill.read, []
+    monkeypatch.setattr(PagedPrefill, "read", lambda self, *rest: readings.append(self.options) or read(self, *rest))
+    for answerer in answerers:
+        list(answerer.answer(text_of(1, 30), QUESTIONS[:1], NEW_TOKENS))
+    assert [one.selector.selector_id for one in readings] == ["mean-key", "window"]
+
+
+def test_with_every_page_answers_are_those_of_full_prefill(paged):
+    document = text_of(1, 8)
+    [answerer] = pages_answerers(replace(paged, pages=PagesVariants((PageSelectorName.EVERYTHING,))))
+    config = replace(paged.config.pages, codec=CodecName.FP32, selector=PageSelectorName.EVERYTHING)
+    [exact] = pages_answerers(replace(paged, config=replace(paged.config, pages=config)))
+    assert answerer.name == exact.name == "pages everything"
+    found = [one.text for one in exact.answer(document, QUESTIONS, NEW_TOKENS)]
+    assert found == [one.text for one in FullAnswerer(paged).answer(document, QUESTIONS, NEW_TOKENS)]
+    [shown] = {one.shown for one in answerer.answer(document, QUESTIONS, NEW_TOKENS)}
+    assert shown == ((0, len(document)),)

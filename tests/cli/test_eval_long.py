@@ -39,9 +39,10 @@ class Reader:
 
 @pytest.fixture(autouse=True)
 def readers(monkeypatch) -> dict[str, Reader]:
-    made = {"full": Reader("full", most_tokens=1500), "rag": Reader("rag")}
+    made = {"full": Reader("full", most_tokens=1500), "rag": Reader("rag"), "pages": Reader("pages")}
 
-    def tools(config, strategies):
+    def tools(config, strategies, variants):
+        made["full"].variants = variants
         made["full"].model = config.generation.model
         return LongTools([made[name] for name in strategies], WordTokenizer(), 20, on_gpu=False)
 
@@ -116,6 +117,19 @@ def test_generator_and_k_reach_the_settings(run, readers):
     assert data["settings"]["strategies"] == ["rag", "full"]
 
 
+def test_selectors_and_budgets_reach_the_answerers_and_the_settings(run, readers):
+    chosen = ("--strategies", "full,pages", "--selectors", "mean-key,window", "--budgets", "64,128", "--own-prefill")
+    data = run(*RULER, *chosen, "--json").json
+    wanted = {"selectors": ["mean-key", "window"], "budgets": [64, 128], "own_prefill": True}
+    assert {name: data["settings"][name] for name in wanted} == wanted
+    assert readers["full"].variants == {
+        "selectors": ("mean-key", "window"),
+        "budgets": (64, 128),
+        "own_prefill": True,
+    }
+    assert data["settings"]["pages"]["selector"] == "mean-key"
+
+
 def test_the_default_lengths_are_those_of_the_device(run):
     data = run("eval", "needle", "--depths", "1", "--needles", "1", "--strategies", "rag", "-q", "--json").json
     assert data["settings"]["lengths"] == [1024, 2048, 4096]
@@ -165,8 +179,14 @@ def test_a_time_limit_leaves_out_the_rest_and_says_so(run):
         ((*NEEDLE, "--lengths", "0"), "--lengths takes whole numbers from 1 on, separated by commas, got '0'"),
         ((*NEEDLE, "--lengths", "8k"), "--lengths takes whole numbers from 1 on, separated by commas, got '8k'"),
         ((*NEEDLE, "--lengths", "50"), "needle was left out at 50 tokens: a length of 50 tokens leaves no room"),
-        ((*NEEDLE, "--strategies", "best"), "--strategies takes some of full, rag, separated by commas, got 'best'"),
+        (
+            (*NEEDLE, "--strategies", "best"),
+            "--strategies takes some of full, rag, pages, separated by commas",
+        ),
         ((*NEEDLE, "--lengths", "9000", "--strategies", "full"), "full was not asked at 9,000 tokens: it takes 1,500"),
+        ((*NEEDLE, "--strategies", "pages", "--selectors", "best"), "--selectors takes some of everything, window,"),
+        ((*NEEDLE, "--strategies", "pages", "--budgets", "2k"), "--budgets takes whole numbers from 1 on"),
+        ((*NEEDLE, "--own-prefill"), "--selectors, --budgets and --own-prefill are for pages: add it to --strategies"),
         ((*NEEDLE, "--depths", "0"), "Invalid value for '--depths'"),
         ((*NEEDLE, "--needles", "0"), "Invalid value for '--needles'"),
         ((*NEEDLE, "--data", "gone"), "the folder gone of public texts does not exist"),
