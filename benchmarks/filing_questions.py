@@ -3,10 +3,10 @@
     RAGKIT_DATA=... python benchmarks/filing_questions.py OUT.json [--tokens 6200] [--max-tokens 512]
 
 The reports (`sec_10q`: five companies, two quarters each, PDF) are read, cut and searched by BM25 as ragkit does it.
-The file has the form of MuSiQue's, a list of objects with `question`, `answers` and `ctxs`, each with a `text`; the
-best chunk stands last, as in ragkit's prompts. Answers are figures as the reports print them; a question whose figure
-stands in none of its chunks has none. Tables of numbers and legal prose make other prompts than MuSiQue's encyclopedia
-passages do: settings that were chosen there are tried here.
+The file has the form of MuSiQue's, a list of objects with `question`, `answers` and `ctxs`, each with a `text` and
+with the texts `before` it in its report; the best chunk stands last, as in ragkit's prompts. Answers are figures as
+the reports print them; a question whose figure stands in none of its chunks has none. Tables of numbers and legal
+prose make other prompts than MuSiQue's encyclopedia passages do: settings that were chosen there are tried here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ragkit.pipeline import Pipeline
 from ragkit.retrieval.base import FloatMatrix
 
 HITS = 40  # looked at for a question; more than fit
+BEFORE = 2  # chunks before a chunk that are written with it
 
 # Question and answer by company: net sales, operating income, research and development, diluted earnings a share, cash,
 # segments, legal proceedings, and debt or risk. The quarters are named as the reports name them.
@@ -123,21 +124,29 @@ class NoEmbedder:
         return self.encode(texts)
 
 
-def _found(rag: Pipeline, question: str, tokens: int) -> list[str]:
-    """Return the texts of the best chunks that fit beside the better ones, the best last."""
-    kept: list[str] = []
+def _found(rag: Pipeline, question: str, tokens: int) -> list[dict[str, Any]]:
+    """Return the best chunks that fit beside the better ones, the best last."""
+    kept: list[dict[str, Any]] = []
     for hit in rag.search(question).hits:
         held = len(rag.tokenizer.encode(hit.text))
         if held <= tokens:
-            kept.append(hit.text)
+            kept.append({"text": hit.text, "before": _before(rag, hit.chunk_id)})
             tokens -= held
     return kept[::-1]
 
 
-def _item(question: str, answer: str, texts: Sequence[str]) -> dict[str, Any]:
+def _before(rag: Pipeline, chunk_id: str) -> list[str]:
+    """Return the texts of the chunks before a chunk, in reading order."""
+    (stored,) = rag.store.chunks_by_id([chunk_id])
+    chunk = stored.chunk
+    found = (rag.store.chunk_at(chunk.doc_id, index) for index in range(max(chunk.index - BEFORE, 0), chunk.index))
+    return [one.chunk.text for one in found if one is not None]
+
+
+def _item(question: str, answer: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     number = re.compile(rf"(?<![\d.,]){re.escape(answer)}(?![.,]?\d)")  # and not a part of a longer one
-    stands = bool(answer) and any(number.search(text) for text in texts)
-    return {"question": question, "answers": [answer] if stands else [], "ctxs": [{"text": text} for text in texts]}
+    stands = bool(answer) and any(number.search(one["text"]) for one in found)
+    return {"question": question, "answers": [answer] if stands else [], "ctxs": list(found)}
 
 
 if __name__ == "__main__":

@@ -17,12 +17,20 @@ FILE_NAME = "musique_s.json"
 
 @dataclass(frozen=True, slots=True)
 class MusiqueItem:
-    """One question with its passages; `index` is its place in the file."""
+    """One question with its passages.
+
+    Attributes:
+        index: its place in the file.
+        question, answers: what is asked, and the right answers.
+        passages: what it is answered from.
+        before: of each passage, what stands before it in its document, in reading order; nothing in MuSiQue.
+    """
 
     index: int
     question: str
     answers: tuple[str, ...]
     passages: tuple[str, ...]
+    before: tuple[tuple[str, ...], ...] = ()
 
 
 def musique_items(folder: Path) -> list[MusiqueItem]:
@@ -37,7 +45,8 @@ def question_items(path: Path) -> list[MusiqueItem]:
         passages = tuple(passage["text"] for passage in one["ctxs"])
         text = _plain(" ".join(passages))
         if not one["answers"] or any(_plain(answer) in text for answer in one["answers"]):
-            items.append(MusiqueItem(index, one["question"], tuple(one["answers"]), passages))
+            before = tuple(tuple(passage.get("before", ())) for passage in one["ctxs"])
+            items.append(MusiqueItem(index, one["question"], tuple(one["answers"]), passages, before))
     return items
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from ragkit.errors import StoreError
 from ragkit.generation.prompt import PromptBuilder
 from ragkit.store.records import StoredChunk
-from ragkit.types import Segment
+from ragkit.types import Chunk, Segment
 
 _KEPT_CHUNKS = 1024  # whose neighbours are kept: a question names its chunks several times, and the next one some again
 
@@ -46,9 +46,8 @@ class ChunkOrder(Protocol):
 class ChunkNeighbours:
     """Gives the segments before a chunk, by its id. Thread-safe; follows the store's generation.
 
-    They are whole chunks, tokenised as prompts do it, the nearest first, as long as they have at most `tokens` tokens
-    together; the nearest is taken in any case. Prefix, neighbours and chunk never take more than the window. A chunk
-    that has left the store has no neighbours any more.
+    They are tokenised as prompts do it, and as many as `nearest_segments` takes: prefix, neighbours and chunk never
+    take more than the window. A chunk that has left the store has no neighbours any more.
 
     Args:
         store: where the chunks are.
@@ -97,15 +96,26 @@ class ChunkNeighbours:
         (stored,) = self._store.chunks_by_id([chunk_id])
         chunk = stored.chunk
         room = self._window - len(self._builder.chunk_segment(chunk).token_ids)
-        found: list[Segment] = []
-        taken = 0
+        return nearest_segments(self._backwards(chunk), self._tokens, room)
+
+    def _backwards(self, chunk: Chunk) -> Iterator[Segment]:
         for index in range(chunk.index - 1, -1, -1):
             before = self._store.chunk_at(chunk.doc_id, index)
             if before is None:
-                break
-            segment = self._builder.chunk_segment(before.chunk)
-            taken += len(segment.token_ids)
-            if taken > room or (found and taken > self._tokens):
-                break
-            found.append(segment)
-        return tuple(reversed(found))
+                return
+            yield self._builder.chunk_segment(before.chunk)
+
+
+def nearest_segments(backwards: Iterable[Segment], tokens: int, room: int) -> tuple[Segment, ...]:
+    """Return the first of `backwards`, which lists what stands before a chunk from the nearest on, in reading order.
+
+    Whole ones, as long as they have at most `tokens` tokens together, the nearest in any case; never more than `room`.
+    """
+    found: list[Segment] = []
+    taken = 0
+    for segment in backwards:
+        taken += len(segment.token_ids)
+        if taken > room or (found and taken > tokens):
+            break
+        found.append(segment)
+    return tuple(reversed(found))

@@ -10,7 +10,7 @@ from ragkit.generation.full_prefill import FullPrefill
 from ragkit.kvcache.coverage import Coverage
 from ragkit.kvcache.kv_key import ContextKind
 from ragkit.kvcache.selectors_question import QuestionAttention
-from ragkit.kvcache.selectors_static import Everything
+from ragkit.kvcache.selectors_static import Everything, NoTokens
 
 EVERYTHING = Variant("everything", Everything(), 1.0, NO_PROPAGATION)
 QUARTER = Variant("question", QuestionAttention(), 0.25)
@@ -53,6 +53,21 @@ def test_plain_reuse_is_measured_the_same_way_whatever_the_codec_and_context(eng
     other = quality(engine, scorer, "int4", ContextKind.ISOLATED).score(prompt_of(0), [PLAIN_REUSE, QUARTER])
     assert plain["reuse @ 0"] == other["reuse @ 0"]
     assert plain["question @ 0.25"] != other["question @ 0.25"]
+
+
+def test_each_variant_may_have_a_context_of_its_own(engine, scorer, prompt_of):
+    prompt = prompt_of(0)
+    chunks = [one for one in prompt.segments if one.chunk_id is not None]
+    before = {one.chunk_id: chunks[:index] for index, one in enumerate(chunks)}
+    made = BlendQuality(
+        scorer, engine.prompt_builder().prefix.token_ids, "bf16", ContextKind.PREFIX, before.__getitem__
+    )
+    variants = [Variant(kind.value, NoTokens(), 0.0, NO_PROPAGATION, kind) for kind in ContextKind]
+    found = made.score(prompt, [PLAIN_REUSE, *variants])
+    assert found["prefix @ 0"] == found["reuse @ 0"]
+    assert found["isolated @ 0"].kl_first > 1e-6
+    # Behind all that stands before it in the prompt a chunk's KV is that of full prefill, through bf16.
+    assert found["neighbours @ 0"].kl_first < found["reuse @ 0"].kl_first / 100
 
 
 def test_full_prefill_follows_its_own_greedy_answer(engine, scorer, prompt_of):

@@ -28,3 +28,11 @@ def test_items_without_answers_stay(tmp_path):
     file.write_text(json.dumps(items), encoding="utf-8")
     [item] = question_items(file)
     assert (item.index, item.answers) == (0, ())
+
+
+def test_what_stands_before_a_passage_is_read_where_the_file_says_it(tmp_path):
+    passages = [{"text": "It grew.", "before": ["The company.", "Its sales."]}, {"text": "Other."}]
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps([{"question": "What?", "answers": [], "ctxs": passages}]), encoding="utf-8")
+    [item] = question_items(file)
+    assert item.before == (("The company.", "Its sales."), ())
