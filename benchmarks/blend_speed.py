@@ -15,7 +15,8 @@ On a CPU (`--cpu`): the bundled model, a prompt of about 4,096 tokens in chunks 
 Timed is everything from the chunks' ids to the first logits: finding and loading KV, choosing tokens, recomputing
 them. `load` is the time until the last chunk's KV is there, `overlapped` the part of it spent below the other steps.
 Sides take turns within each round; figures are medians. Before anything is timed, recomputing every token is compared
-with full prefill, and the answers from all places with one another.
+with full prefill, and the answers from all places with one another. `private_kv_bytes` of a row is what the request
+alone holds of KV: of shared rows, those that it recomputes, and its field.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from prefill_decode import SHAPE_8B, best, ceilings, distance, ours_of, random_m
 from report import markdown_table, percentiles, write_result
 from torch import Tensor
 
+from ragkit.config import BlendRows
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.decoder import Decoder
@@ -128,6 +130,7 @@ class Bench:
         self.rotary = RotaryCache(decoder)
         self.pool = KVPool(decoder.layout, -(-pool_tokens // 64) + 2, decoder.device)
         self.prefix = self._ids(0, PREFIX_TOKENS)
+        self.private_bytes = 0  # that the last request held
 
     def _ids(self, seed: int, count: int) -> tuple[int, ...]:
         generator = torch.Generator().manual_seed(seed)
@@ -166,6 +169,8 @@ class Bench:
             result = strategy.prefill(self.decoder, PrefillRequest(prompt, kv, rotary, ratio))
             self.wait()
             spent = (time.perf_counter() - started) * 1e3
+            self.private_bytes = kv.private_bytes
+        assert not result.warnings, result.warnings
         return result, spent
 
     def run(self, strategy: PrefillStrategy, ratio: float | None, prompt: Prompt) -> tuple[Tensor, Steps]:
@@ -185,13 +190,16 @@ class Bench:
     def measure(self, sides: Sequence[Side], prompt: Prompt, rounds: int) -> list[dict[str, Any]]:
         """Return a row a side: medians over `rounds` rounds in turns, after one that warms up."""
         samples: dict[str, list[Steps]] = {side.name: [] for side in sides}
+        held = dict.fromkeys(samples, 0)
         for turn in range(rounds + 1):
             shift = turn % len(sides)
             for side in [*sides[shift:], *sides[:shift]]:
+                self.private_bytes = 0
                 _, spent = side.run(prompt)
+                held[side.name] = self.private_bytes
                 if turn:
                     samples[side.name].append(spent)
-        rows = [row_of(name, len(prompt), spent) for name, spent in samples.items()]
+        rows = [row_of(name, len(prompt), spent) | {"private_kv_bytes": held[name]} for name, spent in samples.items()]
         fastest = min(row["total_ms"] for row, side in zip(rows, sides, strict=True) if side.is_full)
         return [row | {"speed_up": fastest / row["total_ms"]} for row in rows]
 
@@ -241,6 +249,7 @@ class RandomBench(Bench):
             hosted, pooled = (self.run(one, RATIO, prompt)[0] for one in (self.hosted[codec], blend))
             gaps[codec] = max(distance(hosted, computed), distance(pooled, computed))
             assert gaps[codec] <= CLOSE, f"{codec}: answers from different places differ by {gaps[codec]}"
+            self.check_ratio_1([self.shared(blend)], prompt)
             blend.kv_store.close()
         return found | {"gap_between_places": gaps}
 
@@ -253,6 +262,10 @@ class RandomBench(Bench):
         self._pooled = [self.pooled(codec, prompt) for codec in POOL_CODECS]
         sides += [
             self.side(f"blend {RATIO:.0%}, {codec} in GPU memory", blend, RATIO)
+            for codec, blend in zip(POOL_CODECS, self._pooled, strict=True)
+        ]
+        sides += [
+            self.side(f"blend {RATIO:.0%}, {codec} in GPU memory, shared rows", self.shared(blend), RATIO)
             for codec, blend in zip(POOL_CODECS, self._pooled, strict=True)
         ]
         sides += [
@@ -270,6 +283,10 @@ class RandomBench(Bench):
         result, _ = self.prefill(blend, RATIO, prompt)
         assert set(result.kv.bytes_by_tier) == {"gpu"}, f"chunks are not in the pool: {result.kv}"
         return blend
+
+    def shared(self, pooled: BlendPrefill) -> BlendPrefill:
+        """Return blended prefill over the same chunks that lists them where they lie."""
+        return BlendPrefill(pooled.kv_store, pooled.chunks, replace(pooled.options, rows=BlendRows.SHARED))
 
     def _release_pool(self) -> None:
         for blend in self._pooled:

@@ -15,6 +15,7 @@ from tiny_generator import write_generator
 from ragkit import Pipeline
 from ragkit.config import (
     BlendConfig,
+    BlendRows,
     ChunkContextName,
     CodecName,
     LoadingMode,
@@ -186,6 +187,29 @@ def test_every_selector_answers(place: Path, engine: Engine, selector: SelectorN
         cold, warm = pipeline.query(QUESTIONS[0]), pipeline.query(QUESTIONS[0])
     assert cold.text == warm.text
     assert warm.kv.hits == 5
+
+
+def test_rows_are_shared_where_the_pool_has_room_and_an_answer_says_where_it_has_none(
+    place: Path, engine: Engine
+) -> None:
+    blend = replace(CONFIG.blend, ratio=1.0, selector=SelectorName.EVERYTHING)
+    with open_blended(place, engine, replace(CONFIG, blend=blend)) as pipeline:
+        expected = ask_all(pipeline)
+    config = replace(CONFIG, blend=replace(blend, rows=BlendRows.SHARED))
+    roomy = Engine.load(engine.folder, device="cpu", dtype="float32", kv_tokens=8192)
+    with open_blended(place, roomy, config) as pipeline:
+        assert ask_all(pipeline) == expected
+        again = pipeline.query(QUESTIONS[0])
+        assert set(again.kv.bytes_by_tier) == {"pool"}
+        assert again.warnings == ()
+        free = roomy.pool.num_free
+        assert free < roomy.pool.num_blocks
+        pipeline.query(QUESTIONS[1])
+        assert roomy.pool.num_free == free  # the chunks stay, the request's own rows do not
+    with open_blended(place, roomy, config, gpu_mb=0) as pipeline:
+        answer = pipeline.query(QUESTIONS[0])
+        assert "rows are private, not shared: there is no tier in the pool" in answer.warnings[0]
+        assert ask_all(pipeline) == expected
 
 
 @pytest.mark.parametrize("context", ChunkContextName)

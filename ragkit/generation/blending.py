@@ -134,7 +134,9 @@ def _pool_tier(kv: KVConfig, pool: KVPool) -> PoolTier | None:
     blocks = _megabytes(kv.gpu_mb) // (pool.block_size * pool.layout.bytes_per_token)
     if not blocks:
         return None
-    return PoolTier(pool, min(blocks, pool.num_blocks), make_policy(kv.policy), budget_bytes=_megabytes(kv.gpu_mb))
+    name = "gpu" if pool.device.type == "cuda" else "pool"  # in reports; on a CPU it is there for shared rows
+    budget = _megabytes(kv.gpu_mb)
+    return PoolTier(pool, min(blocks, pool.num_blocks), make_policy(kv.policy), name, budget_bytes=budget)
 
 
 def _backing_tiers(kv: KVConfig, store: KVCatalogue | None) -> list[BackingTier]:

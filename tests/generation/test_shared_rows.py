@@ -202,12 +202,8 @@ def _twin(bench, rows, chosen, propagation, dropping=(None, ())):
         attended = torch.einsum("hqk,khd->qhd", scores.softmax(-1), blended[1].repeat_interleave(group, 1))
         if layer == dropping[0]:
             kept = torch.tensor([position not in dropping[1] for position in active.tolist()], device=DEVICE)
-            chosen, active, attended, residual = (
-                chosen[kept[: len(chosen)]],
-                active[kept],
-                attended[kept],
-                residual[kept],
-            )
+            chosen, active = chosen[kept[: len(chosen)]], active[kept]
+            attended, residual = attended[kept], residual[kept]
         activations = decoder.complete(layer, attended, residual)
     return decoder.logits(activations.rows(slice(-1, None)))[0], out
 
