@@ -25,6 +25,7 @@ from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
+from ragkit.kvcache.page_summary_records import PageSummaryRecords
 from ragkit.types import KVUse
 
 MEMORY, DISK = "ram", "disk"  # how the places of encoded pages are called in reports
@@ -86,6 +87,7 @@ class KVPages:
         self.lock = threading.RLock()
         self._first_unwritten = self.num_windows
         self._summaries: dict[str, PageSummaries] = {}
+        self._summary_records = PageSummaryRecords(records.tier, self.refs, codec.layout.num_layers)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-load")
         self._loading: set[tuple[int, int]] = set()
         self._bytes = {MEMORY: 0, DISK: 0}
@@ -130,12 +132,13 @@ class KVPages:
         encoded = self._encode(window, rows)
         pages = range(self._first_page(window), self._first_page(window + 1))
         for layer, piece in enumerate(encoded):
-            decoded = self.codec.decode(layer, piece.to(self.cache.pool.device))
+            decoded = self.codec.decode(layer, piece.to(self._device))
             kept = list(pages)[-self.cache.num_pages :]
             self.cache.put(layer, kept, (decoded[0][-len(kept) :], decoded[1][-len(kept) :]))
             for summaries in self._summaries.values():
                 summaries.append(layer, PageRows(decoded[0], self._received(layer, piece)))
         self.num_windows = window + 1
+        self._write_summaries()
         if self.records.write(self._packed(window, encoded, recompute_ms)):
             self._let_go()
 
@@ -159,6 +162,7 @@ class KVPages:
             KVCacheError: the disk could not be written.
         """
         self.records.flush()
+        self._summary_records.flush()
         self._let_go()
 
     def bring(self, layer: int, pages: Sequence[int]) -> Tensor:
@@ -179,7 +183,7 @@ class KVPages:
                 continue
             if missing:
                 encoded = torch.stack([self._row(pieces, page) for page in missing])
-                decoded = self.codec.decode(layer, encoded.to(self.cache.pool.device, non_blocking=True))
+                decoded = self.codec.decode(layer, encoded.to(self._device, non_blocking=True))
                 self.cache.put(layer, missing, decoded)
             return self.cache.blocks(layer, pages)
 
@@ -204,13 +208,27 @@ class KVPages:
             return found
         made = self._summaries[selector.selector_id] = PageSummaries(selector, self.num_layers)
         try:
-            for window in range(self.num_windows):
-                for layer in range(self.num_layers):
-                    made.append(layer, self._window_keys(layer, window))
+            for windows in self._summary_records.sections():
+                self._fill(made, windows)
+            self._summary_records.flush()
         except BaseException:
             del self._summaries[selector.selector_id]
             raise
         return made
+
+    def _fill(self, made: PageSummaries, windows: range) -> None:
+        """Add the pages of a section, as far as they are there, from what is stored of it or from the pages."""
+        if windows.start >= self.num_windows:
+            return
+        first, stop = self._first_page(windows.start), self._first_page(windows.stop)
+        whole = windows.stop <= self.num_windows
+        if whole and made.is_closed and self._summary_records.restore(made, windows, stop - first, self._device):
+            return
+        for window in range(windows.start, min(windows.stop, self.num_windows)):
+            for layer in range(self.num_layers):
+                made.append(layer, self._window_keys(layer, window))
+        if whole:
+            self._summary_records.write(made, windows, first, stop)
 
     def use(self, since: KVUse | None = None) -> KVUse:
         """Return what was used so far, or since an earlier call.
@@ -253,12 +271,12 @@ class KVPages:
             except _DamagedWindowError as damage:
                 self._mend(damage)
                 continue
-            keys, _ = self.codec.decode(layer, piece.to(self.cache.pool.device))
+            keys = self.codec.decode_keys(layer, piece.to(self._device))
             return PageRows(keys, self._received(layer, piece))
 
     def _received(self, layer: int, piece: Tensor) -> Tensor | None:
         received = self.codec.received(layer, piece)
-        return None if received is None else received.to(self.cache.pool.device)
+        return None if received is None else received.to(self._device)
 
     def _piece(self, layer: int, window: int) -> Tensor:
         """Return (pages, page_bytes) uint8 of one window in one layer, from memory or disk."""
@@ -296,6 +314,17 @@ class KVPages:
             raise KVCacheError(f"{damage.cause}: the document has to be read again") from damage
         _log.warning("%s: its window is computed again", damage.cause)
         self.repair(damage.window)
+
+    def _write_summaries(self) -> None:
+        for windows in self._summary_records.sections():
+            if windows.stop == self.num_windows:
+                first, stop = self._first_page(windows.start), self._first_page(windows.stop)
+                for summaries in self._summaries.values():
+                    self._summary_records.write(summaries, windows, first, stop)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.cache.pool.device
 
     def _let_go(self) -> None:
         if self.records.tier is None:

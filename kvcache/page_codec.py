@@ -100,6 +100,17 @@ class PageCodec:
         dequantize_kv(values, out[1], token_group=1)
         return out[0].view(shape), out[1].view(shape)
 
+    def decode_keys(self, layer: int, data: Tensor) -> Tensor:
+        """Return the keys alone, as `decode` does."""
+        spec = self.layout.layers[layer]
+        shape = (len(data), self.page_size, spec.num_kv_heads, spec.head_dim)
+        if self._raw is not None:
+            return self._split(layer, data, most=1)[0].view(shape).to(self.layout.dtype)
+        out = torch.empty((len(data) * self.page_size, *shape[2:]), dtype=self.layout.dtype, device=data.device)
+        parts = [part.flatten(0, 1) for part in self._split(layer, data, most=3)]
+        dequantize_kv(QuantizedHeads(*parts), out, token_group=self._group)
+        return out.view(shape)
+
     def codes(self, layer: int, data: Tensor) -> tuple[QuantizedHeads, QuantizedHeads]:
         """Return keys and values of (pages, page_bytes) uint8 as codes of their tokens behind each other."""
         parts = [part.flatten(0, 1) for part in self._split(layer, data)]
@@ -115,15 +126,17 @@ class PageCodec:
         value_codes = quantize_kv(values, bits=self._bits, token_group=1, channel_group=channels)
         return [*key_codes, *value_codes]
 
-    def _split(self, layer: int, data: Tensor) -> list[Tensor]:
-        """Return the sections (pages, *shape) of encoded pages, contiguous."""
+    def _split(self, layer: int, data: Tensor, most: int | None = None) -> list[Tensor]:
+        """Return the first `most` sections (pages, *shape) of encoded pages, contiguous."""
+        if data.shape[1] != self.page_bytes(layer):
+            raise KVCacheError(
+                f"a page of layer {layer} has {data.shape[1]} bytes where {self.page_bytes(layer)} were written"
+            )
         parts, start = [], 0
-        for dtype, shape in self._sections(layer):
+        for dtype, shape in self._sections(layer)[:most]:
             stop = start + math.prod(shape) * dtype.itemsize
             parts.append(data[:, start:stop].contiguous().view(dtype).view(len(data), *shape))
             start = stop
-        if start != data.shape[1]:
-            raise KVCacheError(f"a page of layer {layer} has {data.shape[1]} bytes where {start} were written")
         return parts
 
     def _sections(self, layer: int) -> list[_Section]:

@@ -55,7 +55,7 @@ def head_products(queries: Tensor, vectors: Tensor) -> Tensor:
     # One product a key head, of the queries of its group with its vectors where they lie.
     grouped = queries.float().unflatten(1, (kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
     products = torch.bmm(grouped, vectors.float().permute(1, 2, 0))
-    return products.unflatten(1, (count, -1)).permute(1, 0, 2, 3).reshape(count, q_heads, len(vectors))
+    return products.view(kv_heads, count, -1, len(vectors)).transpose(0, 1).reshape(count, q_heads, len(vectors))
 
 
 def _by_kernel(queries: Tensor, summaries: Tensor | KeyBounds, election: Election) -> Tensor:

@@ -112,7 +112,8 @@ def _clusters(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _by_group(queries: Tensor, centroids: Tensor, scale: float) -> Tensor:
     """Return (queries, q_heads, groups, centroids) fp32 products."""
-    return (head_products(queries, centroids.flatten(0, 1)) * scale).unflatten(2, centroids.shape[:2])
+    products = head_products(queries, centroids.flatten(0, 1)) * scale
+    return products.view(*products.shape[:2], *centroids.shape[:2])
 
 
 def _by_query_head(counts: Tensor, q_heads: int) -> Tensor:

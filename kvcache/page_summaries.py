@@ -31,6 +31,13 @@ class PageSummaries:
         self._parts: list[tuple[_Growing, ...]] = [()] * num_layers
         self._closed: list[tuple[int, ...]] = [()] * num_layers  # lengths of the parts without the open group
         self._open: list[PageRows | None] = [None] * num_layers
+        # Lengths of the parts by the number of pages that they were of, where no group was open.
+        self._marks: list[dict[int, tuple[int, ...]]] = [{0: ()} for _ in range(num_layers)]
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no group of any layer waits for more pages."""
+        return all(rows is None for rows in self._open)
 
     @property
     def nbytes(self) -> int:
@@ -58,20 +65,37 @@ class PageSummaries:
             self._add(layer, self.selector.summarise(_some(rows, 0, whole)))
         self._closed[layer] = tuple(part.length for part in self._parts[layer])
         self._open[layer] = None
+        closed_pages = self.num_pages[layer] - (len(rows.keys) - whole)
+        self._marks[layer] = {at: lengths for at, lengths in self._marks[layer].items() if at <= closed_pages}
+        self._marks[layer][closed_pages] = self._closed[layer]
         if whole < len(rows.keys):
             rest = _some(rows, whole, len(rows.keys))
             self._add(layer, self.selector.summarise(rest))
             self._closed[layer] = self._closed[layer] or (0,) * len(self._parts[layer])
             self._open[layer] = PageRows(rest.keys.clone(), None if rest.received is None else rest.received.clone())
+            self._marks[layer][self.num_pages[layer]] = tuple(part.length for part in self._parts[layer])
 
     def of(self, layer: int) -> tuple[Tensor, ...]:
         """Return what was kept of a layer's pages, joined; views that hold until pages are added."""
         return tuple(part.view() for part in self._parts[layer])
 
-    def restore(self, layer: int, pages: int, parts: Sequence[Tensor]) -> None:
-        """Take what `of` gave, of a finished document of `pages` pages, instead of adding its pages."""
-        self._parts[layer] = tuple(_Growing(part) for part in parts)
-        self.num_pages[layer] = pages
+    def between(self, layer: int, first: int, stop: int) -> tuple[Tensor, ...]:
+        """Return what was kept of the pages from `first` up to `stop`; nothing where a group reaches beyond them."""
+        marks = self._marks[layer]
+        if first not in marks or stop not in marks:
+            return ()
+        starts = marks[first] or (0,) * len(marks[stop])
+        return tuple(
+            part.view()[start:end] for part, start, end in zip(self._parts[layer], starts, marks[stop], strict=True)
+        )
+
+    def extend(self, layer: int, pages: int, parts: Sequence[Tensor]) -> None:
+        """Add the next `pages` pages by what `between` gave of them; no group may be open before."""
+        assert self._open[layer] is None, "a group that is open would be cut in two"
+        self._add(layer, tuple(parts))
+        self._closed[layer] = tuple(part.length for part in self._parts[layer])
+        self.num_pages[layer] += pages
+        self._marks[layer][self.num_pages[layer]] = self._closed[layer]
 
     def _add(self, layer: int, parts: tuple[Tensor, ...]) -> None:
         if not self._parts[layer]:

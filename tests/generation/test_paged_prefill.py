@@ -259,6 +259,50 @@ def test_a_second_reader_finds_all_pages_and_answers_the_same_without_reading(ll
     assert again.use().bytes_by_tier["disk"] > 0
 
 
+@pytest.mark.parametrize("selector", ["mean-key", "min-max", "centroids", "centroids-2"])
+def test_what_a_selector_keeps_is_stored_and_no_key_is_read_for_it_again(llama, monkeypatch, selector):
+    monkeypatch.setattr("ragkit.kvcache.page_summary_records.SECTION_WINDOWS", 4)
+    tier, options = RecordsInMemory(), replace(SMALL, selector=make_page_selector(selector))
+    first, prefill = read(llama, TOKENS[:300], options, tier=tier)
+    assert len(tier.records) == 19 + 5
+    again = pages_of(llama, TOKENS[:300], options, tier=tier)
+    restored = again.summaries(options.selector)
+    assert again.use().bytes_by_tier == {"ram": 0, "disk": 0}
+    for layer in range(3):
+        for mine, other in zip(restored.of(layer), first.summaries(options.selector).of(layer), strict=True):
+            assert torch.equal(mine, other)
+    torch.testing.assert_close(
+        logits_over(llama, again, prefill), logits_over(llama, first, prefill), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_damaged_summary_is_made_again_from_the_pages(llama, is_gone):
+    tier = RecordsInMemory()
+    first, _ = read(llama, TOKENS[:300], tier=tier)
+    windows = {ref.key for ref in first.refs}
+    (key,) = tier.records.keys() - windows
+    record = tier.records[key]
+    if is_gone:
+        del tier.records[key]
+    else:
+        tier.records[key] = record[:-4200] + bytes(100) + record[-4100:]
+    again = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
+    made = again.summaries(SMALL.selector)
+    torch.testing.assert_close(made.of(1), first.summaries(SMALL.selector).of(1))
+    assert tier.records[key] == record
+    assert again.use().bytes_by_tier["disk"] > 0
+
+
+def test_a_selector_that_did_not_read_stores_what_it_keeps_when_it_is_first_used(llama):
+    tier, bounds = RecordsInMemory(), make_page_selector("min-max")
+    read(llama, TOKENS[:300], tier=tier)
+    pages_of(llama, TOKENS[:300], SMALL, tier=tier).summaries(bounds)
+    again = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
+    again.summaries(bounds)
+    assert again.use().bytes_by_tier["disk"] == 0
+
+
 def test_stopped_reading_goes_on_behind_the_last_window(llama):
     tier, stop = RecordsInMemory(), Event()
     pages = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
@@ -309,9 +353,10 @@ def test_reading_that_fails_keeps_the_windows_that_were_read(llama):
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone"])
 def test_a_damaged_window_is_computed_again_and_the_answer_is_the_same(llama, damage):
     tier = RecordsInMemory()
-    first, prefill = read(llama, TOKENS[:300], tier=tier)
+    options = replace(SMALL, budget_pages=30)  # every page is asked for
+    first, prefill = read(llama, TOKENS[:200], options, tier=tier)
     expected = logits_over(llama, first, prefill)
-    again = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
+    again = pages_of(llama, TOKENS[:200], options, tier=tier)
     key = again.refs[7].key
     record = bytearray(tier.records[key])
     record[-5000] ^= 1
@@ -323,7 +368,7 @@ def test_a_damaged_window_is_computed_again_and_the_answer_is_the_same(llama, da
     again.num_windows = len(again.refs)  # it was there when the document was opened
     torch.testing.assert_close(logits_over(llama, again, prefill), expected, rtol=0, atol=1e-5)
     assert again.repaired == 1
-    assert pages_of(llama, TOKENS[:300], SMALL, tier=tier).is_complete
+    assert pages_of(llama, TOKENS[:200], options, tier=tier).is_complete
 
 
 def test_a_document_that_begins_like_another_shares_its_windows(llama):

@@ -1,0 +1,95 @@
+"""What selectors keep of a document, stored beside its pages: a second question need not read every key again.
+
+A record holds a section of windows in all layers, as safetensors, and is named by the selector and the keys of these
+windows. What is missing or damaged is made again from the pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ragkit.kvcache.backing_tier import BackingTier
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.kv_key import KVKey
+from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.page_records import PageRecords
+from ragkit.kvcache.page_selector import PageSelector
+from ragkit.kvcache.page_summaries import PageSummaries
+
+SECTION_WINDOWS = 64
+
+_CODEC = "page-summary-1"
+
+
+class PageSummaryRecords:
+    """The stored summaries of one document.
+
+    Args:
+        tier: where they are; None keeps nothing.
+        refs: the document's windows.
+        num_layers: layers of the model.
+    """
+
+    def __init__(self, tier: BackingTier | None, refs: Sequence[ChunkRef], num_layers: int) -> None:
+        self._refs = tuple(refs)
+        self._num_layers = num_layers
+        self._records = PageRecords(tier, _CODEC, num_layers)
+
+    def sections(self) -> list[range]:
+        """Return the windows of each section of the whole document."""
+        count = len(self._refs)
+        return [range(start, min(start + SECTION_WINDOWS, count)) for start in range(0, count, SECTION_WINDOWS)]
+
+    def restore(self, summaries: PageSummaries, windows: range, pages: int, device: torch.device) -> bool:
+        """Add a stored section of `pages` pages to `summaries`, and return whether it was there and whole."""
+        ref = self._ref(summaries.selector, windows)
+        try:
+            encoded = self._records.load(ref)
+            parts = [self._parts(encoded, layer) for layer in range(self._num_layers)]
+        except KVMissError:
+            return False
+        for layer, of_layer in enumerate(parts):
+            summaries.extend(layer, pages, [part.to(device) for part in of_layer])
+        return True
+
+    def write(self, summaries: PageSummaries, windows: range, first_page: int, stop_page: int) -> None:
+        """Store a section of `summaries`, unless its last group of pages goes on behind it.
+
+        Raises:
+            KVCacheError: the tier could not be written.
+        """
+        layers = []
+        for layer in range(self._num_layers):
+            parts = summaries.between(layer, first_page, stop_page)
+            if not parts:
+                return
+            content = save({str(index): part.contiguous().cpu() for index, part in enumerate(parts)})
+            layers.append(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        self._records.write(EncodedKV.pack(self._ref(summaries.selector, windows), _CODEC, layers))
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            KVCacheError: the tier could not be written.
+        """
+        self._records.flush()
+
+    def _parts(self, encoded: EncodedKV, layer: int) -> list[Tensor]:
+        try:
+            found = load(encoded.layer(layer).numpy().tobytes())
+            return [found[str(index)] for index in range(len(found))]
+        except (SafetensorError, KeyError) as error:
+            raise KVMissError(MissReason.HEADER, f"a stored summary of pages makes no sense ({error})") from error
+
+    def _ref(self, selector: PageSelector, windows: range) -> ChunkRef:
+        digest = hashlib.sha256(f"page-summary:{selector.selector_id}".encode())
+        for window in windows:
+            digest.update(self._refs[window].key.digest.encode())
+        return ChunkRef(KVKey(digest.hexdigest()), (), self._refs[windows.start].chunk_id)
