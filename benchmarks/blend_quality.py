@@ -24,7 +24,6 @@ propagation and of the default selector instead; look at even items only.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import random
 import sys
@@ -177,22 +176,12 @@ def context_variants(contexts: Sequence[ContextKind], ratios: Sequence[float]) -
 
 
 def study(ratios: Sequence[float]) -> Iterator[Variant]:
-    """Yield settings of the default method."""
+    """Yield the default method, without propagation, and with keys that move half as far as they might."""
     yield PLAIN_REUSE
     for ratio in ratios:
-        for spacing, most in itertools.product((16.0, 32.0, 64.0), (0.25, 0.5)):
-            selector = QuestionAttention(spacing, most)
-            yield Variant(f"spacing {spacing:g} most {most:g}", selector, ratio)
-            yield Variant(f"spacing {spacing:g} most {most:g} evidence", selector, ratio, Propagation(by_evidence=True))
-        for sigma in (16.0, 32.0, 96.0):
-            yield Variant(f"sigma {sigma:g}", QuestionAttention(), ratio, Propagation(sigma))
-            yield Variant(f"sigma {sigma:g} evidence", QuestionAttention(), ratio, Propagation(sigma, by_evidence=True))
-        for strength in (0.5, 0.75):
-            yield Variant(f"strength {strength:g}", QuestionAttention(), ratio, Propagation(48.0, strength, strength))
-            evidence = Propagation(48.0, strength, strength, by_evidence=True)
-            yield Variant(f"strength {strength:g} evidence", QuestionAttention(), ratio, evidence)
-        yield Variant("two rounds", TwoRounds(), ratio)
-        yield Variant("two rounds evidence", TwoRounds(), ratio, Propagation(by_evidence=True))
+        yield Variant("question + propagation", QuestionAttention(), ratio)
+        yield Variant("question", QuestionAttention(), ratio, NO_PROPAGATION)
+        yield Variant("question + propagation, keys by half", QuestionAttention(), ratio, Propagation(key_strength=0.5))
 
 
 class Passages:
