@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ _OPEN_RECORDS = 128
 
 
 def window_refs(
-    recipe: KVRecipe, reading_id: str, token_ids: Sequence[int], window_tokens: int, owner: Callable[[int], str]
+    recipe: KVRecipe, reading_id: str, token_ids: Sequence[int], window_tokens: int, owner: str
 ) -> list[ChunkRef]:
     """Return the references of a document's windows, in order.
 
@@ -36,7 +36,7 @@ def window_refs(
         reading_id: names how the document is read: whatever of it changes numbers.
         token_ids: all tokens.
         window_tokens: tokens of a window.
-        owner: gives the chunk that a window belongs to in the catalogue, by its first token.
+        owner: what the windows belong to in the catalogue, with which they go.
     """
     chain = hashlib.sha256(reading_id.encode())
     refs = []
@@ -44,7 +44,7 @@ def window_refs(
         tokens = tuple(token_ids[start : start + window_tokens])
         context = ChunkContext(ContextKind.PAGES, f"pages:{chain.hexdigest()}")
         key = recipe.key(tokens, context)
-        refs.append(ChunkRef(key, tokens, owner(start)))
+        refs.append(ChunkRef(key, tokens, owner))
         chain.update(key.digest.encode())
     return refs
 

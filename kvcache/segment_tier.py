@@ -17,7 +17,7 @@ from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.kv_segment import FileSource, KVMissError, MissReason, RecordReader, segment_parts
-from ragkit.store.records import KVEntry, KVTotals
+from ragkit.store.records import KVEntry, KVTotals, owning_chunk
 
 _SEGMENT_BYTES = 64 << 20  # as a commit group
 _LOCK_TIMEOUT_S = 5.0
@@ -126,8 +126,10 @@ class SegmentTier:
                     if self._catalogue.kv_totals() != KVTotals(len(self._records), self.bytes_used):
                         self._catch_up()  # somebody else wrote, removed or cleaned: those bytes count as well
                     # What was erased meanwhile must not come back through its KV.
-                    alive = self._catalogue.known_chunks([chunk.ref.chunk_id for chunk in group])
-                    kept += self._save_group(writer, [chunk for chunk in group if chunk.ref.chunk_id in alive])
+                    owners = [owning_chunk(chunk.ref.chunk_id) for chunk in group]
+                    alive = self._catalogue.known_chunks(owners)
+                    here = [chunk for chunk, owner in zip(group, owners, strict=True) if owner in alive]
+                    kept += self._save_group(writer, here)
             except StoreError as error:
                 with contextlib.suppress(StoreError):
                     self._reload()

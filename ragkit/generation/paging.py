@@ -29,6 +29,7 @@ from ragkit.kvcache.page_records import PageRecords, window_refs
 from ragkit.kvcache.segment_tier import KVCatalogue, SegmentTier
 from ragkit.models.fingerprint import weights_fingerprint, weights_stamp
 from ragkit.progress import Progress
+from ragkit.store.records import document_owner
 from ragkit.types import AttendedSpan
 
 _LARGEST_SHARE = 0.7  # of the disk's budget that one document may take: the tier keeps a quarter free when it evicts
@@ -212,9 +213,8 @@ class Paging:
         prefix = builder.prefix.token_ids
         token_ids = (*prefix, *ids, *builder.chunk_end)
         self._require_room(len(token_ids))
-        refs = window_refs(
-            self._recipe, options.reading_id, token_ids, options.window_tokens, lambda start: document.owner
-        )
+        owner = document_owner(document.owner)
+        refs = window_refs(self._recipe, options.reading_id, token_ids, options.window_tokens, owner)
         records = PageRecords(self._tier, self._codec.codec_id, engine.decoder.config.num_layers)
         memory = PageMemory(self._config.memory_mb << 20, page_locked=engine.decoder.device.type == "cuda")
         cache = self._cache(-(-len(token_ids) // options.page_size))

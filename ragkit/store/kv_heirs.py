@@ -12,6 +12,7 @@ import json
 import sqlite3
 from dataclasses import dataclass
 
+from ragkit.store.records import document_owner
 from ragkit.store.rows import row_crc
 
 KV_COLUMNS = "kv_id, key, chunk_id, segment_id, offset, bytes, crc32"
@@ -39,7 +40,9 @@ class KVHeirs:
 
     def went(self, chunk_id: str, text: bytes, characters: int) -> None:
         """Hear of a chunk that was deleted."""
-        if self._new or self._has_kv(chunk_id):  # of a large removal only what matters is kept in mind
+        if (
+            self._new or self._has_kv(chunk_id) or self._has_kv(document_owner(chunk_id))
+        ):  # of a large removal only what matters is kept in mind
             self._gone[chunk_id] = _Text(_digest(text), characters)
 
     def settle(self) -> dict[str, str]:
@@ -56,6 +59,7 @@ class KVHeirs:
             elsewhere = self._stored_elsewhere(set(orphans.values()))
             heirs |= {old: elsewhere[text] for old, text in orphans.items() if text in elsewhere}
         for old in gone:
+            self._connection.execute("DELETE FROM kv WHERE chunk_id = ?", (document_owner(old),))
             if old in heirs:
                 self._hand_on(old, heirs[old])
             else:

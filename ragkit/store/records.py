@@ -197,13 +197,32 @@ class IndexRecord:
 
 @dataclass(frozen=True, slots=True)
 class KVEntry:
-    """Where the KV of one chunk lies within a KV segment: `key` is its identity, `crc32` that of its bytes."""
+    """Where one KV lies within a KV segment: `key` is its identity, `crc32` that of its bytes.
+
+    `chunk_id` is the chunk that it is of, or a `document_owner`.
+    """
 
     key: str
     chunk_id: str
     offset: int
     bytes: int
     crc32: int
+
+
+_OF_DOCUMENT = "+document"
+
+
+def document_owner(chunk_id: str) -> str:
+    """Return the owner of KV that holds more of a document than its chunk `chunk_id`.
+
+    It goes when the chunk goes and never passes to another chunk of the same text, which says nothing of the rest.
+    """
+    return chunk_id + _OF_DOCUMENT
+
+
+def owning_chunk(owner: str) -> str:
+    """Return the chunk with which KV of this owner goes: the owner itself unless it is a `document_owner`."""
+    return owner.removesuffix(_OF_DOCUMENT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,7 @@ def llama():
 
 def pages_of(decoder, tokens, options, codec="fp32", *, tier=None, cache_pages=64, memory=1 << 30, received=False):
     codec = PageCodec(codec, decoder.layout, options.page_size, with_received=received)
-    refs = window_refs(
-        recipe_of(decoder, codec.codec_id), options.reading_id, tokens, options.window_tokens, lambda start: "c" * 32
-    )
+    refs = window_refs(recipe_of(decoder, codec.codec_id), options.reading_id, tokens, options.window_tokens, "c" * 32)
     cache = PageCache(decoder.layout, options.page_size, cache_pages, 0, decoder.device)
     records = PageRecords(tier, codec.codec_id, decoder.config.num_layers)
     return KVPages(codec, refs, options.window_tokens, cache, PageMemory(memory), records)

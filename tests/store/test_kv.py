@@ -5,7 +5,7 @@ import pytest
 from store_samples import add_kv, configure, digest, indexed, kv_key, kv_texts, update, vector_of
 
 from ragkit.store import IndexedDocument, KVEntry, SourceUpdate
-from ragkit.store.records import KVTotals
+from ragkit.store.records import KVTotals, document_owner, owning_chunk
 from ragkit.types import Chunk, Document, chunk_id_of
 
 
@@ -38,6 +38,20 @@ def test_removed_kv_is_a_miss_and_its_file_goes_with_the_last_entry(store):
         writer.remove_kv(["b"])
         assert not files[0].exists()
     assert store.verify().problems == ()
+
+
+def test_kv_of_a_whole_document_goes_with_its_chunk_and_never_to_another_of_the_same_text(store):
+    with store.writer() as writer:
+        configure(writer)
+        writer.commit([update("a.txt", "one")])
+        chunk_id = store.chunks([1])[0].chunk.chunk_id
+        owners = {"a": chunk_id, "b": document_owner(chunk_id)}
+        for name, owner in owners.items():
+            writer.add_kv([name.encode() * 10], [KVEntry(name, owner, 0, 10, zlib.crc32(name.encode() * 10))])
+        writer.commit([cut("b.txt", ["one", " and more"])])
+        writer.remove(["a.txt"])
+    assert [entry.key for _, entry in store.kv_listing()] == ["a"]
+    assert owning_chunk(document_owner(chunk_id)) == owning_chunk(chunk_id) == chunk_id
 
 
 PARTS = ["the first part of a text", "a second part: otherwise", "third and last it stands"]  # 24 characters each
