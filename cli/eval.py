@@ -83,7 +83,8 @@ def chunking(
         typer.Option("--limit", min=1, metavar="N", help="Only the first N questions and their documents."),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="DIR", help="Keep vectors of texts here from run to run.")
+        Path | None,
+        typer.Option("--cache", metavar="DIR", help="Keep vectors and losses of texts here from run to run."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the raw numbers to this file, as JSON.")
@@ -158,7 +159,7 @@ def _tools(config: PipelineConfig, cache: Path | None, unit: CapUnit) -> Evaluat
     late = chunk_embedder(pipeline.embedder, config.embedding) if config.embedding.late_chunking else None
     embedder = CachedEmbedder(pipeline.embedder, cache)
     tokenizer = CharacterTokenizer() if unit is CapUnit.CHARACTERS else pipeline.tokenizer
-    return EvaluationTools(tokenizer, embedder, late, lambda: pipeline.engine, config.chunking)
+    return EvaluationTools(tokenizer, embedder, late, lambda: pipeline.engine, config.chunking, cache)
 
 
 def _json(

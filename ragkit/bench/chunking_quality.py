@@ -5,10 +5,12 @@ Every ranking is cut at the same number of characters (its last chunk is cut to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ragkit.bench.cached_embedder import CachedEmbedder
+from ragkit.bench.cached_losses import CachedLosses
 from ragkit.bench.chunking_rankings import Ranking, rank
 from ragkit.bench.chunking_tables import (
     ChromaRow,
@@ -19,9 +21,9 @@ from ragkit.bench.chunking_tables import (
     comparison,
     frontier,
 )
-from ragkit.bench.chunking_variants import VARIANTS
+from ragkit.bench.chunking_variants import VARIANTS, Build, ComparedModels
 from ragkit.bench.question_sets import QuestionSet
-from ragkit.chunking.registry import ChunkerModels
+from ragkit.chunking.perplexity import LossModel
 from ragkit.config import ChunkingConfig
 from ragkit.generation.engine import Engine
 from ragkit.progress import Progress
@@ -40,6 +42,7 @@ class EvaluationTools:
         chunk_embedder: embeds chunks; None embeds each as a text of its own.
         load_engine: gives the language model, when a chunker asks for it.
         config: what all chunkers share besides name and cap.
+        cache: folder that keeps the losses of texts from run to run, where a chunker asks for them.
     """
 
     tokenizer: TextTokenizer
@@ -47,6 +50,7 @@ class EvaluationTools:
     chunk_embedder: ChunkEmbedder | None
     load_engine: Callable[[], Engine]
     config: ChunkingConfig = field(default_factory=ChunkingConfig)
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,14 @@ class ChunkingEvaluation:
     """One comparison. `report` holds what is done, also after `run` was interrupted."""
 
     def __init__(
-        self, sets: Sequence[QuestionSet], chunkers: Sequence[str], caps: Sequence[int], tools: EvaluationTools
+        self,
+        sets: Sequence[QuestionSet],
+        chunkers: Sequence[str],
+        caps: Sequence[int],
+        tools: EvaluationTools,
+        variants: Mapping[str, Build] = VARIANTS,
     ) -> None:
+        self._variants = variants
         self._sets = sets
         self._runs = [(name, cap) for name in chunkers for cap in caps]
         self._tools = tools
@@ -85,6 +95,7 @@ class ChunkingEvaluation:
                     progress.advance(documents=1)
         finally:
             self._tools.embedder.save()
+            self._models.losses.save()
 
     def report(self) -> ChunkingReport:
         """Return the tables of what is done."""
@@ -105,15 +116,21 @@ class ChunkingEvaluation:
         name, cap = run
         tools = self._tools
         config = ChunkingConfig(name.partition(":")[0], cap, min(tools.config.overlap_tokens, cap - 1))
-        chunker = VARIANTS[name](config, tools.tokenizer, self._models)
+        chunker = self._variants[name](config, tools.tokenizer, self._models)
         return rank(data, chunker, cap, tools.chunk_embedder or SeparateChunks(tools.embedder), tools.embedder)
 
 
-class _Models(ChunkerModels):
-    """The models that chunkers ask for; sentences are embedded once for all of them."""
+class _Models(ComparedModels):
+    """The models that chunkers ask for; sentences are embedded and texts foretold once for all of them."""
 
     def __init__(self, tools: EvaluationTools) -> None:
         self._tools = tools
+        self._losses = CachedLosses(self._load_losses, self._model_id, tools.cache)
+
+    @property
+    def losses(self) -> CachedLosses:
+        """The losses that are remembered."""
+        return self._losses
 
     @property
     def embedder(self) -> CachedEmbedder:
@@ -124,3 +141,13 @@ class _Models(ChunkerModels):
     def engine(self) -> Engine:
         """The language model, loaded when first asked for."""
         return self._tools.load_engine()
+
+    def _load_losses(self) -> LossModel:
+        from ragkit.chunking.decoder_losses import DecoderLosses
+
+        return DecoderLosses(self.engine.decoder)
+
+    def _model_id(self) -> str:
+        from ragkit.models.fingerprint import weights_fingerprint
+
+        return weights_fingerprint(self.engine.folder)

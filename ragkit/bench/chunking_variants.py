@@ -6,18 +6,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
+from typing import Protocol
 
 from ragkit.chunking.base import Chunker
 from ragkit.chunking.boundary_head import BoundaryHeadOptions, boundary_head_chunker
 from ragkit.chunking.breakpoints import BreakpointRule
 from ragkit.chunking.length_constrained import LogNormalPrior
+from ragkit.chunking.perplexity import LossModel, PerplexityOptions, PerplexityScorer, perplexity_chunker
 from ragkit.chunking.registry import CHUNKERS, MODEL_CHUNKERS, ChunkerModels, create_chunker
 from ragkit.chunking.semantic import SemanticOptions, semantic_chunker
 from ragkit.config import ChunkingConfig, LengthPriorName
 from ragkit.errors import UsageError
 from ragkit.types import TextTokenizer
 
-Build = Callable[[ChunkingConfig, TextTokenizer, ChunkerModels], Chunker]
+
+class ComparedModels(ChunkerModels, Protocol):
+    """What chunkers run, with the losses of texts remembered: a language model takes minutes over a set."""
+
+    @property
+    def losses(self) -> LossModel:
+        """Gives the losses of the generator."""
+        ...
+
+
+Build = Callable[[ChunkingConfig, TextTokenizer, ComparedModels], Chunker]
 
 BASELINE = "recursive"
 DEFAULT_VARIANTS = (
@@ -54,6 +66,17 @@ def _head_to_length(config: ChunkingConfig, tokenizer: TextTokenizer, models: Ch
     return boundary_head_chunker(config, tokenizer, models.embedder, options=options, prior=_even(config))
 
 
+def _by_losses(paragraph_log_odds: float, *, even: bool) -> Build:
+    """Return the perplexity chunker of the registry, or with the layout and length of `balanced`."""
+    options = PerplexityOptions(paragraph_log_odds=paragraph_log_odds)
+
+    def build(config: ChunkingConfig, tokenizer: TextTokenizer, models: ComparedModels) -> Chunker:
+        scorer = PerplexityScorer(models.losses, models.engine.tokenizer, models.engine.model_name, options)
+        return perplexity_chunker(config, tokenizer, scorer, _even(config) if even else None)
+
+    return build
+
+
 VARIANTS: Mapping[str, Build] = MappingProxyType(
     {
         **{name: _named(name) for name in (*CHUNKERS, *MODEL_CHUNKERS)},
@@ -66,6 +89,8 @@ VARIANTS: Mapping[str, Build] = MappingProxyType(
         **{f"semantic:{rule}": _by_rule(rule) for rule in BreakpointRule},
         "semantic:length": _semantic_to_length,
         "boundary_head:length": _head_to_length,
+        "perplexity": _by_losses(0.0, even=False),
+        "perplexity:length": _by_losses(_PARAGRAPH_LOG_ODDS, even=True),
     }
 )
 

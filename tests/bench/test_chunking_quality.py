@@ -83,6 +83,11 @@ def test_chroma_rows_name_the_best_run_at_their_characters(sets, monkeypatch):
     rows = evaluation.report().chroma
     assert [row.name for row in rows] == [name for name, *_ in chunking_tables.CHROMA_ROWS]
     assert {row.by_recall for row in rows} <= {"recursive 12", "token 12"}
+    for row in rows:
+        assert 0.95 * row.characters - 1 <= row.near_iou.characters <= 1.05 * row.characters + 1
+        assert row.near_iou.score >= row.our_iou
+        assert row.near_recall.score >= row.our_recall
+        assert row.hybrid_recall.characters == row.characters
 
 
 def test_an_interrupted_evaluation_reports_what_is_done(sets):
