@@ -42,6 +42,7 @@ def propagate_change(
     first_position: int = 0,
     rotated_keys: Tensor | None = None,
     plain_values: Tensor | None = None,
+    places: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
     """Write the blended rows of one layer into their slots, and rotated behind each other if `rotated_keys` is given.
@@ -57,19 +58,23 @@ def propagate_change(
         cos, sin: (positions, head_dim / 2) fp32; needed with `rotated_keys`.
         first_position: position of row 0.
         rotated_keys, plain_values: (positions, kv_heads, head_dim), contiguous; row r goes to first_position + r.
+        places: (rows,) int64, where each row is among the cached ones, which are then any number, those of a pool for
+            one; without it they are the rows themselves. A row may lie in its own slot, and in no other row's.
         backend: an implementation to insist on.
 
     Raises:
         KernelInputError: shapes do not fit.
     """
     strengths = (key_strength, value_strength)
-    _check_rows(cached_keys, cached_values, fresh_keys, fresh_values, plan, slots, key_pool, value_pool, strengths)
+    _check_rows(
+        cached_keys, cached_values, fresh_keys, fresh_values, plan, slots, key_pool, value_pool, strengths, places
+    )
     _check_copies(key_pool, plan.rows, cos, sin, first_position, rotated_keys, plain_values)
     if resolve_backend(cached_keys, backend) is Backend.TORCH:
         propagate_change_torch(
             cached_keys, cached_values, fresh_keys, fresh_values, plan, slots, key_pool, value_pool,
             key_strength=key_strength, value_strength=value_strength, cos=cos, sin=sin,
-            first_position=first_position, rotated_keys=rotated_keys, plain_values=plain_values,
+            first_position=first_position, rotated_keys=rotated_keys, plain_values=plain_values, places=places,
         )  # fmt: skip
         return
     kv_heads, head_dim = cached_keys.shape[1:]
@@ -82,14 +87,15 @@ def propagate_change(
     ):
         by_head = isinstance(strength, Tensor)
         _propagate_change_kernel[(len(plan.tiles), kv_heads)](
-            cached, fresh, plan.selected, plan.stands_for, plan.entry_of_row, plan.tiles, slots,
+            cached, fresh, plan.selected if places is None else places, plan.selected, plan.stands_for,
+            plan.entry_of_row, plan.tiles, slots,
             strength if by_head else cached, cached if cos is None else cos, cached if sin is None else sin,
             pool, pool if copy is None else copy,
             cached.stride(0), fresh.stride(0), 1.0 if by_head else float(strength),
             -0.5 * 1.4426950408889634 / plan.sigma**2,  # the kernel works with powers of two
             plan.reach, first_position,
             KV_HEADS=kv_heads, HALF=half, HALF_PADDED=max(16, next_power_of_2(half)), ROWS=TILE_ROWS, ENTRIES=32,
-            BY_HEAD=by_head, COPY=copy is not None, ROTATE=rotate,
+            BY_HEAD=by_head, COPY=copy is not None, ROTATE=rotate, HAS_PLACES=places is not None,
             # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
             UPCAST=not cached.is_cuda, num_warps=8, num_stages=2,
         )  # fmt: skip
@@ -112,8 +118,11 @@ def propagate_change_torch(
     first_position: int = 0,
     rotated_keys: Tensor | None = None,
     plain_values: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
     """Do what `propagate_change` does: the definition, in fp32."""
+    if places is not None:
+        cached_keys, cached_values = cached_keys[places], cached_values[places]
     keys = _blended(cached_keys, fresh_keys, plan, key_strength).to(key_pool.dtype)
     key_pool.flatten(0, 1).index_copy_(0, slots, keys)
     values = _blended(cached_values, fresh_values, plan, value_strength).to(value_pool.dtype)
@@ -149,15 +158,19 @@ def _check_rows(
     key_pool: Tensor,
     value_pool: Tensor,
     strengths: tuple[float | Tensor, float | Tensor],
+    places: Tensor | None,
 ) -> None:
     if cached_keys.dim() != 3 or cached_keys.shape[2] % 2:
         raise KernelInputError(
             f"cached_keys must be (rows, kv_heads, an even head_dim), got {tuple(cached_keys.shape)}"
         )
     kv_heads, head_dim = cached_keys.shape[1:]
+    if places is not None and (places.shape != (plan.rows,) or not places.is_contiguous()):
+        raise KernelInputError(f"places must be ({plan.rows},), got {tuple(places.shape)}")
+    cached_rows = plan.rows if places is None else len(cached_keys)
     for name, heads, rows in (
-        ("cached_keys", cached_keys, plan.rows),
-        ("cached_values", cached_values, plan.rows),
+        ("cached_keys", cached_keys, cached_rows),
+        ("cached_values", cached_values, cached_rows),
         ("fresh_keys", fresh_keys, len(plan.selected)),
         ("fresh_values", fresh_values, len(plan.selected)),
     ):
@@ -213,11 +226,12 @@ def _check_copies(
 
 @launched(do_not_specialize=("first_position",))  # no request waits for another compilation
 def _propagate_change_kernel(
-    cached_ptr, fresh_ptr, selected_ptr, gap_ptr, entry_ptr, tile_ptr, slot_ptr, strength_ptr, cos_ptr, sin_ptr,
-    pool_ptr, copy_ptr,
+    cached_ptr, fresh_ptr, place_ptr, selected_ptr, gap_ptr, entry_ptr, tile_ptr, slot_ptr, strength_ptr,
+    cos_ptr, sin_ptr, pool_ptr, copy_ptr,
     stride_cr, stride_fr, strength, exponent, reach, first_position,
     KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
-    BY_HEAD: tl.constexpr, COPY: tl.constexpr, ROTATE: tl.constexpr, UPCAST: tl.constexpr,
+    BY_HEAD: tl.constexpr, COPY: tl.constexpr, ROTATE: tl.constexpr, HAS_PLACES: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program blends the rows of one tile for one head, as two halves of HALF channels each.
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -229,7 +243,10 @@ def _propagate_change_kernel(
     channel = head * (2 * HALF) + column
     mask = is_row[:, None] & (column < HALF)
     # What is known by row is asked for before the loop, so that the way to memory is spent on the weights.
-    cached_at = cached_ptr + row.to(tl.int64)[:, None] * stride_cr + channel
+    place = row.to(tl.int64)
+    if HAS_PLACES:
+        place = tl.load(place_ptr + row, mask=is_row, other=0)
+    cached_at = cached_ptr + place[:, None] * stride_cr + channel
     first, second = tl.load(cached_at, mask=mask, other=0.0), tl.load(cached_at + HALF, mask=mask, other=0.0)
     slot = tl.load(slot_ptr + row, mask=is_row, other=0)
     own = tl.load(entry_ptr + row, mask=is_row, other=-1)
@@ -254,7 +271,10 @@ def _propagate_change_kernel(
         weight *= tl.load(gap_ptr + entry, mask=is_entry, other=0.0)[None, :]
         total += tl.sum(weight, axis=1)
         in_entry = is_entry[:, None] & (column < HALF)
-        was_at = cached_ptr + chosen[:, None] * stride_cr + channel
+        place = chosen
+        if HAS_PLACES:
+            place = tl.load(place_ptr + chosen, mask=is_entry, other=0)
+        was_at = cached_ptr + place[:, None] * stride_cr + channel
         is_at = fresh_ptr + entry.to(tl.int64)[:, None] * stride_fr + channel
         was, now = tl.load(was_at, mask=in_entry, other=0.0), tl.load(is_at, mask=in_entry, other=0.0)
         change_first = (now.to(tl.float32) - was.to(tl.float32)).to(now.dtype)

@@ -29,10 +29,12 @@ class RowSink:
     Attributes:
         layers: keys (before RoPE) and values (blocks, block_size, kv_heads, head_dim) of each layer.
         slots: (positions,) int64, rows counted over blocks.
+        pool: whose tensors they are; None for those of a buffer.
     """
 
     layers: Sequence[LayerKV]
     slots: Tensor
+    pool: KVPool | None = None
 
     @classmethod
     def over(cls, rows: ReusedRows) -> RowSink:
@@ -44,7 +46,7 @@ class RowSink:
     @classmethod
     def into(cls, pool: KVPool, slots: Tensor) -> RowSink:
         """Return the sink that writes into rows of a pool."""
-        return cls(list(zip(pool.keys, pool.values, strict=True)), slots)
+        return cls(list(zip(pool.keys, pool.values, strict=True)), slots, pool)
 
     def begin(self, scope: PassScope) -> PrivateLayers:
         """Return what writes the layers of one pass here."""
@@ -71,18 +73,23 @@ class PrivateLayers:
     def _blend(self, layer: int, active: ActiveTokens, projected: Projected) -> None:
         """Write the rows of prefix and chunks, moved by the change, into the sink and rotated into the scratch."""
         scope, sink = self._scope, self._sink
-        old_keys, old_values = scope.rows.layer(layer)
+        old_keys, old_values, places = scope.rows.stored(layer, sink.pool, sink.slots)
         stop, chosen = scope.stop, active.chosen
+        if places is None:
+            old_keys, old_values = old_keys[:stop], old_values[:stop]
         keys, values = projected.keys[: len(chosen)], projected.values[: len(chosen)]
-        key_strength, value_strength = active.strengths(
-            scope.propagation, layer, lambda: (keys - old_keys[chosen], values - old_values[chosen])
-        )
+
+        def change() -> LayerKV:
+            was = chosen if places is None else places[chosen]
+            return keys - old_keys[was], values - old_values[was]
+
+        key_strength, value_strength = active.strengths(scope.propagation, layer, change)
         propagate_change(
-            old_keys[:stop], old_values[:stop], keys, values,
+            old_keys, old_values, keys, values,
             active.plan, sink.slots[:stop], *sink.layers[layer],
             key_strength=key_strength, value_strength=value_strength,
             cos=scope.rotary.cos, sin=scope.rotary.sin,
-            rotated_keys=self._scratch[0], plain_values=self._scratch[1],
+            rotated_keys=self._scratch[0], plain_values=self._scratch[1], places=places,
         )  # fmt: skip
 
     def _write_fresh(self, layer: int, active: ActiveTokens, projected: Projected) -> None:

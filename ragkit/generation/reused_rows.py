@@ -11,6 +11,7 @@ from torch import Tensor
 from ragkit.generation.decoder import Decoder
 from ragkit.kvcache.chunk_kv import EncodedKV
 from ragkit.kvcache.codec import KVCodec, LayerKV
+from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.token_selection import ChunkSpan
 from ragkit.types import Prompt, Segment
 
@@ -71,6 +72,18 @@ class RowSource(Protocol):
         """
         ...
 
+    def stored(self, index: int, pool: KVPool | None, slots: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return keys and values of a layer where they lie, and where each position before the ending is among them.
+
+        None says that rows are positions, as `layer` gives them.
+
+        Args:
+            index: which layer.
+            pool: what the request's rows are written to; None for another place.
+            slots: (positions,) int64, the rows of the pool that they go to. Those of the prefix may be written here.
+        """
+        ...
+
 
 class ReusedRows:
     """Rows of all layers in memory.
@@ -114,6 +127,10 @@ class ReusedRows:
     def layer(self, index: int) -> LayerKV:
         """Return keys and values of a layer, as `RowSource` says."""
         return self.layers[index]
+
+    def stored(self, index: int, pool: KVPool | None, slots: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the same, as `RowSource` says."""
+        return *self.layers[index], None
 
     @classmethod
     def _decoded(

@@ -89,6 +89,7 @@ class StreamedRows:
         self._encoded = encoded
         self._buffer: LayerKV | None = None
         self._places: list[Tensor] | None = None  # of the prefix in the buffer
+        self._pool_rows: Tensor | None = None
         self._holds = -1
 
     @property
@@ -111,6 +112,19 @@ class StreamedRows:
                 self._encoded.place(index, *self._buffer)
             self._holds = index
         return self._buffer
+
+    def stored(self, index: int, pool: KVPool | None, slots: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return a layer where it lies, as `RowSource` says: in the pool, if all chunks do."""
+        chunks = self._pooled
+        if chunks is None or self._encoded is not None or chunks.pool is not pool:
+            return *self.layer(index), None
+        own = slots[: chunks.first]
+        if self._pool_rows is None:
+            self._pool_rows = torch.cat((own, chunks.slots))
+        keys, values = pool.keys[index].flatten(0, 1), pool.values[index].flatten(0, 1)
+        for rows, prefix in zip((keys, values), self._prefix[index], strict=True):
+            rows.index_copy_(0, own, prefix)
+        return keys, values, self._pool_rows
 
 
 class StreamedChunks:

@@ -28,12 +28,14 @@ class Case:
     copies: list = field(default_factory=list)
     checks: list = field(default_factory=list)
     strengths: tuple = (0.5, 1.0)
+    places: object = None
 
     def run(self, backend=None, copies=True):
         options = dict(zip(("key_strength", "value_strength"), self.strengths, strict=True))
         if copies:
             options |= {"cos": self.tables[0], "sin": self.tables[1], "first_position": FIRST_POSITION}
             options |= {"rotated_keys": self.copies[0], "plain_values": self.copies[1]}
+        options["places"] = self.places
         arguments = (*self.cached, *self.fresh, self.plan, self.slots, *self.pools)
         if backend is None:
             propagate_change_torch(*arguments, **options)
@@ -213,6 +215,20 @@ def test_rows_go_to_their_slots_and_nowhere_else(backend, device, rng):
 
 
 @pytest.mark.parametrize("backend", list(Backend))
+def test_cached_rows_are_read_where_they_lie(backend, device, rng):
+    case = _case([(70, [0, 40]), (9, []), (66, [1, 2, 65])], device, rng)
+    together = case.reference()
+    together.run()
+    case.places = guarded(torch.randperm(300, device=device, generator=rng)[: case.plan.rows], 10**9)
+    for index, rows in enumerate(case.cached):
+        case.cached[index] = guarded(torch.full((300, 2, 16), math.nan, device=device))
+        case.cached[index][case.places] = rows
+    case.run(backend)
+    for got, expected in zip(case.rows() + case.placed(), together.rows() + together.placed(), strict=True):
+        assert_matches(got, expected)
+
+
+@pytest.mark.parametrize("backend", list(Backend))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_copies_are_the_pooled_rows_with_keys_turned_to_their_positions(backend, dtype, device, rng):
     case = _case([(50, [4, 33])], device, rng, dtype=dtype)
@@ -275,6 +291,10 @@ def test_shapes_that_do_not_fit_are_refused(device, rng):
     with pytest.raises(KernelInputError, match=r"strength must be a number or \(2,\) fp32"):
         case.run(Backend.TORCH)
     case.strengths = (1.0, 1.0)
+    case.places = case.slots[:5]
+    with pytest.raises(KernelInputError, match=r"places must be \(20,\)"):
+        case.run(Backend.TORCH)
+    case.places = None
     case.slots = case.slots[:5]
     with pytest.raises(KernelInputError, match=r"slots must be \(20,\)"):
         case.run(Backend.TORCH)
