@@ -225,14 +225,15 @@ def _lines(report: LongReport, job: LongJob) -> Iterator[str]:
 
 def _table(rows: Sequence[ScoreRow]) -> Iterator[str]:
     first = rows[0].strategy
-    header = ["strategy", "task", "tokens", "questions", "score % (95%)", f"against {first} (95%)"]
-    header += ["gold shown %", "prompt tokens", "s to read", "s to answer"]
+    header = ["strategy", "task", "tokens", "asked", "score % (95%)", f"against {one_line(first)}"]
+    header += ["gold shown %", "prompt", "s to read", "to answer"]
     cells: list[list[object]] = []
     for row in rows:
         against = row.against_first
         difference = "" if against is None else f"{against.mean:+.1f} [{against.low:+.1f}, {against.high:+.1f}]"
         interval = f"{row.score:.1f} [{row.low:.1f}, {row.high:.1f}]"
-        costs = [round(row.gold_shown), round(row.prompt_tokens), f"{row.document_seconds:.2f}", f"{row.seconds:.2f}"]
+        seconds = [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (row.document_seconds, row.seconds)]
+        costs = [round(row.gold_shown), round(row.prompt_tokens), *seconds]
         cells.append([row.strategy, row.task, row.length, row.questions, interval, difference, *costs])
     yield from table(header, cells)
 

@@ -15,6 +15,7 @@ from ragkit.generation.paged_answer import PagedAnswer
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.paging import PagedDocument, PagedText, Paging
 from ragkit.generation.sampling import SamplingConfig
+from ragkit.kvcache.page_selector import Takes
 from ragkit.kvcache.page_selectors import make_page_selector
 from ragkit.types import document_id
 
@@ -103,6 +104,7 @@ class PagesAnswerer:
         engine = self._tools.engine
         builder = engine.prompt_builder(self._tools.config.generation.system_prompt)
         with self._reader.read(document) as (opened, document_seconds):
+            document_seconds += self._summarise(opened)
             for question in questions:
                 started = time.perf_counter()
                 begun = engine.tokenizer.encode(question.answer_prefix)
@@ -112,6 +114,14 @@ class PagesAnswerer:
                 seconds = time.perf_counter() - started
                 tokens = opened.pages.total_tokens + len(ending)
                 yield LongAnswer(text, self._shown(opened, answer), tokens, document_seconds, seconds)
+
+    def _summarise(self, opened: PagedDocument) -> float:
+        """Let the selector see all pages, and return the seconds that took."""
+        started = time.perf_counter()
+        count = opened.pages.num_pages
+        if self._options.selector.takes is Takes.BEST and self._options.pages_at_once(count) < count:
+            opened.pages.summaries(self._options.selector)
+        return time.perf_counter() - started
 
     def _shown(self, opened: PagedDocument, answer: PagedAnswer) -> tuple[CharSpan, ...]:
         """Return the characters of all pages that any layer attended to, neighbours joined."""

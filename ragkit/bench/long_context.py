@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ragkit.bench.haystacks import TooShortError
 from ragkit.bench.long_answers import LongAnswer, LongContextAnswerer
 from ragkit.bench.long_items import CharSpan, LongItem, LongQuestion, LongTask, Material
 from ragkit.bench.long_report import HeatCell, LongReport, Outcome, score_rows
 from ragkit.bench.long_scores import score
 from ragkit.bench.watch import Watch
-from ragkit.errors import GenerationError, KVCacheError
+from ragkit.errors import GenerationError, KVCacheError, RagkitError
 from ragkit.progress import Progress
 
 
@@ -131,9 +133,10 @@ class LongContextEval:
         try:
             for number, (question, answer) in enumerate(zip(item.questions, answers, strict=True)):
                 self._outcomes.append(_outcome(answerer.name, item, number, question, answer))
-        except (GenerationError, KVCacheError) as error:
+        except (GenerationError, KVCacheError, MemoryError, torch.OutOfMemoryError) as error:
             self._refused.add((answerer.name, item.length))
-            self._note(f"{answerer.name} gave up at {item.length:,} tokens: {error}")
+            why = error if isinstance(error, RagkitError) else "memory ended"
+            self._note(f"{answerer.name} gave up at {item.length:,} tokens: {why}")
 
     def _note(self, text: str) -> None:
         self._notes[text] = None

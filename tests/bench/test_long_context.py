@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 from doubles import WordTokenizer
 
 from ragkit.bench.bootstrap import mean_bootstrap
@@ -93,13 +94,21 @@ def test_beyond_its_window_an_answerer_is_not_asked_and_a_note_says_so():
     assert report.rows[2].against_first is None
 
 
-@pytest.mark.parametrize("error", [GenerationError("too much"), CacheCapacityError("too much")])
-def test_an_answerer_that_gives_up_is_not_asked_at_that_length_again(error):
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (GenerationError("too much"), "too much"),
+        (CacheCapacityError("too much"), "too much"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "memory ended"),
+        (MemoryError(), "memory ended"),
+    ],
+)
+def test_an_answerer_that_gives_up_is_not_asked_at_that_length_again(error, why):
     broken = Reader("broken", error=error)
     report = measured(broken, Reader("other"))
     assert len(broken.asked) == 2
     assert {row.strategy for row in report.rows} == {"other"}
-    assert report.notes == [f"broken gave up at {length} tokens: too much" for length in ("1,000", "2,000")]
+    assert report.notes == [f"broken gave up at {length} tokens: {why}" for length in ("1,000", "2,000")]
 
 
 def test_a_task_that_does_not_fit_is_left_out_with_a_note():

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import pytest
 from doubles import WordTokenizer
@@ -14,6 +15,7 @@ from doubles import WordTokenizer
 from ragkit.bench.haystacks import NOISE, TooShortError
 from ragkit.bench.long_items import LongItem, Material
 from ragkit.bench.needle import NeedleTask, spaced_depths
+from ragkit.bench.ruler_niah import Kind, OtherNeedles
 from ragkit.bench.ruler_tasks import RULER_TASKS, ruler_tasks
 from ragkit.errors import UsageError
 
@@ -158,6 +160,17 @@ def test_among_needles_every_line_is_one_and_several_can_be_asked_for(name, key)
     assert [[value for one, value in found if f" {one}?" in question.text] for question in item.questions] == [
         list(question.answers) for question in item.questions
     ]
+
+
+def test_no_other_needle_has_a_key_that_is_asked_for():
+    def keys(taken: frozenset[str]) -> list[str]:
+        others = OtherNeedles(Random(0), Kind.WORDS, Kind.NUMBER, taken, WordTokenizer())
+        return [key for key, _ in needles_of("".join(others.take(2000).texts))]
+
+    drawn = keys(frozenset())
+    left = keys(frozenset(drawn[3:6]))
+    assert len(left) == len(drawn) > 50
+    assert not set(left) & set(drawn[3:6])
 
 
 def test_noise_is_one_line_again_and_again():
