@@ -14,6 +14,8 @@ PagedAttention, arXiv 2309.06180. Cost: reads keys and values once; bandwidth bo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,33 @@ from ragkit.kernels.paged_rows import (
     visible_rows_torch,
 )
 
-__all__ = ["HIDDEN", "num_splits", "paged_decode_attention", "paged_decode_attention_torch"]
+__all__ = [
+    "HIDDEN",
+    "DecodeTile",
+    "decode_tile",
+    "launch_paged_decode_attention",
+    "num_splits",
+    "paged_decode_attention",
+    "paged_decode_attention_torch",
+]
 
 _PAIRS = 16  # rows of queries that one product of matrices takes, whether they are there or not
+
+
+class DecodeTile(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+        heads: key heads of which one program reads a row, a divisor of their number.
+        rows: read at a time.
+        warps: of a program.
+        stages: of the pipeline that loads rows ahead.
+    """
+
+    heads: int
+    rows: int
+    warps: int
+    stages: int
 
 
 def paged_decode_attention(
@@ -89,34 +115,53 @@ def paged_decode_attention(
             queries, key_pool, value_pool, block_tables, row_positions, num_entries, query_positions, cos, sin,
             key_field=key_field, value_field=value_field, scale=scale,
         )  # fmt: skip
+    return launch_paged_decode_attention(
+        queries, key_pool, value_pool, block_tables, row_positions, num_entries, query_positions, cos, sin,
+        key_field=key_field, value_field=value_field, scale=scale, tile=decode_tile(queries, key_pool, value_pool),
+    )  # fmt: skip
+
+
+def launch_paged_decode_attention(
+    queries: Tensor,
+    key_pool: Blocks,
+    value_pool: Blocks,
+    block_tables: Tensor,
+    row_positions: Tensor,
+    num_entries: Tensor,
+    query_positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    key_field: Tensor | None = None,
+    value_field: Tensor | None = None,
+    scale: float,
+    tile: DecodeTile,
+) -> Tensor:
+    """Return what `paged_decode_attention` returns, from inputs that it has checked, with the work cut by `tile`."""
     requests, q_heads, head_dim = queries.shape
-    block_size, kv_heads = key_pool.shape[1], key_pool.shape[2]
+    block_size, kv_heads = key_pool.shape[1:3]
     max_entries = block_tables.shape[1]
     out = torch.empty_like(queries, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    group, half_padded = q_heads // kv_heads, max(16, next_power_of_2(head_dim // 2))
     bits, key_group, channel_group = stored_as(key_pool, value_pool)
-    value_groups = head_dim // channel_group if bits else 1
-    heads = heads_of_a_program(kv_heads, group * value_groups) if bits else 1
-    pairs = max(_PAIRS, next_power_of_2(heads * group * value_groups))
-    splits = num_splits(requests * kv_heads // heads, max_entries, queries.device)
+    group, value_groups = q_heads // kv_heads, head_dim // channel_group if bits else 1
+    splits = num_splits(requests * kv_heads // tile.heads, max_entries, queries.device)
     partial = torch.empty((requests, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((requests, q_heads, splits), dtype=torch.float32, device=queries.device)
-    # A tile of keys and one of values, twice for loading ahead, must fit shared memory: 64 KB here at most.
-    rows = min(64 if head_dim * queries.element_size() <= 256 else 32, key_group)
-    _paged_decode_attention_kernel[(requests, kv_heads // heads, splits)](
+    _paged_decode_attention_kernel[(requests, kv_heads // tile.heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, num_entries,
         query_positions, cos, sin,
         queries if key_field is None else key_field, queries if value_field is None else value_field,
         partial, weights,
         scale * 1.4426950408889634,  # the kernel works with powers of two
         max_entries, queries.stride(0),
-        GROUP=group, VALUE_GROUPS=value_groups, PAIRS=pairs, HEADS=heads, KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim, HALF_PADDED=half_padded, BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS, ROWS=rows,
-        SPLITS=splits, BITS=bits, KEY_GROUP=key_group, HAS_FIELD=key_field is not None,
+        GROUP=group, VALUE_GROUPS=value_groups, PAIRS=max(_PAIRS, next_power_of_2(tile.heads * group * value_groups)),
+        HEADS=tile.heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF_PADDED=max(16, next_power_of_2(head_dim // 2)),
+        BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS, ROWS=tile.rows, SPLITS=splits, BITS=bits, KEY_GROUP=key_group,
+        HAS_FIELD=key_field is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
-        UPCAST=not queries.is_cuda, num_warps=max(1, rows // 8), num_stages=2,
+        UPCAST=not queries.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     merge_splits(partial, weights, out, backend=Backend.TRITON)
     return out
@@ -169,17 +214,20 @@ def num_splits(groups: int, max_entries: int, device: torch.device) -> int:
     return max(1, min(max_entries, 4 * processors // groups, 128))
 
 
-def heads_of_a_program(kv_heads: int, rows: int) -> int:
-    """Return of how many key heads one program reads the codes of a row.
+def decode_tile(queries: Tensor, key_pool: Blocks, value_pool: Blocks) -> DecodeTile:
+    """Return how the work is cut.
 
-    Heads that share a program share the angles of a row as well, which weigh more than the codes of a head.
-
-    Args:
-        kv_heads: of which the result is a divisor.
-        rows: that the queries of a key head take in a product of matrices.
+    A tile of keys and one of values, twice for loading ahead, must fit shared memory: 64 KB here at most. Rows of a
+    tile share the scales of the keys. Where codes are read, the heads whose queries fit one product of matrices share
+    a program, and with it the angles of the rows, which weigh more than the codes of a head.
     """
-    shared = (heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0 and heads * rows <= _PAIRS)
-    return max(shared, default=1)
+    q_heads, head_dim = queries.shape[1:]
+    kv_heads = key_pool.shape[2]
+    bits, key_group, channel_group = stored_as(key_pool, value_pool)
+    rows = min(64 if head_dim * queries.element_size() <= 256 else 32, key_group)
+    pairs = q_heads // kv_heads * (head_dim // channel_group)  # that the queries of a key head take
+    shared = [heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0 and heads * pairs <= _PAIRS]
+    return DecodeTile(max(shared, default=1) if bits else 1, rows, max(1, rows // 8), 2)
 
 
 @launched

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
-from ragkit.kernels.paged_decode_attention import paged_decode_attention, paged_decode_attention_torch
+from ragkit.kernels.paged_decode_attention import (
+    DecodeTile,
+    launch_paged_decode_attention,
+    paged_decode_attention,
+    paged_decode_attention_torch,
+)
 from ragkit.kernels.paged_rows import FIELD_ROWS, HIDDEN
 from ragkit.kernels.paged_selected_attention import paged_selected_attention, paged_selected_attention_torch
 from ragkit.kernels.quantize_kv import quantize_kv_torch
@@ -239,6 +244,21 @@ def test_a_request_that_sees_nothing_gives_zeros(kernel, backend, device, rng):
     got, expected = attention.attend(rows, backend=backend), attention.expected(rows)
     assert bool((expected == 0).flatten(1).all(1).any())
     assert torch.equal(got == 0, expected == 0)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("with_field", [False, True])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_heads_that_share_a_program_keep_to_their_own_rows(heads, with_field, bits, device, rng):
+    rows = _rows((70, 5), bits or 8, 32, 4, 32, device, rng)
+    pools = (rows.keys, rows.values) if bits else [pool.nan_to_num(0.0) for pool in rows.plain]
+    attention = Decode(rows, 12, torch.float32, rng)
+    fields = _fields(rows, torch.float32, rng) if with_field else {}
+    got = launch_paged_decode_attention(
+        attention.queries, *pools, *rows.tables, attention.positions, rows.cos, rows.sin,
+        **fields, scale=SCALE, tile=DecodeTile(heads, 32, 4, 2),
+    )  # fmt: skip
+    assert_matches(got, attention.expected(rows, pools, **fields), reduced=4)
 
 
 def _changed(rows, **parts):
