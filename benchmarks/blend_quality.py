@@ -11,8 +11,9 @@ tokens, and the likelihood of the gold answer. A variant is a selector with or w
 ratio; `d` is its KL from the reference, of the first token and as the mean over the 16 tokens, teacher-forced. The
 recovered share is 1 - d / d_reuse, a ratio of means with a bootstrap over items; d_reuse is plain reuse of chunks
 computed behind the prefix, through the bf16 codec. `--variants auto` lets each item find its own ratio, for three
-values of `blend.auto_coverage`; `--ratios` has no part in it. "NLL moved" is how far the gold answer's likelihood
-lies from full prefill's, whichever way, so that noise does not cancel out.
+values of `blend.auto_coverage`; `--ratios` has no part in it. `--variants question,shared` compares shared rows
+with private ones. "NLL moved" is how far the gold answer's likelihood lies from full prefill's, whichever way, so that
+noise does not cancel out.
 
 `--contexts` compares what chunks are computed behind: for each, plain reuse and the default method at every ratio.
 Which chunks stood before a chunk the file must say (`before`, a list of texts beside each `text`; filing_questions.py
@@ -41,7 +42,7 @@ from ragkit.bench.blend_quality import NO_PROPAGATION, PLAIN_REUSE, REUSE_CONTEX
 from ragkit.bench.musique import FILE_NAME, MusiqueItem, question_items
 from ragkit.bench.recovery import Share, recoveries
 from ragkit.chunking.registry import create_chunker
-from ragkit.config import AUTO, BlendConfig, ChunkingConfig, KVConfig
+from ragkit.config import AUTO, BlendConfig, BlendRows, ChunkingConfig, KVConfig
 from ragkit.generation.blend_pass import Propagation
 from ragkit.generation.engine import Engine
 from ragkit.generation.neighbours import nearest_segments
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--chunk-tokens", type=int, default=0, help="cut passages; 0 takes them whole")
     parser.add_argument("--neighbour-tokens", type=int, default=KVConfig().neighbour_tokens)
     parser.add_argument("--ratios", default="0.02,0.05,0.1,0.15,0.3")
-    parser.add_argument("--variants", default="", help="only these selectors; auto for ratios that items find")
+    parser.add_argument("--variants", default="", help="only these selectors; auto, shared: see above")
     parser.add_argument("--study", action="store_true", help="settings of propagation instead of selectors")
     add_part_options(parser)
     parser.add_argument("--name", default="blend_quality", help="name of the result")
@@ -133,7 +134,7 @@ def questions_file(given: str | None) -> Path:
 def make_variants(num_layers: int, ratios: Sequence[float], only: str) -> Iterator[Variant]:
     """Yield the rows: plain reuse, everything, and each selector at each ratio with and without propagation.
 
-    Ratios that the items find are measured where `only` names `auto`.
+    Ratios that the items find are measured where `only` names `auto`, and shared rows where it names `shared`.
     """
     selectors: list[TokenSelector] = [
         QuestionAttention(),
@@ -156,6 +157,8 @@ def make_variants(num_layers: int, ratios: Sequence[float], only: str) -> Iterat
     if not wanted:
         yield Variant("everything", Everything(), 1.0, NO_PROPAGATION)
     for ratio in ratios:
+        if "shared" in wanted:
+            yield Variant("question + propagation, shared rows", QuestionAttention(), ratio, rows=BlendRows.SHARED)
         for selector in selectors:
             if not wanted or selector.name in wanted:
                 yield Variant(f"{selector.name} + propagation", selector, ratio)

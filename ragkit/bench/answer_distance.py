@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ragkit.errors import GenerationError
 from ragkit.generation.attention import PrefillAttention
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.rotary_cache import RotaryCache
@@ -83,11 +84,17 @@ class AnswerScorer:
     def outcome(
         self, strategy: PrefillStrategy, prompt: Prompt, gold: Sequence[int] = (), answer: Sequence[int] | None = None
     ) -> PrefillOutcome:
-        """Return what `strategy` leads to, along `answer`, or along its own greedy answer of `ANSWER_TOKENS` tokens."""
+        """Return what `strategy` leads to, along `answer`, or along its own greedy answer of `ANSWER_TOKENS` tokens.
+
+        Raises:
+            GenerationError: the prefill was not done as configured.
+        """
         with RequestKV(self.pool) as kv:
             total = len(prompt) + ROOM_BEHIND
             rotary = self.rotary.table(total, len(prompt))
-            result = strategy.prefill(self.decoder, PrefillRequest(prompt, kv, rotary))
+            result = strategy.prefill(self.decoder, PrefillRequest(prompt, kv, rotary, answer_tokens=ROOM_BEHIND))
+            if result.warnings:
+                raise GenerationError(f"a prefill is not what was to be measured: {'; '.join(result.warnings)}")
             kv.reserve(total)
             first = result.logits.float()
             followed = self._greedy(kv, rotary, first) if answer is None else tuple(answer)

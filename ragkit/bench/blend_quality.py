@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ragkit.bench.answer_distance import AnswerDistance, AnswerScorer, distance_between
+from ragkit.config import BlendRows
 from ragkit.generation.blend_pass import Propagation
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
 from ragkit.generation.chunk_prefill import ChunkPrefill, Neighbours
@@ -19,6 +20,7 @@ from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import ContextKind, KVRecipe
 from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.pool_tier import PoolTier
 from ragkit.kvcache.selectors_static import NoTokens
 from ragkit.kvcache.token_selection import TokenSelector
 from ragkit.types import Prompt
@@ -39,6 +41,7 @@ class Variant:
         selector, ratio: which tokens are recomputed, and how many.
         propagation: how their change moves the others.
         context: what the chunks are computed behind, where it is not what those of all variants are.
+        rows: whether the request copies the chunks' rows, or lists them where they lie in the pool.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Variant:
     ratio: Ratio
     propagation: Propagation = field(default_factory=Propagation)
     context: ContextKind | None = None
+    rows: BlendRows = BlendRows.PRIVATE
 
     @property
     def label(self) -> str:
@@ -102,24 +106,26 @@ class BlendQuality:
         after_each()
         found = {}
         with ExitStack() as stack:
-            stores: dict[str, KVStore] = {}
+            stores: dict[tuple[str, BlendRows], KVStore] = {}
             for variant in variants:
                 is_plain = variant is PLAIN_REUSE
                 codec = REUSE_CODEC if is_plain else self._codec
                 context = REUSE_CONTEXT if is_plain else variant.context or self._context
-                if codec not in stores:
-                    stores[codec] = stack.enter_context(self._store(codec))
-                options = BlendOptions(variant.ratio, variant.selector, variant.propagation)
-                strategy = BlendPrefill(stores[codec], self._chunks(codec, context), options)
+                place = (codec, variant.rows)
+                if place not in stores:
+                    stores[place] = stack.enter_context(self._store(*place))
+                options = BlendOptions(variant.ratio, variant.selector, variant.propagation, variant.rows)
+                strategy = BlendPrefill(stores[place], self._chunks(codec, context), options)
                 outcome = self._scorer.outcome(strategy, prompt, gold, reference.answer)
                 found[variant.label] = distance_between(outcome, reference)
                 after_each()
         return found
 
-    def _store(self, codec: str) -> KVStore:
-        decoder = self._scorer.decoder
+    def _store(self, codec: str, rows: BlendRows) -> KVStore:
+        decoder, pool = self._scorer.decoder, self._scorer.pool
         memory = MemoryTier("ram", _STORE_BYTES, make_policy("lru"), decoder.device)
-        return KVStore(make_codec(codec, decoder.layout), memory)
+        tier = PoolTier(pool, pool.num_blocks, make_policy("lru")) if rows is BlendRows.SHARED else None
+        return KVStore(make_codec(codec, decoder.layout), memory, pool=tier)
 
     def _chunks(self, codec: str, context: ContextKind) -> ChunkPrefill:
         decoder = self._scorer.decoder

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ragkit.bench.answer_distance import ANSWER_TOKENS, AnswerScorer
 from ragkit.bench.blend_quality import NO_PROPAGATION, PLAIN_REUSE, BlendQuality, Variant
+from ragkit.config import BlendRows
+from ragkit.errors import GenerationError
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.kvcache.coverage import Coverage
 from ragkit.kvcache.kv_key import ContextKind
+from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.selectors_question import QuestionAttention
 from ragkit.kvcache.selectors_static import Everything, NoTokens
 
@@ -68,6 +73,18 @@ def test_each_variant_may_have_a_context_of_its_own(engine, scorer, prompt_of):
     assert found["isolated @ 0"].kl_first > 1e-6
     # Behind all that stands before it in the prompt a chunk's KV is that of full prefill, through bf16.
     assert found["neighbours @ 0"].kl_first < found["reuse @ 0"].kl_first / 100
+
+
+def test_shared_rows_are_measured_beside_private_ones_and_a_fallback_is_not_taken_for_them(engine, scorer, prompt_of):
+    roomy = AnswerScorer(engine.decoder, engine.rotary, KVPool(engine.decoder.layout, 96, engine.decoder.device))
+    variants = [EVERYTHING, replace(EVERYTHING, name="shared", rows=BlendRows.SHARED)]
+    still = [replace(QUARTER, name=rows.value, rows=rows, propagation=NO_PROPAGATION) for rows in BlendRows]
+    found = quality(engine, roomy).score(prompt_of(0), [PLAIN_REUSE, *variants, *still])
+    assert found["shared @ 1"].largest_logit_difference < 1e-3
+    assert found["shared @ 0.25"].kl_mean == pytest.approx(found["private @ 0.25"].kl_mean, rel=1e-3)
+    small = AnswerScorer(engine.decoder, engine.rotary, KVPool(engine.decoder.layout, 14, engine.decoder.device))
+    with pytest.raises(GenerationError, match="not what was to be measured: rows are private"):
+        quality(engine, small).score(prompt_of(0), variants)
 
 
 def test_full_prefill_follows_its_own_greedy_answer(engine, scorer, prompt_of):
