@@ -38,6 +38,7 @@ def question_attention(
     first_position: int,
     scale: float,
     with_mass: bool = True,
+    places: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, mass)`: (tokens, q_heads, head_dim) in the dtype of `queries`, and (rows,) fp32.
@@ -51,21 +52,24 @@ def question_attention(
         first_position: position of the first query.
         scale: factor on the scores.
         with_mass: without it `mass` is empty and the second pass is saved.
+        places: (rows,) int64, where each row is among the keys and values, which are then any number, those of a pool
+            for one; without it they are the rows themselves.
         backend: an implementation to insist on.
 
     Raises:
         KernelInputError: shapes do not fit.
     """
-    _check_inputs(queries, keys, values, cos, sin, first_position)
+    _check_inputs(queries, keys, values, cos, sin, first_position, places)
     if resolve_backend(queries, backend) is Backend.TORCH:
         return question_attention_torch(
-            queries, keys, values, cos, sin, first_position=first_position, scale=scale, with_mass=with_mass
-        )
+            queries, keys, values, cos, sin,
+            first_position=first_position, scale=scale, with_mass=with_mass, places=places,
+        )  # fmt: skip
     scale *= 1.4426950408889634  # the kernels work with powers of two
-    out, log_sums = _attend(queries, keys, values, cos, sin, first_position, scale)
+    out, log_sums = _attend(queries, keys, values, cos, sin, first_position, scale, places)
     if not with_mass:
         return out, log_sums.new_empty(0)
-    return out, _row_mass(queries, keys, cos, sin, log_sums, first_position, scale)
+    return out, _row_mass(queries, keys, cos, sin, log_sums, first_position, scale, places)
 
 
 def question_attention_torch(
@@ -78,11 +82,14 @@ def question_attention_torch(
     first_position: int,
     scale: float,
     with_mass: bool = True,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what `question_attention` returns: the definition, head after head, some tokens at a time.
 
     Scores are fp32; as in the kernel the shares meet the values in the values' type.
     """
+    if places is not None:
+        keys, values = keys[places], values[places]
     tokens, q_heads, head_dim = queries.shape
     rows, kv_heads, _ = keys.shape
     end, group = first_position + tokens, q_heads // kv_heads
@@ -122,7 +129,14 @@ def num_splits(programs: int, tiles: int, device: torch.device) -> int:
 
 
 def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, first_position: int, scale_log2: float
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    first_position: int,
+    scale_log2: float,
+    places: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and (tokens, q_heads) fp32: the base-2 logarithm of each query's sum of exponents."""
     tokens, q_heads, head_dim = queries.shape
@@ -138,11 +152,11 @@ def _attend(
     partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
     _attend_part_kernel[(query_tiles, kv_heads, splits)](
-        queries, keys, values, cos, sin, partial, weights,
+        queries, keys, values, queries if places is None else places, cos, sin, partial, weights,
         scale_log2, packed, first_position, end, splits, queries.stride(0),
         GROUP=q_heads // kv_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
         DIM_PADDED=max(16, next_power_of_2(head_dim)), HALF_PADDED=max(16, next_power_of_2(head_dim // 2)),
-        QUERIES=in_tile, ROWS=rows,
+        QUERIES=in_tile, ROWS=rows, HAS_PLACES=places is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=8 if in_tile >= 128 else 4, num_stages=_stages(queries.device),
     )  # fmt: skip
@@ -151,21 +165,28 @@ def _attend(
 
 
 def _row_mass(
-    queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, log_sums: Tensor, first_position: int, scale_log2: float
+    queries: Tensor,
+    keys: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    log_sums: Tensor,
+    first_position: int,
+    scale_log2: float,
+    places: Tensor | None,
 ) -> Tensor:
     tokens, q_heads, head_dim = queries.shape
-    rows, kv_heads, _ = keys.shape
+    rows, kv_heads = len(keys if places is None else places), keys.shape[1]
     mass = torch.zeros(rows, dtype=torch.float32, device=queries.device)
     if tokens * q_heads == 0:
         return mass
     packed = tokens * (q_heads // kv_heads)
-    in_tile, tile_rows = _tile_sizes(packed, keys)
+    in_tile, tile_rows = _mass_tile_sizes(packed, keys)
     _row_mass_kernel[(ceil_div(first_position + tokens, tile_rows),)](
-        queries, keys, cos, sin, log_sums, mass,
+        queries, keys, queries if places is None else places, cos, sin, log_sums, mass,
         scale_log2, packed, first_position, first_position + tokens, queries.stride(0),
         GROUP=q_heads // kv_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
-        HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), QUERIES=min(in_tile, tile_rows), ROWS=tile_rows,
-        UPCAST=not queries.is_cuda, num_warps=8, num_stages=2,
+        HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), QUERIES=in_tile, ROWS=tile_rows,
+        HAS_PLACES=places is not None, UPCAST=not queries.is_cuda, num_warps=8, num_stages=2,
     )  # fmt: skip
     return mass
 
@@ -177,13 +198,27 @@ def _tile_sizes(packed: int, keys: Tensor) -> tuple[int, int]:
     return queries, max(16, min(64, 16384 // row_bytes))
 
 
+def _mass_tile_sizes(packed: int, keys: Tensor) -> tuple[int, int]:
+    """Return the same for the sums by row, which hold no output."""
+    queries, rows = _tile_sizes(packed, keys)
+    return min(queries, rows), rows
+
+
 def _stages(device: torch.device) -> int:
     """Return how many tiles of keys and values are under way at a time: 64 KB each, as many as there is room for."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return {(8, 0): 2, (9, 0): 3, (10, 0): 3}.get(capability, 1)  # A100, H100 and B200 have 163 and 227 KB
 
 
-def _check_inputs(queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, first_position: int) -> None:
+def _check_inputs(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    first_position: int,
+    places: Tensor | None,
+) -> None:
     if queries.dim() != 3 or (queries.numel() and queries.stride()[1:] != (queries.shape[2], 1)):
         raise KernelInputError(f"queries must be (tokens, heads, head_dim), got {tuple(queries.shape)}")
     tokens, q_heads, head_dim = queries.shape
@@ -196,10 +231,12 @@ def _check_inputs(queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, si
         raise KernelInputError("keys and values must be contiguous")
     if keys.shape[1] == 0 or q_heads % keys.shape[1]:
         raise KernelInputError(f"{q_heads} query heads cannot share {keys.shape[1]} key heads")
-    end = first_position + tokens
-    if first_position < 0 or len(keys) < end:
+    if places is not None and (places.dim() != 1 or not places.is_contiguous()):
+        raise KernelInputError(f"places must be (rows,), got {tuple(places.shape)}")
+    end, rows = first_position + tokens, len(keys if places is None else places)
+    if first_position < 0 or rows < end:
         raise KernelInputError(
-            f"the question stands at {first_position} to {end}, so {end} rows are needed, got {len(keys)}"
+            f"the question stands at {first_position} to {end}, so {end} rows are needed, got {rows}"
         )
     for table in (cos, sin):
         if table.dim() != 2 or table.shape[1] * 2 != head_dim or len(table) < end or not table.is_contiguous():
@@ -209,9 +246,9 @@ def _check_inputs(queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, si
 
 
 @jit
-def _turned_keys(key_ptr, cos, sin, row, mask, half, kv_head, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _turned_keys(key_ptr, cos, sin, place, mask, half, kv_head, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
     # Both halves (ROWS, HALF_PADDED) of one head's keys, rotated by `cos` and `sin` of the same shape.
-    at = key_ptr + (row.to(tl.int64)[:, None] * KV_HEADS + kv_head) * HEAD_DIM + half[None, :]
+    at = key_ptr + (place[:, None] * KV_HEADS + kv_head) * HEAD_DIM + half[None, :]
     first = tl.load(at, mask=mask, other=0.0)
     second = tl.load(at + HEAD_DIM // 2, mask=mask, other=0.0)
     left, right = first.to(tl.float32), second.to(tl.float32)
@@ -221,10 +258,11 @@ def _turned_keys(key_ptr, cos, sin, row, mask, half, kv_head, KV_HEADS: tl.const
 # Sizes that differ from question to question are not specialised: no question waits for another compilation.
 @launched(do_not_specialize=("packed", "first_position", "end", "splits"))
 def _attend_part_kernel(
-    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, partial_ptr, weight_ptr,
+    query_ptr, key_ptr, value_ptr, place_ptr, cos_ptr, sin_ptr, partial_ptr, weight_ptr,
     scale_log2, packed, first_position, end, splits, stride_qt,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
-    HALF_PADDED: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    HALF_PADDED: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, HAS_PLACES: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with QUERIES queries (heads within tokens) of one key head over one part of the rows.
     query_tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -249,11 +287,14 @@ def _attend_part_kernel(
     for start in range(split * part, tl.minimum(split * part + part, end), ROWS):
         row = start + tl.arange(0, ROWS)
         is_row = row < end
+        place = row.to(tl.int64)
+        if HAS_PLACES:
+            place = tl.load(place_ptr + row, mask=is_row, other=0)
         mask = is_row[:, None] & (half < HALF)[None, :]
         angle = row[:, None] * HALF + half[None, :]
         cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
         sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-        key_first, key_second = _turned_keys(key_ptr, cos, sin, row, mask, half, kv_head, KV_HEADS, HEAD_DIM)
+        key_first, key_second = _turned_keys(key_ptr, cos, sin, place, mask, half, kv_head, KV_HEADS, HEAD_DIM)
         if UPCAST:
             key_first, key_second = key_first.to(tl.float32), key_second.to(tl.float32)
         scores = tl.dot(query_first, tl.trans(key_first), input_precision="ieee")
@@ -264,7 +305,7 @@ def _attend_part_kernel(
         base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shrink = tl.exp2(highest - base)
         exponent = tl.exp2(scores - base[:, None])
-        value_at = value_ptr + (row.to(tl.int64)[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
+        value_at = value_ptr + (place[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
         value = tl.load(value_at, mask=is_row[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
         if UPCAST:
             value = value.to(tl.float32)
@@ -281,15 +322,18 @@ def _attend_part_kernel(
 
 @launched(do_not_specialize=("packed", "first_position", "end"))
 def _row_mass_kernel(
-    query_ptr, key_ptr, cos_ptr, sin_ptr, log_sum_ptr, mass_ptr,
+    query_ptr, key_ptr, place_ptr, cos_ptr, sin_ptr, log_sum_ptr, mass_ptr,
     scale_log2, packed, first_position, end, stride_qt,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PADDED: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, HAS_PLACES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program sums the weights that ROWS rows receive from all queries, head after head.
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < end
+    place = row.to(tl.int64)
+    if HAS_PLACES:
+        place = tl.load(place_ptr + row, mask=is_row, other=0)
     half = tl.arange(0, HALF_PADDED)
     mask = is_row[:, None] & (half < HALF)[None, :]
     angle = row[:, None] * HALF + half[None, :]
@@ -307,7 +351,7 @@ def _row_mass_kernel(
         query_mask = is_query[:, None] & (half < HALF)[None, :]
         query_first = tl.load(query_at, mask=query_mask, other=0.0)
         query_second = tl.load(query_at + HALF, mask=query_mask, other=0.0)
-        key_first, key_second = _turned_keys(key_ptr, cos, sin, row, mask, half, kv_head, KV_HEADS, HEAD_DIM)
+        key_first, key_second = _turned_keys(key_ptr, cos, sin, place, mask, half, kv_head, KV_HEADS, HEAD_DIM)
         if UPCAST:
             query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
             key_first, key_second = key_first.to(tl.float32), key_second.to(tl.float32)

@@ -24,6 +24,7 @@ from ragkit.kernels.host_copy import to_device
 from ragkit.kernels.propagation_plan import ChunkTiles, PropagationPlan
 from ragkit.kvcache.change_strength import ChangeStrength
 from ragkit.kvcache.codec import LayerKV
+from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.kvcache.token_selection import ChunkSpan, SelectionScene, TokenSelector
 
@@ -54,11 +55,13 @@ class BlendInputs:
     """What a blend needs on the device beside KV.
 
     Attributes:
+        pool: where the request's rows are.
         token_ids: (positions,) int64, the whole prompt.
         slots: (positions,) int64, the row of the pool that holds each position, or will, counted over blocks.
         tiles: how the rows of prefix and chunks are cut for propagation.
     """
 
+    pool: KVPool
     token_ids: Tensor
     slots: Tensor
     tiles: ChunkTiles
@@ -73,7 +76,7 @@ class BlendInputs:
         slots = to_device(request.kv.slots(0, len(token_ids)) if slots is None else slots, device)
         # The prefix counts as one more chunk, of which nothing is recomputed: it is copied with the others.
         cu_rows = (0, *(span.start for span in spans), spans[-1].stop)
-        return cls(token_ids, slots, ChunkTiles(cu_rows, sigma, device))
+        return cls(request.kv.pool, token_ids, slots, ChunkTiles(cu_rows, sigma, device))
 
 
 @dataclass(slots=True)

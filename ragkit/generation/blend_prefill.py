@@ -238,7 +238,9 @@ class BlendScene:
         if repaired is not None:
             rows, draft = ReusedRows.unwritten(self._decoder, rows.num_tokens), rows
             self._pass_over(draft).run(repaired, RowSink.over(rows))
-        return question_mass(self._decoder, self._rotary, rows, self._inputs.token_ids[self.spans[-1].stop :], layers)
+        inputs = self._inputs
+        ending = inputs.token_ids[self.spans[-1].stop :]
+        return question_mass(self._decoder, self._rotary, rows, ending, layers, inputs.pool, inputs.slots)
 
     def _pass_over(self, rows: RowSource) -> BlendPass:
         return BlendPass(self._decoder, self._rotary, self, rows, self._inputs, self._propagation)

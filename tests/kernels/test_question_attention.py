@@ -56,6 +56,21 @@ def test_a_long_question_is_complete(tokens, device, rng):
     _compare(_inputs(90, tokens, 4, 2, 16, torch.float32, device, rng), 90)
 
 
+@pytest.mark.parametrize("backend", list(Backend))
+def test_rows_are_read_where_they_lie(backend, device, rng):
+    queries, keys, values, cos, sin = _inputs(90, 6, 4, 2, 16, torch.float32, device, rng)
+    together = question_attention(queries, keys, values, cos, sin, first_position=90, scale=0.3, backend=backend)
+    places = guarded(torch.randperm(200, device=device, generator=rng)[: len(keys)], 10**9)
+    spread = [guarded(torch.full((200, 2, 16), math.nan, device=device)) for _ in range(2)]
+    for there, rows in zip(spread, (keys, values), strict=True):
+        there[places] = rows
+    apart = question_attention(
+        queries, *spread, cos, sin, first_position=90, scale=0.3, places=places, backend=backend
+    )  # fmt: skip
+    for got, expected in zip(apart, together, strict=True):
+        assert_matches(got, expected)
+
+
 def _formula(queries, keys, values, cos, sin, first_position, scale):
     queries, keys, values = queries.double(), keys.double(), values.double()
     out, mass = torch.zeros_like(queries), torch.zeros(len(keys), dtype=torch.float64, device=keys.device)
