@@ -2,8 +2,9 @@
 
     python benchmarks/chunking_frontier.py NAME [NAME ...] --out FILE.svg [--sets xquad ...]
 
-NAME is a result of chunking_quality.py (`benchmarks/results/NAME.json`) whose caps are counted in tokens. Of a chunker
-under a cap that several runs measured, the first counts. It prints what each run brought.
+NAME is a result of chunking_quality.py, or what `ragkit eval chunking --out` wrote (`benchmarks/results/NAME.json`),
+with caps that are counted in tokens. Of a chunker under a cap that several runs measured, the first counts. It prints
+what each run brought.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def merged(names: Sequence[str], sets: Sequence[str]) -> tuple[ChunkingReport, l
     chroma: list[ChromaRow] = []
     table: list[dict[str, Any]] = []
     for name in names:
-        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["result"]
+        stored = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        result = stored.get("result", stored)
         fresh = {key: row for key, row in _rows(result).items() if key not in rows and key[0] in sets}
         rows |= fresh
         points += [point for point in _points(result) if (point.data, point.chunker, point.cap) in fresh]
