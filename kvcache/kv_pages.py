@@ -26,6 +26,7 @@ from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
 from ragkit.kvcache.page_summary_records import PageSummaryRecords
+from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.types import KVUse
 
 MEMORY, DISK = "ram", "disk"  # how the places of encoded pages are called in reports
@@ -57,6 +58,7 @@ class KVPages:
         cache: decoded pages.
         memory: encoded pages in memory.
         records: encoded pages on disk.
+        resident: room for all pages where the model runs, instead of the cache.
 
     Attributes:
         num_windows: windows that are there; those on disk count from the start.
@@ -73,6 +75,7 @@ class KVPages:
         cache: PageCache,
         memory: PageMemory,
         records: PageRecords,
+        resident: ResidentPages | None = None,
     ) -> None:
         self.codec = codec
         self.refs = tuple(refs)
@@ -81,11 +84,13 @@ class KVPages:
         self.cache = cache
         self.memory = memory
         self.records = records
+        self.resident = resident
         self.num_windows = records.present(self.refs)
         self.repaired = 0
         self.repair: Callable[[int], None] | None = None
         self.lock = threading.RLock()
         self._first_unwritten = self.num_windows
+        self._num_resident = 0
         self._summaries: dict[str, PageSummaries] = {}
         self._summary_records = PageSummaryRecords(records.tier, self.refs, codec.layout.num_layers)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-load")
@@ -96,6 +101,11 @@ class KVPages:
     def num_layers(self) -> int:
         """Layers of the model."""
         return self.codec.layout.num_layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.cache.pool.device
 
     @property
     def total_tokens(self) -> int:
@@ -129,15 +139,20 @@ class KVPages:
         """
         window = self.num_windows
         self.memory.hold(window)
-        encoded = self._encode(window, rows)
+        fresh = self._encode(rows)
+        encoded = [self.memory.put(layer, window, piece) for layer, piece in enumerate(fresh)]
         pages = range(self._first_page(window), self._first_page(window + 1))
-        for layer, piece in enumerate(encoded):
-            decoded = self.codec.decode(layer, piece.to(self._device))
-            kept = list(pages)[-self.cache.num_pages :]
-            self.cache.put(layer, kept, (decoded[0][-len(kept) :], decoded[1][-len(kept) :]))
+        for layer, piece in enumerate(fresh):
+            keys, values = self.codec.decode(layer, piece)
+            if self.resident is not None:
+                self.resident.put(layer, pages.start, piece)
+            else:
+                kept = list(pages)[-self.cache.num_pages :]
+                self.cache.put(layer, kept, (keys[-len(kept) :], values[-len(kept) :]))
             for summaries in self._summaries.values():
-                summaries.append(layer, PageRows(decoded[0], self._received(layer, piece)))
+                summaries.append(layer, PageRows(keys, self._received(layer, piece)))
         self.num_windows = window + 1
+        self._num_resident += self._num_resident == window
         self._write_summaries()
         if self.records.write(self._packed(window, encoded, recompute_ms)):
             self._let_go()
@@ -150,7 +165,10 @@ class KVPages:
         """
         self.cache.discard(range(self._first_page(window), self._first_page(window + 1)))
         self.memory.discard(window)
-        encoded = self._encode(window, rows)
+        encoded = [self.memory.put(layer, window, piece) for layer, piece in enumerate(self._encode(rows))]
+        if self.resident is not None:
+            for layer, piece in enumerate(encoded):
+                self.resident.put(layer, self._first_page(window), piece)
         self.records.write(self._packed(window, encoded, recompute_ms))
         self.flush()
         self.repaired += 1
@@ -183,9 +201,27 @@ class KVPages:
                 continue
             if missing:
                 encoded = torch.stack([self._row(pieces, page) for page in missing])
-                decoded = self.codec.decode(layer, encoded.to(self._device, non_blocking=True))
+                decoded = self.codec.decode(layer, encoded.to(self.device, non_blocking=True))
                 self.cache.put(layer, missing, decoded)
             return self.cache.blocks(layer, pages)
+
+    def bring_windows(self, count: int) -> None:
+        """Bring what `resident` does not have of the first `count` windows; nothing where there is no such place.
+
+        Raises:
+            KVCacheError: a page is damaged and cannot be computed again.
+        """
+        if self.resident is None:
+            return
+        while self._num_resident < count:
+            window = self._num_resident
+            try:
+                for layer in range(self.num_layers):
+                    self.resident.put(layer, self._first_page(window), self._piece(layer, window))
+            except _DamagedWindowError as damage:
+                self._mend(damage)
+                continue
+            self._num_resident = window + 1
 
     def prefetch(self, layer: int, pages: Sequence[int]) -> Future[None] | None:
         """Start to read from disk what memory does not have of `pages`; None where that is nothing."""
@@ -222,7 +258,7 @@ class KVPages:
             return
         first, stop = self._first_page(windows.start), self._first_page(windows.stop)
         whole = windows.stop <= self.num_windows
-        if whole and made.is_closed and self._summary_records.restore(made, windows, stop - first, self._device):
+        if whole and made.is_closed and self._summary_records.restore(made, windows, stop - first, self.device):
             return
         for window in range(windows.start, min(windows.stop, self.num_windows)):
             for layer in range(self.num_layers):
@@ -255,9 +291,8 @@ class KVPages:
         finally:
             self.records.close()
 
-    def _encode(self, window: int, rows: Sequence[WindowRows]) -> list[Tensor]:
-        pieces = [self.codec.encode(layer, one.keys, one.values, one.received) for layer, one in enumerate(rows)]
-        return [self.memory.put(layer, window, piece) for layer, piece in enumerate(pieces)]
+    def _encode(self, rows: Sequence[WindowRows]) -> list[Tensor]:
+        return [self.codec.encode(layer, one.keys, one.values, one.received) for layer, one in enumerate(rows)]
 
     def _packed(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> EncodedKV:
         return EncodedKV.pack(
@@ -271,12 +306,12 @@ class KVPages:
             except _DamagedWindowError as damage:
                 self._mend(damage)
                 continue
-            keys = self.codec.decode_keys(layer, piece.to(self._device))
+            keys = self.codec.decode_keys(layer, piece.to(self.device))
             return PageRows(keys, self._received(layer, piece))
 
     def _received(self, layer: int, piece: Tensor) -> Tensor | None:
         received = self.codec.received(layer, piece)
-        return None if received is None else received.to(self._device)
+        return None if received is None else received.to(self.device)
 
     def _piece(self, layer: int, window: int) -> Tensor:
         """Return (pages, page_bytes) uint8 of one window in one layer, from memory or disk."""
@@ -321,10 +356,6 @@ class KVPages:
                 first, stop = self._first_page(windows.start), self._first_page(windows.stop)
                 for summaries in self._summaries.values():
                     self._summary_records.write(summaries, windows, first, stop)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.cache.pool.device
 
     def _let_go(self) -> None:
         if self.records.tier is None:

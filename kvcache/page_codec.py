@@ -41,6 +41,8 @@ class PageCodec:
 
     Attributes:
         codec_id: names the codec with everything that changes its bytes.
+        bits: of a code; 0 where numbers are stored raw.
+        group: tokens that share a scale.
     """
 
     def __init__(self, name: str, layout: KVLayout, page_size: int, *, with_received: bool = False) -> None:
@@ -52,8 +54,8 @@ class PageCodec:
         self.page_size = page_size
         self.with_received = with_received
         self._raw = _RAW.get(CodecName(name))
-        self._bits, self._most = _QUANTIZED.get(CodecName(name), (0, page_size))
-        self._group = min(self._most, page_size)
+        self.bits, most = _QUANTIZED.get(CodecName(name), (0, page_size))
+        self.group = min(most, page_size)
         self.codec_id = f"page{page_size}-{name}" + ("-received" if with_received else "")
 
     def page_bytes(self, layer: int) -> int:
@@ -96,7 +98,7 @@ class PageCodec:
             return parts[0].view(shape).to(self.layout.dtype), parts[1].view(shape).to(self.layout.dtype)
         out = torch.empty((2, len(data) * self.page_size, *shape[2:]), dtype=self.layout.dtype, device=data.device)
         keys, values = self.codes(layer, data)
-        dequantize_kv(keys, out[0], token_group=self._group)
+        dequantize_kv(keys, out[0], token_group=self.group)
         dequantize_kv(values, out[1], token_group=1)
         return out[0].view(shape), out[1].view(shape)
 
@@ -108,7 +110,7 @@ class PageCodec:
             return self._split(layer, data, most=1)[0].view(shape).to(self.layout.dtype)
         out = torch.empty((len(data) * self.page_size, *shape[2:]), dtype=self.layout.dtype, device=data.device)
         parts = [part.flatten(0, 1) for part in self._split(layer, data, most=3)]
-        dequantize_kv(QuantizedHeads(*parts), out, token_group=self._group)
+        dequantize_kv(QuantizedHeads(*parts), out, token_group=self.group)
         return out.view(shape)
 
     def codes(self, layer: int, data: Tensor) -> tuple[QuantizedHeads, QuantizedHeads]:
@@ -121,9 +123,9 @@ class PageCodec:
         return self._split(layer, data)[-1].squeeze(3).float() if self.with_received else None
 
     def _codes(self, keys: Tensor, values: Tensor) -> list[Tensor]:
-        channels = value_channels(values.shape[2], self._most)
-        key_codes = quantize_kv(keys, bits=self._bits, token_group=self._group, channel_group=1)
-        value_codes = quantize_kv(values, bits=self._bits, token_group=1, channel_group=channels)
+        channels = value_channels(values.shape[2], self.group)
+        key_codes = quantize_kv(keys, bits=self.bits, token_group=self.group, channel_group=1)
+        value_codes = quantize_kv(values, bits=self.bits, token_group=1, channel_group=channels)
         return [*key_codes, *value_codes]
 
     def _split(self, layer: int, data: Tensor, most: int | None = None) -> list[Tensor]:
@@ -146,9 +148,9 @@ class PageCodec:
         if self._raw is not None:
             sections = [(self._raw, (size, heads, dim))] * 2
         else:
-            packed = (torch.uint8, (size, heads, dim * self._bits // 8))
-            key_group = (torch.float16, (size // self._group, heads, dim))
-            value_group = (torch.float16, (size, heads, dim // value_channels(dim, self._most)))
+            packed = (torch.uint8, (size, heads, dim * self.bits // 8))
+            key_group = (torch.float16, (size // self.group, heads, dim))
+            value_group = (torch.float16, (size, heads, dim // value_channels(dim, self.group)))
             sections = [packed, key_group, key_group, packed, value_group, value_group]
         return [*sections, (torch.float16, (size, heads, 1))] if self.with_received else sections
 

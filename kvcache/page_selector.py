@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from ragkit.config import PageVote
@@ -115,15 +114,3 @@ def pool_votes(logits: Tensor, election: Election) -> Tensor:
     if election.vote is PageVote.SOFTMAX:
         return logits.softmax(dim=-1).sum(dim=1)
     return logits.sum(dim=1) if election.vote is PageVote.SUM else logits.amax(dim=1)
-
-
-def best_pages(scores: Tensor, first: int, count: int) -> Tensor:
-    """Return (groups, count) int64, the best pages of each group, ascending, for pages that begin with `first`.
-
-    Args:
-        scores: (groups, pages).
-        first: the page of the first column.
-        count: how many, at most as many as there are.
-    """
-    chosen = torch.topk(scores, count, dim=-1, sorted=False).indices
-    return chosen.sort(dim=-1).values + first

@@ -371,9 +371,9 @@ class PagesConfig:
     own. A choice is also kept where the queries have a cosine of `keep_similarity` with those that made it; 1 never
     keeps one.
 
-    `memory_mb` of the encoded pages stay in memory, the others on disk within `kv.disk_mb`; `cache_mb` of them stay
-    decoded where the model runs. `keep_received` also stores the attention that rows received, for selectors that look
-    at it.
+    `memory_mb` of the encoded pages stay in memory, the others on disk within `kv.disk_mb`. A GPU holds all pages of a
+    document that take at most `gpu_mb`; else, and on a CPU, `cache_mb` of them stay decoded there. `keep_received` also
+    stores the attention that rows received, for selectors that look at it.
     """
 
     page_tokens: int = 64
@@ -390,6 +390,7 @@ class PagesConfig:
     layer_interval: int = 1
     keep_similarity: float = 1.0
     keep_received: bool = False
+    gpu_mb: int = 49152
     cache_mb: int = 1024
     memory_mb: int = 4096
 
@@ -404,6 +405,7 @@ class PagesConfig:
         _at_least("pages.interval", self.interval, 1)
         _at_least("pages.layer_interval", self.layer_interval, 1)
         _share("pages.keep_similarity", self.keep_similarity)
+        _at_least("pages.gpu_mb", self.gpu_mb, 0)
         _at_least("pages.cache_mb", self.cache_mb, 1)
         _at_least("pages.memory_mb", self.memory_mb, 1)
         if self.codec not in PAGE_CODECS:

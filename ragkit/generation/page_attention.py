@@ -4,6 +4,10 @@ Keys are kept before RoPE, so pages can stand anywhere when they are attended to
 other in their order, as if nothing lay between them (LongHeads, arXiv 2402.10685; TokenSelect, arXiv 2411.02886);
 clamped they all stand at one place, a local window before the first query (InfLLM, arXiv 2402.04617). With every page
 chosen the re-indexed positions are the true ones, and this is full attention.
+
+How many rows a layer attends to is the same for every choice. So the rows of its pages, turned to where they stand, lie
+in a buffer of fixed size, own rows behind them, and a choice replaces the rows of pages alone. Where the whole document
+lies on the device, a choice and what follows from it stay there, and the host waits for nothing.
 """
 
 from __future__ import annotations
@@ -14,23 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ragkit.config import PagePositions
 from ragkit.generation.attention import causal_attention
+from ragkit.generation.page_lists import PageLayout
 from ragkit.generation.page_options import PageOptions
+from ragkit.kernels.gather_pages import PageLists, gather_pages
+from ragkit.kernels.page_top_k import page_top_k
+from ragkit.kernels.rope_write_kv import rope_write_kv
+from ragkit.kernels.selected_attention import selected_attention
 from ragkit.kvcache.kv_pages import KVPages, WindowRows
-from ragkit.kvcache.page_selector import Election, Takes, best_pages
+from ragkit.kvcache.page_selector import Election, Takes
 from ragkit.kvcache.rope import RotaryTable
 
 _VOTERS = 8  # means of neighbouring queries that choose for a whole window
 _MOST_VOTERS = 64  # up to here every query of a question votes
-
-
-class PageRange(NamedTuple):
-    """The pages that a pass may attend to: sinks up to `first`, candidates up to `stop`, local ones up to `end`."""
-
-    first: int
-    stop: int
-    end: int
 
 
 class PageAttention:
@@ -45,12 +45,14 @@ class PageAttention:
         rotary: the rotary table, as long as the positions in use.
         scale: factor on the scores.
         num_tokens: tokens of the document that stand before, whole windows of it or all.
+        own_tokens: most tokens of all passes together.
         keep_rows: whether to keep the rows of the pass in `rows`, for the document.
 
     Attributes:
+        layout: which pages can be chosen, and where they stand.
         chosen: (groups, pages) int64 of each layer, the pages that its last choice found.
+        times_chosen: (pages of the document,) int64, how often each page was chosen.
         rows: what the last pass gives for each layer.
-        num_choices: how often a layer has chosen.
     """
 
     def __init__(
@@ -60,29 +62,49 @@ class PageAttention:
         rotary: RotaryTable,
         scale: float,
         num_tokens: int,
+        own_tokens: int,
         *,
         keep_rows: bool = False,
     ) -> None:
+        self.layout = PageLayout.of(num_tokens, options)
         self._pages = pages
         self._options = options
         self._rotary = rotary
         self._scale = scale
-        self._num_tokens = num_tokens
+        self._own_tokens = own_tokens
         self._keep_rows = keep_rows
-        self._range = _page_range(num_tokens, options)
-        candidates = self._range.stop - self._range.first
-        scored = options.selector.takes is Takes.BEST and candidates > options.budget_pages
-        self._summaries = pages.summaries(options.selector) if scored else None
+        self._device = pages.device
+        is_scored = options.selector.takes is Takes.BEST and self.layout.num_chosen < self.layout.num_candidates
+        self._summaries = pages.summaries(options.selector) if is_scored else None
         num_layers = pages.num_layers
         self.chosen: list[Tensor] = [torch.empty(0)] * num_layers
+        self.times_chosen = torch.zeros(max(1, self.layout.end), dtype=torch.int64, device=self._device)
         self.rows: list[WindowRows] = []
         self._seen: list[_SeenRows | None] = [None] * num_layers
         self._choosers: list[Tensor | None] = [None] * num_layers  # the mean queries that made the choices
+        self._unturned = torch.empty(0)  # where keys are written before they are turned; nobody reads it
         self._chooses = True
-        self.num_choices = 0
+        self._done = 0
+        self._own = torch.empty(0, dtype=torch.int64)
 
-    def begin(self, *, choose: bool) -> None:
-        """Begin a pass; `choose` says whether it chooses pages or keeps those of the pass before."""
+    @property
+    def stays_on_device(self) -> bool:
+        """Whether a pass needs nothing of the host but to be launched."""
+        return self._pages.resident is not None and self._options.keep_similarity >= 1
+
+    def begin(self, tokens: int, *, choose: bool) -> None:
+        """Begin a pass over the next `tokens` tokens.
+
+        Args:
+            tokens: its tokens.
+            choose: whether it chooses pages or keeps those of the pass before.
+        """
+        self.begin_at(torch.arange(self._done, self._done + tokens, device=self._device), choose=choose)
+        self._done += tokens
+
+    def begin_at(self, own: Tensor, *, choose: bool) -> None:
+        """Begin a pass whose tokens stand at `own` (tokens,) int64 among the own ones, known on the device alone."""
+        self._own = own
         self._chooses = choose
         self.rows = []
 
@@ -90,21 +112,47 @@ class PageAttention:
         """Return the attention output, as `Attend` says."""
         seen = self._seen[layer]
         if seen is None or (self._chooses and not self._stays(layer, queries)):
+            seen = seen or self._room(keys)
             self._choose(layer, queries)
-            self._pages.prefetch((layer + 1) % self._pages.num_layers, self._listed(layer))
-            seen = self._seen[layer] = self._gather(layer, seen)
-        positions = seen.next_positions(len(keys))
-        turned = self._rotary.rotate(queries, positions)
-        seen.append(self._rotary.rotate(keys, positions), values)
-        if not self._keep_rows:
-            return _attend(turned, *seen.view(), self._scale)
+            self._load(seen, *self._page_rows(layer))
+        kept = (keys.clone(), values.clone()) if self._keep_rows else None
+        slots = self._own + self.layout.num_rows
+        rope_write_kv(
+            queries, keys, values, self._own + self.layout.start, slots, self._rotary.cos, self._rotary.sin,
+            self._unturned, seen.values.unsqueeze(0), rotate_keys=True,
+        )  # fmt: skip
+        seen.keys.index_copy_(0, slots, keys)
+        if kept is None:
+            self._seen[layer] = seen
+            return self._attend(queries, seen, slots)
+        # The rows of a window go to the document, and nobody asks behind them again.
         if self._pages.codec.with_received:
-            out, received = attention_and_received(turned, *seen.view(), self._scale)
+            out, received = attention_and_received(queries, *self._view(seen), self._scale)
         else:
-            out, received = _attend(turned, *seen.view(), self._scale), None
-        self.rows.append(WindowRows(keys.clone(), values.clone(), received))
-        self._seen[layer] = None  # of a window nobody asks again
+            out, received = self._attend(queries, seen, slots), None
+        self.rows.append(WindowRows(*kept, received))
         return out
+
+    def _attend(self, queries: Tensor, seen: _SeenRows, slots: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            return selected_attention(queries, seen.keys, seen.values, slots.int(), scale=self._scale)
+        if len(queries) > 1:
+            return causal_attention(queries, *self._view(seen), self._scale)
+        return _attend_one(queries, *self._view(seen), self._scale)
+
+    def _view(self, seen: _SeenRows) -> tuple[Tensor, Tensor]:
+        length = self.layout.num_rows + int(self._own[-1]) + 1
+        return seen.keys[:length], seen.values[:length]
+
+    def _room(self, rows: Tensor) -> _SeenRows:
+        shape = (self.layout.num_rows + self._own_tokens, *rows.shape[1:])
+        if self._unturned.shape[1:] != shape:
+            self._unturned = rows.new_empty((1, *shape))
+        return _SeenRows(rows.new_empty(shape), rows.new_empty(shape))
+
+    def _load(self, seen: _SeenRows, keys: Tensor, values: Tensor) -> None:
+        count = self.layout.num_rows
+        seen.keys[:count], seen.values[:count] = keys[:count], values[:count]
 
     def _stays(self, layer: int, queries: Tensor) -> bool:
         """Return whether the queries are like those that made the layer's choice (TokenSelect's selection cache)."""
@@ -112,128 +160,64 @@ class PageAttention:
             return False
         mean, chooser = queries.float().mean(dim=0), self._choosers[layer]
         if chooser is not None:
-            cosine = torch.nn.functional.cosine_similarity(mean.flatten(), chooser.flatten(), dim=0)
+            cosine = functional.cosine_similarity(mean.flatten(), chooser.flatten(), dim=0)
             if float(cosine) >= self._options.keep_similarity:
                 return True
         self._choosers[layer] = mean
         return False
 
     def _choose(self, layer: int, queries: Tensor) -> None:
-        options, (first, stop, _) = self._options, self._range
-        if options.selector.takes is Takes.NOTHING:
-            self.chosen[layer] = torch.empty((1, 0), dtype=torch.int64)
-        elif self._summaries is None:
-            self.chosen[layer] = torch.arange(first, stop).unsqueeze(0)
+        options, layout = self._options, self.layout
+        if self._summaries is None:
+            pages = torch.arange(layout.first, layout.first + layout.num_chosen, device=self._device)
+            self.chosen[layer] = pages.unsqueeze(0)
         elif layer % options.layer_interval:
             self.chosen[layer] = self.chosen[layer - 1]
+            return
         else:
             voters = _voters(queries, self._keep_rows)
             distance = torch.full((len(voters),), options.local_tokens, device=queries.device)
             turned = self._rotary.rotate(voters, distance)
             groups = self._pages.codec.layout.layers[layer].num_kv_heads if options.per_key_head else 1
             election = Election(options.vote, groups, self._scale)
-            scores = options.selector.score(turned, self._summaries.of(layer), first, stop, election)
-            self.chosen[layer] = best_pages(scores, first, options.budget_pages).cpu()
-            self.num_choices += 1
+            scores = options.selector.score(turned, self._summaries.of(layer), layout.first, layout.stop, election)
+            best, _ = page_top_k(scores.contiguous(), layout.num_chosen)
+            self.chosen[layer] = best.long() + layout.first
+        flat = self.chosen[layer].flatten()
+        self.times_chosen.index_add_(0, flat, torch.ones_like(flat))
 
-    def _listed(self, layer: int) -> list[int]:
-        """Return all pages that a layer attends to, ascending: those of all key heads together."""
-        first, stop, end = self._range
-        chosen = self.chosen[layer].unique().tolist()
-        return [*range(first), *chosen, *range(stop, end)]
+    def _page_rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of a layer's pages (rows, kv_heads, head_dim), keys turned to where they stand."""
+        listed = self.layout.listed(self.chosen[layer])
+        if self._pages.resident is None:
+            return self._brought(layer, listed)
+        lists = PageLists(listed.int(), self.layout.page_positions(listed, self._options).int())
+        keys, values = self._pages.resident.blocks(layer)
+        cos, sin = self._rotary.cos, self._rotary.sin
+        return gather_pages(keys, values, lists, cos, sin, dtype=self._pages.codec.layout.dtype)
 
-    def _gather(self, layer: int, before: _SeenRows | None) -> _SeenRows:
-        """Return the rows of a layer's pages, turned to where they stand, and behind them the own rows of `before`."""
-        pages = self._listed(layer)
-        blocks = self._pages.bring(layer, pages)
-        chosen = self.chosen[layer]
+    def _brought(self, layer: int, listed: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what `_page_rows` does with pages of the cache, brought where they are missing."""
+        wanted = listed.unique().tolist()
+        blocks = self._pages.bring(layer, wanted)
+        self._pages.prefetch((layer + 1) % self._pages.num_layers, wanted)
         pool = self._pages.cache.pool
-        keys, values = pool.keys[layer], pool.values[layer]
-        if len(chosen) == 1:
-            at = blocks.to(pool.device)
-            rows = keys[at].flatten(0, 1), values[at].flatten(0, 1)
-        else:
-            block_of = dict(zip(pages, blocks.tolist(), strict=True))
-            at = torch.tensor([[block_of[page] for page in self._with_rest(own)] for own in chosen.tolist()])
-            at = at.to(pool.device)
-            heads = torch.arange(len(chosen), device=pool.device)
-            # (heads, pages, page_size, head_dim), each head from its own pages
-            rows = tuple(  # type: ignore[assignment]
-                part.permute(2, 0, 1, 3)[heads.unsqueeze(1), at].flatten(1, 2).transpose(0, 1)
-                for part in (keys, values)
-            )
-        count = self._rows_at_once(chosen.shape[1])
-        positions, start = self._positions(layer, count)
-        turned = self._turned(rows[0][:count], positions)
-        seen = _SeenRows(turned, rows[1][:count], start)
-        if before is not None:
-            seen.append(*before.own())
-        return seen
-
-    def _with_rest(self, chosen: list[int]) -> list[int]:
-        first, stop, end = self._range
-        return [*range(first), *chosen, *range(stop, end)]
-
-    def _rows_at_once(self, chosen: int) -> int:
-        """Return how many rows hold tokens; only the last page can have some that do not."""
-        first, stop, end = self._range
-        return (first + chosen + end - stop) * self._pages.page_size - (-self._num_tokens % self._pages.page_size)
-
-    def _positions(self, layer: int, count: int) -> tuple[Tensor, int]:
-        """Return the positions of `count` rows, (rows,) or (kv_heads, rows), and that of the first own row."""
-        options, size, stop = self._options, self._pages.page_size, self._range.stop
-        if options.positions is PagePositions.TRUE:
-            pages = torch.tensor([self._with_rest(own) for own in self.chosen[layer].tolist()], dtype=torch.int64)
-            positions = (pages.unsqueeze(2) * size + torch.arange(size)).flatten(1)[:, :count]
-            return (positions[0] if len(positions) == 1 else positions), self._num_tokens
-        if options.positions is PagePositions.REINDEXED:
-            return torch.arange(count), count
-        local = self._num_tokens - stop * size
-        start = options.local_tokens
-        remote = torch.zeros(count - local, dtype=torch.int64)
-        return torch.cat((remote, torch.arange(start - local, start))), start
-
-    def _turned(self, keys: Tensor, positions: Tensor) -> Tensor:
-        positions = positions.to(keys.device)
-        if positions.dim() == 1:
-            return self._rotary.rotate(keys, positions)
-        heads = [self._rotary.rotate(keys[:, head : head + 1], at) for head, at in enumerate(positions)]
-        return torch.cat(heads, dim=1)
+        block_of = torch.zeros(max(1, self.layout.end), dtype=torch.int64)
+        block_of[wanted] = blocks
+        at = block_of[listed.cpu()].to(pool.device)
+        keys, values = (_rows_of(part[layer], at) for part in (pool.keys, pool.values))
+        positions = self.layout.row_positions(listed, self._options)
+        if len(positions) == 1:
+            return self._rotary.rotate(keys, positions[0]), values
+        heads = [self._rotary.rotate(keys[:, head : head + 1], own) for head, own in enumerate(positions)]
+        return torch.cat(heads, dim=1), values
 
 
-class _SeenRows:
-    """Keys, turned, and values that one layer attends to: those of pages, and behind them own ones, with room to grow.
+class _SeenRows(NamedTuple):
+    """Keys, turned, and values (rows, kv_heads, head_dim) that one layer attends to: of pages, and behind them own."""
 
-    Args:
-        keys, values: (rows, kv_heads, head_dim) of pages.
-        start: position of the first own row.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, start: int) -> None:
-        self._keys, self._values = keys, values
-        self._of_pages = self._length = len(keys)
-        self._start = start
-
-    def next_positions(self, tokens: int) -> Tensor:
-        first = self._start + self._length - self._of_pages
-        return torch.arange(first, first + tokens, device=self._keys.device)
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        wanted = self._length + len(keys)
-        if wanted > len(self._keys):
-            room = max(wanted, self._length + 64)
-            self._keys, self._values = (
-                _grown(self._keys[: self._length], room),
-                _grown(self._values[: self._length], room),
-            )
-        self._keys[self._length : wanted], self._values[self._length : wanted] = keys, values
-        self._length = wanted
-
-    def view(self) -> tuple[Tensor, Tensor]:
-        return self._keys[: self._length], self._values[: self._length]
-
-    def own(self) -> tuple[Tensor, Tensor]:
-        return self._keys[self._of_pages : self._length], self._values[self._of_pages : self._length]
+    keys: Tensor
+    values: Tensor
 
 
 def attention_and_received(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -257,9 +241,7 @@ def attention_and_received(queries: Tensor, keys: Tensor, values: Tensor, scale:
     return out, received
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    if len(queries) > 1:
-        return causal_attention(queries, keys, values, scale)
+def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     # The query heads of one key head stand as rows of one product: the keys are read once for all of them.
     grouped = queries[0].unflatten(0, (keys.shape[1], -1)).unsqueeze(0)
     stored, content = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
@@ -267,10 +249,12 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tens
     return attended[0].flatten(0, 1).unsqueeze(0)
 
 
-def _page_range(num_tokens: int, options: PageOptions) -> PageRange:
-    end = -(-num_tokens // options.page_size)
-    first = min(options.sink_pages, end)
-    return PageRange(first, max(first, end - options.local_pages), end)
+def _rows_of(blocks: Tensor, at: Tensor) -> Tensor:
+    """Return (rows, kv_heads, head_dim): the rows of the blocks `at` (groups, listed), each group of heads its own."""
+    if len(at) == 1:
+        return blocks[at[0]].flatten(0, 1)
+    heads = torch.arange(len(at), device=at.device)
+    return blocks.permute(2, 0, 1, 3)[heads.unsqueeze(1), at].flatten(1, 2).transpose(0, 1)
 
 
 def _voters(queries: Tensor, is_window: bool) -> Tensor:
@@ -280,11 +264,7 @@ def _voters(queries: Tensor, is_window: bool) -> Tensor:
         return queries
     parts = torch.arange(len(queries), device=queries.device) * most // len(queries)
     means = queries.new_zeros((most, *queries.shape[1:]), dtype=torch.float32).index_add_(0, parts, queries.float())
-    counts = torch.bincount(parts, minlength=most).view(-1, 1, 1)
-    return (means / counts).to(queries.dtype)
-
-
-def _grown(rows: Tensor, room: int) -> Tensor:
-    grown = rows.new_empty((room, *rows.shape[1:]))
-    grown[: len(rows)] = rows
-    return grown
+    counts = torch.zeros(most, device=queries.device).index_add_(
+        0, parts, torch.ones(len(queries), device=parts.device)
+    )
+    return (means / counts.view(-1, 1, 1)).to(queries.dtype)

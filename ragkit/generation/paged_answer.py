@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ragkit.errors import GenerationError
 from ragkit.generation.decode import decode
-from ragkit.generation.decode_state import DecodeState
-from ragkit.generation.decoder import Activations, Decoder
+from ragkit.generation.decoder import Activations
 from ragkit.generation.engine import Engine
 from ragkit.generation.page_attention import PageAttention
+from ragkit.generation.page_decode import PageSteps
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.sampling import SamplingConfig
 from ragkit.generation.steps import Finished, GenerationStep
 from ragkit.kvcache.kv_pages import KVPages
 from ragkit.kvcache.request_kv import RequestKV
-from ragkit.kvcache.rope import RotaryTable
 from ragkit.types import TokenUsage
 
 
@@ -75,7 +74,7 @@ class PagedAnswer:
             timings = {"prefill": (time.perf_counter() - started) * 1e3}
             stops = frozenset(engine.decoder.config.stop_token_ids) | frozenset(sampling.stop_token_ids)
             tokens = decode(
-                _Steps(engine.decoder, attend, self._prefill.options.interval, self._note),
+                PageSteps.of(engine.decoder, attend, self._prefill.options.interval, len(self._question)),
                 nothing,
                 engine.rotary.table(1, 1),
                 logits,
@@ -92,6 +91,7 @@ class PagedAnswer:
                 timings.setdefault("first_token", (time.perf_counter() - started) * 1e3)
                 yield step
             use = pages.use(before)
+            self._note(attend)
         timings["total"] = (time.perf_counter() - started) * 1e3
         timings.setdefault("first_token", timings["total"])
         document = pages.total_tokens
@@ -103,46 +103,20 @@ class PagedAnswer:
         decoder, window = self._engine.decoder, self._prefill.options.window_tokens
         activations: Activations | None = None
         for start in range(0, len(self._question), window):
-            attend.begin(choose=True)
-            activations = decoder.run(self._question[start : start + window], attend)
-            self._note(attend)
+            part = self._question[start : start + window]
+            attend.begin(len(part), choose=True)
+            activations = decoder.run(part, attend)
         assert activations is not None, "a question has at least one token"
         return decoder.logits(activations.rows(slice(-1, None)))[0]
 
     def _note(self, attend: PageAttention) -> None:
-        for chosen in attend.chosen:
-            self.times_chosen.update(chosen.flatten().tolist())
-            self.choices += len(chosen)
+        counts = attend.times_chosen.cpu()
+        pages = counts.nonzero().flatten()
+        self.times_chosen.update(dict(zip(pages.tolist(), counts[pages].tolist(), strict=True)))
+        self.choices += int(counts.sum()) // max(1, attend.layout.num_chosen)
 
     def _within_window(self, sampling: SamplingConfig) -> SamplingConfig:
         options, max_context = self._prefill.options, self._engine.max_context
         options.require_room(self._pages.total_tokens, len(self._question) + 1, max_context)
         room = max_context - options.positions_before(self._pages.total_tokens) - len(self._question)
         return dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-
-
-class _Steps:
-    """The `StepRunner` of one answer: what it attends to lies in its `PageAttention`."""
-
-    def __init__(
-        self, decoder: Decoder, attend: PageAttention, interval: int, note: Callable[[PageAttention], None]
-    ) -> None:
-        self._decoder = decoder
-        self._attend = attend
-        self._interval = interval
-        self._note = note
-        self._done = 0
-
-    def begin(self, kv: RequestKV, rotary: RotaryTable) -> DecodeState:
-        """Return a state that nobody looks at."""
-        return DecodeState(kv, rotary)
-
-    def step(self, states: Sequence[DecodeState], token_ids: Sequence[int]) -> Tensor:
-        """Return (1, vocab_size) logits after one more token."""
-        chooses = self._done % self._interval == 0
-        self._attend.begin(choose=chooses)
-        logits = self._decoder.logits(self._decoder.run(list(token_ids), self._attend))
-        if chooses:
-            self._note(self._attend)
-        self._done += 1
-        return logits

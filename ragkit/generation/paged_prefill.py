@@ -94,7 +94,7 @@ class PagedPrefill:
         token_ids = pages.refs[window].token_ids
         before = window * pages.window_tokens
         attend = self._attention(pages, before, len(token_ids), keep_rows=True)
-        attend.begin(choose=True)
+        attend.begin(len(token_ids), choose=True)
         decoder, last = self._decoder, pages.num_layers - 1
         activations = decoder.embed(list(token_ids))
         for layer in range(last):
@@ -113,10 +113,13 @@ class PagedPrefill:
 
     def _attention(self, pages: KVPages, num_tokens: int, own_tokens: int, *, keep_rows: bool) -> PageAttention:
         options = self.options
-        # Scoring turns queries by a local window, also where less stands before them.
-        positions = max(options.positions_before(num_tokens) + own_tokens, options.local_tokens + 1)
+        # Scoring turns queries by a local window, also where less stands before them; and the rows of a last page that
+        # is not full are turned as well, although nobody sees them.
+        behind = max(own_tokens, options.page_size)
+        positions = max(options.positions_before(num_tokens) + behind, options.local_tokens + 1)
         rotary = self._rotary.table(positions, positions)
-        return PageAttention(pages, options, rotary, self._decoder.scale, num_tokens, keep_rows=keep_rows)
+        pages.bring_windows(-(-num_tokens // pages.window_tokens))
+        return PageAttention(pages, options, rotary, self._decoder.scale, num_tokens, own_tokens, keep_rows=keep_rows)
 
     def _require_room(self, pages: KVPages) -> None:
         longest = min(self.options.window_tokens, pages.total_tokens)

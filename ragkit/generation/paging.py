@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 
+import torch
+
 from ragkit.config import KVConfig, PagesConfig
 from ragkit.errors import CacheCapacityError
 from ragkit.generation.chunk_prefill import expected_cost
@@ -26,6 +28,7 @@ from ragkit.kvcache.page_cache import PageCache
 from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords, window_refs
+from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.kvcache.segment_tier import KVCatalogue, SegmentTier
 from ragkit.models.fingerprint import weights_fingerprint, weights_stamp
 from ragkit.progress import Progress
@@ -34,6 +37,8 @@ from ragkit.types import AttendedSpan
 
 _LARGEST_SHARE = 0.7  # of the disk's budget that one document may take: the tier keeps a quarter free when it evicts
 _LISTED_SPANS = 32
+_LARGEST_FREE_SHARE = 0.8  # of a GPU's free memory that pages may take: attention and activations need the rest
+_LEAST_BLOCK = 16  # rows of a block, and of a group of them, that kernels read
 
 _log = logging.getLogger(__name__)
 
@@ -217,9 +222,28 @@ class Paging:
         refs = window_refs(self._recipe, options.reading_id, token_ids, options.window_tokens, owner)
         records = PageRecords(self._tier, self._codec.codec_id, engine.decoder.config.num_layers)
         memory = PageMemory(self._config.memory_mb << 20, page_locked=engine.decoder.device.type == "cuda")
-        cache = self._cache(-(-len(token_ids) // options.page_size))
-        pages = KVPages(self._codec, refs, options.window_tokens, cache, memory, records)
+        num_pages = -(-len(token_ids) // options.page_size)
+        resident = self._resident(num_pages)
+        cache = self._cache(num_pages) if resident is None else self._no_cache()
+        pages = KVPages(self._codec, refs, options.window_tokens, cache, memory, records, resident)
         return PagedDocument(document, pages, len(prefix), offsets)
+
+    def _resident(self, num_pages: int) -> ResidentPages | None:
+        """Return room for all pages on the GPU, where there is as much to spare."""
+        device, size = self._engine.decoder.device, self._config.page_tokens
+        nbytes = num_pages * self._codec.bytes_per_page
+        fits_blocks = min(size, self._codec.group) >= _LEAST_BLOCK
+        if device.type != "cuda" or not fits_blocks or nbytes > self._config.gpu_mb << 20:
+            return None
+        free, _ = torch.cuda.mem_get_info(device)
+        if nbytes > free * _LARGEST_FREE_SHARE:
+            _log.info("a document's pages take %d MB, and %d MB of the GPU are free", nbytes >> 20, free >> 20)
+            return None
+        return ResidentPages(self._codec, num_pages, device)
+
+    def _no_cache(self) -> PageCache:
+        decoder = self._engine.decoder
+        return PageCache(decoder.layout, self._config.page_tokens, 1, 0, decoder.device)
 
     def _cache(self, num_pages: int) -> PageCache:
         layout, size = self._engine.decoder.layout, self._config.page_tokens

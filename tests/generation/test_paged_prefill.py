@@ -8,6 +8,7 @@ from page_doubles import RecordsInMemory, recipe_of
 from ragkit.config import PagePositions, PageSelectorName, PageVote
 from ragkit.errors import CacheCapacityError, GenerationError, KVCacheError
 from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.page_decode import PageSteps
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.rotary_cache import RotaryCache
@@ -19,6 +20,7 @@ from ragkit.kvcache.page_records import PageRecords, window_refs
 from ragkit.kvcache.page_selectors import make_page_selector
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.resident_pages import ResidentPages
 
 from .conftest import decoder_of, hf_model
 
@@ -46,12 +48,16 @@ def llama():
     return decoder_of(hf_model("llama"))
 
 
-def pages_of(decoder, tokens, options, codec="fp32", *, tier=None, cache_pages=64, memory=1 << 30, received=False):
+def pages_of(
+    decoder, tokens, options, codec="fp32", *, tier=None, cache_pages=64, memory=1 << 30, received=False, resident=False
+):
     codec = PageCodec(codec, decoder.layout, options.page_size, with_received=received)
     refs = window_refs(recipe_of(decoder, codec.codec_id), options.reading_id, tokens, options.window_tokens, "c" * 32)
     cache = PageCache(decoder.layout, options.page_size, cache_pages, 0, decoder.device)
     records = PageRecords(tier, codec.codec_id, decoder.config.num_layers)
-    return KVPages(codec, refs, options.window_tokens, cache, PageMemory(memory), records)
+    num_pages = -(-len(tokens) // options.page_size)
+    room = ResidentPages(codec, num_pages, decoder.device) if resident else None
+    return KVPages(codec, refs, options.window_tokens, cache, PageMemory(memory), records, room)
 
 
 def read(decoder, tokens, options=SMALL, **arguments):
@@ -67,7 +73,7 @@ def logits_over(decoder, pages, prefill, question=QUESTION, then=(5, 6, 7)):
     attend = prefill.attention(pages, len(question) + len(then))
     out = []
     for tokens in (list(question), *([token] for token in then)):
-        attend.begin(choose=True)
+        attend.begin(len(tokens), choose=True)
         out.append(decoder.logits(decoder.run(tokens, attend))[-1])
     return torch.stack(out)
 
@@ -148,7 +154,7 @@ def test_key_heads_that_choose_for_themselves_attend_to_pages_of_their_own(llama
     pages, prefill = read(llama, TOKENS[:300], options)
     attend = prefill.attention(pages, 20)
     with torch.inference_mode():
-        attend.begin(choose=True)
+        attend.begin(9, choose=True)
         llama.run(QUESTION, attend)
     assert all(chosen.shape == (2, 3) for chosen in attend.chosen)
     assert any(not torch.equal(*chosen) for chosen in attend.chosen)
@@ -161,19 +167,16 @@ def test_key_heads_with_pages_of_their_own_equal_full_prefill_where_all_fit(llam
 
 
 def test_one_choice_for_all_heads_is_that_of_each_head_where_they_agree(llama):
-    shared, own = SMALL, replace(SMALL, per_key_head=True)
-    pages, prefill = read(llama, TOKENS[:300], shared)
-    same = PagedPrefill(llama, RotaryCache(llama), own)
-    one, other = prefill.attention(pages, 20), same.attention(pages, 20)
-    with torch.inference_mode():
-        for attend in (one, other):
-            attend.begin(choose=True)
-            llama.run(QUESTION, attend)
-        other.chosen = [chosen.expand(2, -1).clone() for chosen in one.chosen]
-        rows = [one._gather(layer, None).view() for layer in range(3)]
-        again = [other._gather(layer, None).view() for layer in range(3)]
-    for mine, others in zip(rows, again, strict=True):
-        torch.testing.assert_close(mine, others)
+    pages, prefill = read(llama, TOKENS[:300])
+    attend = prefill.attention(pages, 20)
+    for positions in (PagePositions.REINDEXED, PagePositions.CLAMPED):
+        attend._options = replace(SMALL, positions=positions)
+        rows = []
+        for chosen in (torch.tensor([[3, 8, 20]]), torch.tensor([[3, 8, 20], [3, 8, 20]])):
+            attend.chosen[1] = chosen
+            rows.append(attend._page_rows(1))
+        for mine, others in zip(*rows, strict=True):
+            torch.testing.assert_close(mine, others)
 
 
 def test_layers_between_share_the_choice_of_the_layer_before(llama):
@@ -181,7 +184,7 @@ def test_layers_between_share_the_choice_of_the_layer_before(llama):
     pages, prefill = read(llama, TOKENS[:300], options)
     attend = prefill.attention(pages, 20)
     with torch.inference_mode():
-        attend.begin(choose=True)
+        attend.begin(9, choose=True)
         llama.run(QUESTION, attend)
     assert torch.equal(attend.chosen[0], attend.chosen[1])
     assert not torch.equal(attend.chosen[1], attend.chosen[2])
@@ -192,10 +195,10 @@ def test_a_pass_that_keeps_its_pages_sees_the_rows_of_the_passes_before(llama):
     pages, prefill = read(llama, TOKENS[:163], options)
     attend = prefill.attention(pages, 12)
     with torch.inference_mode():
-        attend.begin(choose=True)
+        attend.begin(9, choose=True)
         llama.run(QUESTION, attend)
         for token in (5, 6, 7):
-            attend.begin(choose=False)
+            attend.begin(1, choose=False)
             last = llama.logits(llama.run([token], attend))[-1]
     torch.testing.assert_close(last, full_logits(llama, TOKENS[:163])[-1], rtol=0, atol=1e-3)
 
@@ -208,9 +211,9 @@ def test_a_choice_stays_while_queries_are_alike(llama):
         attend = PagedPrefill(llama, RotaryCache(llama), options).attention(pages, 20)
         with torch.inference_mode():
             for token in (5, 5, 5):
-                attend.begin(choose=True)
+                attend.begin(1, choose=True)
                 llama.run([token], attend)
-        choices.append(attend.num_choices)
+        choices.append(int(attend.times_chosen.sum()) // 3)
     assert choices[0] == 9
     assert choices[1] < 9
 
@@ -244,6 +247,83 @@ def test_another_selector_answers_from_the_pages_that_one_has_read(llama, select
     assert bool(logits.isfinite().all())
     assert not torch.allclose(logits, logits_over(llama, first, prefill))
     torch.testing.assert_close(logits, logits_over(llama, first, other), rtol=0, atol=1e-4)
+
+
+WIDE = PageOptions(
+    make_page_selector("min-max"), page_size=16, sink_pages=1, local_pages=1, budget_pages=2, window_tokens=32
+)
+
+
+@pytest.mark.parametrize("positions", [PagePositions.REINDEXED, PagePositions.CLAMPED])
+@pytest.mark.parametrize("per_key_head", [False, True])
+@pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
+def test_pages_that_all_lie_on_the_device_answer_as_those_of_the_cache_do(llama, codec, per_key_head, positions):
+    options = replace(WIDE, per_key_head=per_key_head, positions=positions)
+    logits = []
+    for resident in (False, True):
+        pages, prefill = read(llama, TOKENS[:297], options, codec=codec, resident=resident)
+        logits.append(logits_over(llama, pages, prefill))
+        assert (pages.cache.hits + pages.cache.misses == 0) is resident
+    torch.testing.assert_close(*logits, rtol=0, atol=2e-3)
+
+
+def test_resident_pages_are_brought_from_disk_and_mended(llama):
+    tier = RecordsInMemory()
+    first, prefill = read(llama, TOKENS[:297], WIDE, codec="int8", tier=tier)
+    key = first.refs[3].key
+    tier.records[key] = tier.records[key][:-5000] + bytes(5000)
+    again = pages_of(llama, TOKENS[:297], WIDE, codec="int8", tier=tier, resident=True)
+    torch.testing.assert_close(
+        logits_over(llama, again, prefill), logits_over(llama, first, prefill), rtol=0, atol=2e-3
+    )
+    assert again.repaired == 1
+
+
+class Replays:
+    """A recorder that does the work again, and counts."""
+
+    def __init__(self):
+        self.log = []
+
+    def begin(self):
+        self.log.append("begin")
+
+    def record(self, work):
+        self.log.append("record")
+        work()
+        return lambda: (self.log.append("replay"), work())
+
+    def end(self):
+        self.log.append("end")
+
+    def wait(self):
+        pass
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_recorded_steps_give_the_logits_of_passes(llama, resident):
+    pages, prefill = read(llama, TOKENS[:297], WIDE, codec="int8", resident=resident)
+    tokens = (5, 6, 7, 8, 9)
+    logits = []
+    for recorder in (None, Replays()):
+        attend = prefill.attention(pages, len(QUESTION) + len(tokens))
+        with torch.inference_mode():
+            attend.begin(len(QUESTION), choose=True)
+            llama.run(QUESTION, attend)
+            steps = PageSteps(llama, attend, 2, len(QUESTION), recorder)
+            logits.append([steps.step([], [token]).clone()[0] for token in tokens])
+    assert [entry for entry in recorder.log if entry in ("record", "replay")] == [
+        "record", "record", "replay", "replay", "replay",
+    ]  # fmt: skip
+    torch.testing.assert_close(torch.stack(logits[0]), torch.stack(logits[1]), rtol=0, atol=1e-5)
+    attend = prefill.attention(pages, len(QUESTION) + len(tokens))
+    with torch.inference_mode():
+        attend.begin(len(QUESTION), choose=True)
+        llama.run(QUESTION, attend)
+        for number, token in enumerate(tokens):
+            attend.begin(1, choose=number % 2 == 0)
+            last = llama.logits(llama.run([token], attend))[-1]
+    torch.testing.assert_close(logits[0][-1], last, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])

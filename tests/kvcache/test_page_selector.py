@@ -5,7 +5,7 @@ from ragkit.config import PageSelectorName, PageVote
 from ragkit.errors import KVCacheError
 from ragkit.kernels.page_scores import KeyBounds, Pooling, page_scores_torch
 from ragkit.kvcache.page_scoring import score_bounds, score_vectors
-from ragkit.kvcache.page_selector import Election, PageRows, best_pages, pool_votes
+from ragkit.kvcache.page_selector import Election, PageRows, pool_votes
 from ragkit.kvcache.page_selector_centroids import Centroids
 from ragkit.kvcache.page_selector_min_max import MinMax
 from ragkit.kvcache.page_selector_representative import RepresentativeKeys
@@ -207,11 +207,6 @@ def test_scores_on_a_cpu_rank_pages_as_the_kernels_definition_does(vote, groups)
             2 * Q_HEADS / groups if vote is PageVote.SUM else 1.0
         )  # the kernel takes the mean of what is added here
         torch.testing.assert_close(mine, kernel * factor, rtol=0, atol=1e-4)
-
-
-def test_the_best_pages_come_in_the_order_of_the_document():
-    scores = torch.tensor([[0.1, 0.9, 0.2, 0.8], [0.5, 0.1, 0.4, 0.3]])
-    assert best_pages(scores, 10, 2).tolist() == [[11, 13], [10, 12]]
 
 
 def test_an_unknown_selector_is_refused_by_name():
