@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,10 @@ class TimedTokenizer:
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Return the span of each token of `text`."""
         return self._watch.of(lambda: self._tokenizer.offsets(text))
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Yield the token ids and spans of each text."""
+        yield from self._watch.of(lambda: list(self._tokenizer.encode_batch_with_offsets(texts)))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of `token_ids`."""

@@ -7,10 +7,10 @@ causal model gives all losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,15 @@ _LEAST = 1e-3  # log-odds of a decision with no margin
 _FLAT = 1e-6  # losses that vary less are equal but for rounding
 _DYNAMIC_FROM = 100  # minima seen before the dynamic threshold follows them
 _BLOCK = 100_000  # code points tokenised at once
+
+
+@runtime_checkable
+class SpanTokenizer(Protocol):
+    """What a `TextTokenizer` may offer, so that a text is not tokenised twice for its ids and their places."""
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Yield what `encode` and `offsets` return for each text."""
+        ...
 
 
 class LossModel(Protocol):
@@ -186,19 +195,33 @@ def _merged(odds: Scores, units: Units, merge_tokens: int) -> Scores:
 def _tokenised(text: str, units: Units, tokenizer: TextTokenizer) -> tuple[list[int], NDArray[np.int64]]:
     """Return the token ids of a text and the unit of each: the one that holds its last character."""
     ids: list[int] = []
-    ends: list[int] = []
-    edges = units.starts.tolist()
-    at = 0
-    while at < len(units):
-        stop = max(at + 1, int(np.searchsorted(units.starts, edges[at] + _BLOCK, side="right")) - 1)
-        begin = edges[at]
-        block = text[begin : edges[stop]]
-        ids += tokenizer.encode(block)
-        ends += [begin + end for _, end in tokenizer.offsets(block)]
-        at = stop
-    places = np.maximum(np.asarray(ends, dtype=np.int64) - 1, 0)
+    ends: list[NDArray[np.int64]] = []
+    begins, blocks = _blocks(text, units)
+    for begin, (block_ids, spans) in zip(begins, _encoded(blocks, tokenizer), strict=True):
+        ids += block_ids
+        ends.append(begin + np.fromiter((stop for _, stop in spans), np.int64, len(spans)))
+    places = np.maximum(np.concatenate(ends) - 1, 0) if ends else np.zeros(0, np.int64)
     owners = np.clip(np.searchsorted(units.starts, places, side="right") - 1, 0, max(0, len(units) - 1))
     return ids, owners.astype(np.int64)
+
+
+def _blocks(text: str, units: Units) -> tuple[list[int], list[str]]:
+    """Return the text in blocks of whole units: where each begins, and what it holds."""
+    edges = units.starts.tolist()
+    stops = [0]
+    while stops[-1] < len(units):
+        at = stops[-1]
+        stops.append(max(at + 1, int(np.searchsorted(units.starts, edges[at] + _BLOCK, side="right")) - 1))
+    places = [edges[stop] for stop in stops]
+    return places[:-1], [text[begin:end] for begin, end in pairwise(places)]
+
+
+def _encoded(blocks: list[str], tokenizer: TextTokenizer) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Yield the token ids of each block and the spans of its tokens."""
+    if isinstance(tokenizer, SpanTokenizer):
+        yield from tokenizer.encode_batch_with_offsets(blocks)
+    else:
+        yield from ((tokenizer.encode(block), tokenizer.offsets(block)) for block in blocks)
 
 
 def perplexity_chunker(

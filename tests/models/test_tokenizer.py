@@ -84,6 +84,8 @@ def test_offsets_refer_to_the_text_before_normalisation(tmp_path):
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=8))
 def test_counts_ids_and_offsets_agree_and_cover_the_text(tokenizer, texts):
     counts = tokenizer.count_batch(texts)
+    pairs = list(tokenizer.encode_batch_with_offsets(texts))
+    assert pairs == [(tokenizer.encode(text), tokenizer.offsets(text)) for text in texts]
     for text, count, batch_ids in zip(texts, counts, tokenizer.encode_batch(texts), strict=True):
         token_ids, spans = tokenizer.encode(text), tokenizer.offsets(text)
         assert count == len(token_ids) == len(spans)
