@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ragkit.cli.common import Session, flag
-from ragkit.cli.heat_map import heat_map
+from ragkit.cli.long_tables import report_lines
 from ragkit.cli.measuring import check_places, listed_values, run_measurement
-from ragkit.cli.output import bold, json_text, one_line, table
+from ragkit.cli.output import json_text
 from ragkit.config import PageSelectorName
 from ragkit.errors import UsageError
 
 if TYPE_CHECKING:
     from ragkit.bench.long_answers import LongContextAnswerer
     from ragkit.bench.long_items import LongTask
-    from ragkit.bench.long_report import HeatCell, LongReport, Outcome, ScoreRow
+    from ragkit.bench.long_report import HeatCell, LongReport, Outcome
     from ragkit.config import PipelineConfig
     from ragkit.types import TextTokenizer
 
 STRATEGIES = ("full", "rag", "pages")  # ragkit.bench.long_strategies, which imports torch, has the same
 CPU_LENGTHS, GPU_LENGTHS = (1024, 2048, 4096), (4096, 8192, 16384, 32768)
-_WIDTH = 100
 
 LengthsOption = Annotated[
     str | None,
@@ -186,7 +183,7 @@ def _show(session: Session, report: LongReport, options: LongOptions, job: LongJ
     data = _json(report, job, plots, interrupted=interrupted)
     if options.out is not None:
         options.out.write_text(json_text(data), encoding="utf-8")
-    session.output.result(data, _lines(report, job))
+    session.output.result(data, report_lines(report, job.rows))
     for path in (*plots, *([str(options.out)] if options.out is not None else [])):
         session.output.note(f"wrote {path}")
 
@@ -204,38 +201,6 @@ def _json(report: LongReport, job: LongJob, plots: list[str], *, interrupted: bo
         "machine": machine_facts(),
         "versions": versions(),
     }
-
-
-def _lines(report: LongReport, job: LongJob) -> Iterator[str]:
-    if not report.rows:
-        yield "nothing was measured"
-    for strategy in dict.fromkeys(cell.strategy for cell in report.cells):
-        cells = [cell for cell in report.cells if cell.strategy == strategy]
-        yield bold(f"{one_line(strategy)}: score in percent by {job.rows} and tokens", sys.stdout)
-        rows = list(dict.fromkeys(cell.row for cell in report.cells))
-        lengths = sorted({cell.length for cell in report.cells})
-        values = {(cell.row, f"{cell.length:,}"): cell.score for cell in cells}
-        yield from heat_map(rows, [f"{length:,}" for length in lengths], values, job.rows)
-        yield ""
-    if report.rows:
-        yield from _table(report.rows)
-    for note in report.notes:
-        yield from wrap(f"note: {one_line(note)}", _WIDTH)
-
-
-def _table(rows: Sequence[ScoreRow]) -> Iterator[str]:
-    first = rows[0].strategy
-    header = ["strategy", "task", "tokens", "asked", "score % (95%)", f"against {one_line(first)}"]
-    header += ["gold shown %", "prompt", "s to read", "to answer"]
-    cells: list[list[object]] = []
-    for row in rows:
-        against = row.against_first
-        difference = "" if against is None else f"{against.mean:+.1f} [{against.low:+.1f}, {against.high:+.1f}]"
-        interval = f"{row.score:.1f} [{row.low:.1f}, {row.high:.1f}]"
-        seconds = [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in (row.document_seconds, row.seconds)]
-        costs = [round(row.gold_shown), round(row.prompt_tokens), *seconds]
-        cells.append([row.strategy, row.task, row.length, row.questions, interval, difference, *costs])
-    yield from table(header, cells)
 
 
 def _facts(config: PipelineConfig, options: LongOptions, data: Path | None) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from random import Random
 from typing import Protocol, TypeAlias, TypeVar, cast
 
-from ragkit.bench.haystacks import Prose, TooShortError, read_prose
+from ragkit.bench.haystacks import TooShortError
 from ragkit.bench.long_scores import AnswerMetric
+from ragkit.bench.prose import Prose, read_prose
 from ragkit.types import TextTokenizer
 
 _Kept = TypeVar("_Kept")

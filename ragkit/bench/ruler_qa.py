@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from ragkit.bench.haystacks import Needle, Pieces, TooShortError, fitted, insert, wiki_passages
+from ragkit.bench.haystacks import Needle, Pieces, TooShortError, fitted, insert
 from ragkit.bench.long_items import LongItem, LongQuestion, Material
 from ragkit.bench.long_scores import AnswerMetric
 from ragkit.bench.made_facts import made_passages, made_questions
 from ragkit.bench.musique import FILE_NAME, musique_items
+from ragkit.bench.prose import wiki_passages
 from ragkit.errors import UsageError
 
 _NEW_TOKENS = 32

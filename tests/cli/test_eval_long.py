@@ -61,6 +61,7 @@ def test_needle_shows_a_heat_map_a_strategy_and_a_table(run):
     rag = lines.index("rag: score in percent by depth and tokens")
     assert lines[rag + 2].split() == ["0%", "███", "100", "███", "100"]
     table = lines[rag + 7 :]
+    assert "against full" in table[0]
     assert [line.split()[:4] for line in table[1:4]] == [
         ["full", "needle", "1,000", "6"],
         ["rag", "needle", "1,000", "6"],
@@ -98,6 +99,7 @@ def test_ruler_has_a_row_a_task_and_their_mean(run):
     ]  # fmt: skip
     assert data["settings"]["tasks"] == ["vt", "kv_retrieval"]
     lines = run(*RULER, "--strategies", "rag").out.splitlines()
+    assert not any("against" in line for line in lines)
     assert lines[1].split() == ["task", "2,000"]
     assert [line.split()[0] for line in lines[2:4]] == ["vt", "kv_retrieval"]
 
