@@ -85,7 +85,8 @@ class KVPages:
         self.memory = memory
         self.records = records
         self.resident = resident
-        self.num_windows = records.present(self.refs)
+        self._stored = records.present(self.refs)
+        self.num_windows = self._first_gap(0)
         self.repaired = 0
         self.repair: Callable[[int], None] | None = None
         self.lock = threading.RLock()
@@ -156,6 +157,28 @@ class KVPages:
         self._write_summaries()
         if self.records.write(self._packed(window, encoded, recompute_ms)):
             self._let_go()
+
+    def adopt(self) -> int:
+        """Count the next windows as there that are stored behind a gap, and return how many those are.
+
+        A window before them may have left the disk alone; read again it has the same numbers, so they still hold.
+        """
+        first, stop = self.num_windows, self._first_gap(self.num_windows)
+        while self.num_windows < stop:
+            window = self.num_windows
+            try:
+                pieces = [self._piece(layer, window) for layer in range(self.num_layers)]
+            except _DamagedWindowError as damage:
+                _log.warning("%s: its window is computed again", damage.cause)
+                self._stored.discard(window)
+                break
+            for summaries in self._summaries.values():
+                for layer, piece in enumerate(pieces):
+                    keys = self.codec.decode_keys(layer, piece.to(self.device))
+                    summaries.append(layer, PageRows(keys, self._received(layer, piece)))
+            self.num_windows = window + 1
+            self._write_summaries()
+        return self.num_windows - first
 
     def replace(self, window: int, rows: Sequence[WindowRows], recompute_ms: float = 0.0) -> None:
         """Keep a window again that was damaged.
@@ -362,6 +385,12 @@ class KVPages:
             return
         self.memory.let_go(range(self._first_unwritten, self.num_windows))
         self._first_unwritten = self.num_windows
+
+    def _first_gap(self, window: int) -> int:
+        """Return the first window from `window` on that is not stored."""
+        while window in self._stored:
+            window += 1
+        return window
 
     def _first_page(self, window: int) -> int:
         return min(window * self.window_tokens // self.page_size, self.pages_for(self.total_tokens))

@@ -66,12 +66,10 @@ class PageRecords:
         self._readers: OrderedDict[ChunkRef, tuple[RecordReader, contextlib.ExitStack]] = OrderedDict()
         self._waiting: list[EncodedKV] = []
 
-    def present(self, refs: Sequence[ChunkRef]) -> int:
-        """Return how many of `refs` are there from the first on without a gap, whole or not."""
-        if self.tier is None:
-            return 0
-        known = self.tier.holds([ref.key for ref in refs])
-        return next((index for index, ref in enumerate(refs) if ref.key not in known), len(refs))
+    def present(self, refs: Sequence[ChunkRef]) -> set[int]:
+        """Return which of `refs` are there, whole or not, by their place."""
+        known = self.tier.holds([ref.key for ref in refs]) if self.tier is not None else set()
+        return {index for index, ref in enumerate(refs) if ref.key in known}
 
     def layer(self, ref: ChunkRef, layer: int) -> Tensor:
         """Return the bytes of one layer of a record.

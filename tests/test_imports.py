@@ -21,7 +21,7 @@ LEVELS = (
     ("kvcache",),
     ("generation",),
     ("chunking", "retrieval", "readers"),
-    ("answers", "pipeline", "jobs", "parts", "request", "bench", "integrations"),
+    ("answers", "pipeline", "jobs", "parts", "documents", "request", "bench", "integrations"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -130,6 +130,13 @@ class ChunkPrefill:
         return ChunkContext.neighbours(self.canonical_prefix, behind)
 
 
+def expected_attention_s(decoder: Decoder, rows: float) -> float:
+    """Return the seconds that a token's attention to `rows` rows may take in all layers, before any was computed."""
+    sizes = decoder.config
+    kind = decoder.device.type if decoder.device.type in _FLOPS else "cpu"
+    return 4 * sizes.num_layers * sizes.num_q_heads * sizes.head_dim * rows / _FLOPS[kind]
+
+
 def expected_cost(decoder: Decoder, encoding_s: float = 0.0) -> Cost:
     """Return what computing a chunk's KV may take, in seconds a chunk and a token, before any was computed.
 

@@ -176,7 +176,7 @@ class PageAttention:
             return
         else:
             voters = _voters(queries, self._keep_rows)
-            distance = torch.full((len(voters),), options.local_tokens, device=queries.device)
+            distance = torch.full((len(voters),), options.score_distance, device=queries.device)
             turned = self._rotary.rotate(voters, distance)
             groups = self._pages.codec.layout.layers[layer].num_kv_heads if options.per_key_head else 1
             election = Election(options.vote, groups, self._scale)

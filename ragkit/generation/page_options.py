@@ -65,8 +65,13 @@ class PageOptions:
 
     @property
     def local_tokens(self) -> int:
-        """Tokens of the local window; a query counts as standing so far behind every page that is scored."""
+        """Tokens of the local window."""
         return self.local_pages * self.page_size
+
+    @property
+    def score_distance(self) -> int:
+        """How far behind every page a query counts as standing while pages are scored: as near as one can be found."""
+        return self.local_tokens
 
     @property
     def reading_id(self) -> str:

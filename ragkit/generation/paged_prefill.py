@@ -64,6 +64,9 @@ class PagedPrefill:
             progress.start(left, missing * pages.codec.bytes_per_page, "windows")
             try:
                 while not pages.is_complete and not (stop is not None and stop.is_set()):
+                    if adopted := pages.adopt():
+                        progress.advance(documents=adopted)
+                        continue
                     started = time.perf_counter()
                     rows = self._rows(pages, pages.num_windows)
                     pages.append(rows, 1e3 * (time.perf_counter() - started))
@@ -116,7 +119,7 @@ class PagedPrefill:
         # Scoring turns queries by a local window, also where less stands before them; and the rows of a last page that
         # is not full are turned as well, although nobody sees them.
         behind = max(own_tokens, options.page_size)
-        positions = max(options.positions_before(num_tokens) + behind, options.local_tokens + 1)
+        positions = max(options.positions_before(num_tokens) + behind, options.score_distance + 1)
         rotary = self._rotary.table(positions, positions)
         pages.bring_windows(-(-num_tokens // pages.window_tokens))
         return PageAttention(pages, options, rotary, self._decoder.scale, num_tokens, own_tokens, keep_rows=keep_rows)

@@ -14,7 +14,7 @@ import torch
 
 from ragkit.config import KVConfig, PagesConfig
 from ragkit.errors import CacheCapacityError
-from ragkit.generation.chunk_prefill import expected_cost
+from ragkit.generation.chunk_prefill import expected_attention_s, expected_cost
 from ragkit.generation.engine import Engine
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.paged_answer import PagedAnswer
@@ -175,7 +175,12 @@ class Paging:
         tokens = pages.total_tokens - pages.num_tokens
         nbytes = (pages.pages_for(pages.total_tokens) - pages.num_pages) * self._codec.bytes_per_page
         windows = len(pages.refs) - pages.num_windows
-        return Price(tokens, nbytes, expected_cost(self._engine.decoder).seconds(tokens, windows))
+        options, decoder = self.prefill.options, self._engine.decoder
+        rows = (
+            options.pages_at_once(pages.pages_for(pages.total_tokens)) * options.page_size + options.window_tokens / 2
+        )
+        seconds = expected_cost(decoder).seconds(tokens, windows) + tokens * expected_attention_s(decoder, rows)
+        return Price(tokens, nbytes, seconds)
 
     def read(self, document: PagedDocument, progress: Progress | None = None, stop: Event | None = None) -> bool:
         """Read what is missing of a document and return whether all of it is there, as `PagedPrefill.read` does."""

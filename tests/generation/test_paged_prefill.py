@@ -449,6 +449,23 @@ def test_a_damaged_window_is_computed_again_and_the_answer_is_the_same(llama, da
     assert pages_of(llama, TOKENS[:200], options, tier=tier).is_complete
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_windows_behind_a_gap_are_not_read_again(llama, is_damaged):
+    tier = RecordsInMemory()
+    first, prefill = read(llama, TOKENS[:300], tier=tier)
+    del tier.records[first.refs[2].key]
+    if is_damaged:
+        tier.records[first.refs[9].key] = b"no record"
+    tier.saved = 0
+    again = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
+    assert again.num_windows == 2
+    assert prefill.read(again)
+    assert tier.saved == 1 + is_damaged
+    torch.testing.assert_close(
+        logits_over(llama, again, prefill), logits_over(llama, first, prefill), rtol=0, atol=1e-5
+    )
+
+
 def test_a_document_that_begins_like_another_shares_its_windows(llama):
     tier = RecordsInMemory()
     read(llama, TOKENS[:300], tier=tier)

@@ -25,7 +25,7 @@ class RecordsInMemory:
 
     def __init__(self) -> None:
         self.records: dict[KVKey, bytes] = {}
-        self.opened = 0
+        self.opened = self.saved = 0
 
     @property
     def bytes_used(self) -> int:
@@ -45,5 +45,6 @@ class RecordsInMemory:
         yield RecordReader(MemorySource(self.records[ref.key]), ref, codec_id, num_layers)
 
     def save(self, chunks: Sequence[EncodedKV]) -> int:
+        self.saved += sum(bool(chunk.ref.token_ids) for chunk in chunks)  # windows, not what selectors keep
         self.records |= {chunk.ref.key: write_record(chunk) for chunk in chunks}
         return len(chunks)
