@@ -29,7 +29,7 @@ class LongPlan:
         tasks: what makes the documents.
         lengths: in tokens, ascending.
         rounds: the indices of the documents of each round; every round is done at every length before the next.
-        time_limit_s: no document is begun after so many seconds.
+        time_limit_s: no document is begun to be read after so many seconds.
     """
 
     tasks: Sequence[LongTask]
@@ -77,13 +77,15 @@ class LongContextEval:
         watch = Watch(progress, self._plan.time_limit_s)
         started = time.perf_counter()
         documents = self._documents()
-        watch.start(len(documents) * len(self._answerers), "readings of documents")
+        total = len(documents) * len(self._answerers)
+        watch.start(total, "readings of documents")
         try:
-            for done, (task, length, index) in enumerate(documents):
-                if done and watch.is_over:
-                    self._note(f"the time limit left out {len(documents) - done} of {len(documents)} documents")
+            for number, (task, length, index) in enumerate(documents):
+                done = self._ask(task, length, index, watch)
+                if done < len(self._answerers):
+                    left = total - number * len(self._answerers) - done
+                    self._note(f"the time limit left out {left} of {total} readings of documents")
                     break
-                self._ask(task, length, index, watch)
         finally:
             self._seconds = time.perf_counter() - started
 
@@ -104,13 +106,21 @@ class LongContextEval:
             for task, index in itertools.product(plan.tasks, indices)
         ]
 
-    def _ask(self, task: LongTask, length: int, index: int, watch: Watch) -> None:
+    def _ask(self, task: LongTask, length: int, index: int, watch: Watch) -> int:
+        """Return how many answerers had their turn before the time was over."""
         willing = [answerer for answerer in self._answerers if self._takes(answerer, length)]
-        item = self._make(task, length, index) if willing else None
-        for answerer in self._answerers:
-            if item is not None and answerer in willing:
-                self._answer(answerer, item)
+        item: LongItem | None = None
+        for turn, answerer in enumerate(self._answerers):
+            if self._outcomes and watch.is_over:
+                return turn
+            if answerer in willing:
+                item = item or self._make(task, length, index)
+                if item is None:
+                    willing = []
+                else:
+                    self._answer(answerer, item)
             watch.step()
+        return len(self._answerers)
 
     def _takes(self, answerer: LongContextAnswerer, length: int) -> bool:
         if answerer.most_tokens and length > answerer.most_tokens:

@@ -117,10 +117,18 @@ def test_a_task_that_does_not_fit_is_left_out_with_a_note():
     assert report.notes[0].startswith("vt was left out at 60 tokens: a length of 60 tokens leaves no room")
 
 
-def test_the_time_limit_ends_it_after_the_first_document_and_says_what_is_missing():
-    report = measured(Reader(), time_limit_s=0.0)
-    assert len(report.outcomes) == 1
-    assert report.notes == ["the time limit left out 5 of 6 documents"]
+def test_the_time_limit_ends_it_after_the_first_reading_and_says_what_is_missing():
+    second = Reader("second")
+    report = measured(Reader("first"), second, time_limit_s=0.0)
+    assert [one.strategy for one in report.outcomes] == ["first"]
+    assert second.asked == []
+    assert report.notes == ["the time limit left out 11 of 12 readings of documents"]
+
+
+def test_a_time_that_is_over_before_anything_was_answered_leaves_the_first_answer():
+    report = measured(Reader("small", most_tokens=10), Reader("second"), time_limit_s=0.0)
+    assert [one.strategy for one in report.outcomes] == ["second"]
+    assert report.notes[-1] == "the time limit left out 10 of 12 readings of documents"
 
 
 def test_what_was_done_before_an_interruption_is_in_the_report():
