@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from chunking_speed import whole_text
 from prefill_decode import best, ceilings
@@ -36,6 +37,9 @@ from ragkit.types import Document
 TARGET_SECONDS = 8.0  # for a million tokens with the 0.5B on an H100, tokenising apart
 WARM_UP_TOKENS = 80_000
 LARGEST_TEXT = 1 << 30
+CHECK_LENGTHS = (2048, 5000, 100, 3, 700, 2049, 9000)  # of texts; the first is a segment
+CLOSE = {"torch.float32": 1e-4, "torch.bfloat16": 0.05, "torch.float16": 0.005}  # nats, of rounding in other orders
+CPU_CHECKED = 200  # tokens of a text that are compared on a CPU, which takes minutes for more
 CPU_SIZE = 2048  # of the matrices whose product is the peak of a CPU
 
 Result = TypeVar("Result")
@@ -107,6 +111,31 @@ def text_of_tokens(file: Path | None, tokens: int, tokenizer: ModelTokenizer) ->
     return part[: ends[min(tokens, len(ends)) - 1][1]], {"text": source, "repeated": times}
 
 
+def agreement(engine: Engine, token_ids: Sequence[int]) -> dict[str, float]:
+    """Return how far losses of packed passes lie from those of other ways, in nats a token, after asserting bounds.
+
+    The first segment alone is compared with one plain pass of the engine; texts of all kinds of lengths with the same
+    texts one after another, a segment a pass.
+    """
+    most = max(CHECK_LENGTHS) if engine.decoder.device.type == "cuda" else CPU_CHECKED
+    texts = [token_ids[: min(size, most)] for size in CHECK_LENGTHS]
+    first = texts[0]
+    packed = DecoderLosses(engine.decoder)
+    alone = DecoderLosses(engine.decoder, batch=CHECK_LENGTHS[0], grouped=False)
+    plain = engine.token_losses(first).float().cpu().numpy()
+    pairs = {
+        "one plain pass": (packed.token_losses([first]), [plain]),
+        "a segment a pass": (packed.token_losses(texts), [alone.token_losses([text])[0] for text in texts]),
+    }
+    found = {
+        name: float(np.abs(np.concatenate(ours) - np.concatenate(theirs)).mean())
+        for name, (ours, theirs) in pairs.items()
+    }
+    bound = CLOSE[str(engine.decoder.dtype)]
+    assert max(found.values()) <= bound, f"losses differ by {found} nats a token on average, allowed {bound}"
+    return found
+
+
 def work_of(engine: Engine, losses: DecoderLosses, tokens: int) -> dict[str, float]:
     """Return the TFLOPs of one text of `tokens` tokens, in products with weights and in attention."""
     config = engine.decoder.config
@@ -165,6 +194,8 @@ def main() -> None:
     device = engine.decoder.device
     text, facts = text_of_tokens(options.text, options.tokens, engine.tokenizer)
     some = text[: len(text) * WARM_UP_TOKENS // options.tokens] if options.tokens > WARM_UP_TOKENS else text
+    close = agreement(engine, engine.tokenizer.encode(text[:100_000]))
+    print(f"losses of packed passes differ, in nats a token, from those of {close}", flush=True)
     chunked(engine, some, options.cap, options.batch)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -186,7 +217,14 @@ def main() -> None:
         print(f"\nwanted: at most {TARGET_SECONDS:g} s; {'kept' if within <= TARGET_SECONDS else 'NOT kept'}")
     device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
     facts |= {"device": device_name, "dtype": str(engine.decoder.dtype), "settings": vars(options) | {"text": None}}
-    result = {**facts, "losses": DecoderLosses(engine.decoder).settings, "table": row, "work": work, "rounds": rounds}
+    result = {
+        **facts,
+        "losses": DecoderLosses(engine.decoder).settings,
+        "agreement": close,
+        "table": row,
+        "work": work,
+        "rounds": rounds,
+    }
     print(f"raw numbers: {write_result(options.record, result)}")
 
 
