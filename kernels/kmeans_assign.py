@@ -123,7 +123,7 @@ def _tile_sizes(keys: Tensor) -> tuple[int, int, int]:
         return 16, 16, 4  # interpreted: small inputs have several tiles
     if keys.dtype == torch.float32:
         return 32, 32, 4
-    return (128, 64, 8) if keys.shape[2] <= 128 else (64, 64, 4)
+    return (128 if keys.shape[2] <= 128 else 64), 64, 8
 
 
 def _check_inputs(keys: Tensor, centroids: Tensor) -> None:

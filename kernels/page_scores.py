@@ -171,7 +171,7 @@ def _vote(
     at_once = min(tokens, max(1, _KEPT_SCORES // (q_heads * pages)))
     group = q_heads // kv_heads
     pairs, tile = _tile_sizes(at_once * group, lower, kv_heads)
-    tiles, merged = ceil_div(pages, tile), 128 if queries.is_cuda else 2
+    tiles, merged = ceil_div(pages, tile), 64 if queries.is_cuda else 2
     scores = torch.empty(at_once * q_heads * pages, dtype=torch.float32, device=queries.device)
     weights = torch.empty(at_once * q_heads * tiles, dtype=torch.float32, device=queries.device)
     for start in range(0, tokens, at_once):
@@ -183,8 +183,8 @@ def _vote(
         )  # fmt: skip
         _page_votes_kernel[(ceil_div(pages, _VOTE_PAGES), rows)](
             scores, weights, span, out, packed * kv_heads // rows, pages, tiles,
-            VOTERS=max(4, min(32, next_power_of_2(packed * kv_heads // rows))), TILES=min(merged, next_power_of_2(tiles)),
-            PAGES=_VOTE_PAGES, HAS_BOUNDS=constants["HAS_BOUNDS"], ADD=start > 0, num_warps=8,
+            VOTERS=max(4, min(32, next_power_of_2(packed * kv_heads // rows))),
+            TILES=min(merged, next_power_of_2(tiles)), PAGES=_VOTE_PAGES, HAS_BOUNDS=constants["HAS_BOUNDS"], ADD=start > 0, num_warps=8,
         )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def _tile_sizes(packed: int, lower: Tensor, programs: int) -> tuple[int, int]:
     if lower.device.type != "cuda":
         return 16, 16  # interpreted: small inputs have several tiles
     wide = lower.dtype == torch.float32
-    pairs = max(16, min(32 if wide else 64 if lower.shape[3] > 128 else 128, next_power_of_2(packed)))
+    pairs = max(16, min(16 if wide else 64 if lower.shape[3] > 128 else 128, next_power_of_2(packed)))
     tile = 32 if wide or lower.shape[3] > 128 else 64
     while tile > 16 and ceil_div(lower.shape[0], tile) * programs < 2 * num_processors(lower.device):
         tile //= 2

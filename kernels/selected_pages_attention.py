@@ -7,11 +7,11 @@
 A list holds the sinks, the pages chosen and the local window, ascending, so "up to the own row" is causal and all there
 is to mask. Which pages are listed and how many rows are seen is known on the device alone; launches depend on shapes.
 
-Few queries: a program attends over some of the pages, and the parts are merged. R(p + r) = R(p) R(r), so the query is
-turned back by where a page begins and all pages share the angles of their rows, which stay in registers; turned row by
-row, the angles would be as many bytes as the keys and values. Many queries: the pages are packed and rotated once, and
-`selected_attention` runs over them. One list for all heads with a position a row, of several requests at once, is what
-`paged_decode_attention` takes.
+Few queries: a program attends over some of the pages, and the parts are merged. R(p + r) = R(p) R(r), so the angles of
+a row come of those of its page and of its place in it: the rows' tables are the same for all pages and stay close to
+the processors; read from a table of all positions, angles would be as many bytes as the keys and values. Many queries:
+the pages are packed and rotated once, and `selected_attention` runs over them. One list for all heads with a position a
+row, of several requests at once, is what `paged_decode_attention` takes.
 
 Source: split of the keys: FlashDecoding; online softmax: FlashAttention, arXiv 2205.14135, section 3.1; pages with
 positions of their own: TokenSelect, arXiv 2411.02886. Cost: reads the listed rows once (few queries, bandwidth bound),
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, num_processors, resolve_backend, tl
+from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.gather_pages import PageLists, check_page_lists, gather_pages, gather_pages_torch, list_strides
 from ragkit.kernels.launched import launched
 from ragkit.kernels.merge_splits import merge_splits
@@ -119,12 +119,11 @@ def selected_pages_attention_torch(
 
 
 def page_tile(key_pool: Blocks, value_pool: Blocks, dtype: torch.dtype, device: torch.device) -> PageTile:
-    """Return how the work of few queries is cut: a tile of keys and one of values take 32 KB at most."""
+    """Return how the work of few queries is cut: all programs run at once, three on each multiprocessor of an H100."""
     together = stored_as(key_pool, value_pool)[1]  # rows that share a scale, or all of a block
     if device.type != "cuda":
         return PageTile(min(16, together), 4, 1, 1)  # interpreted: small pages have several tiles
-    rows = min(64 if key_pool.shape[3] * dtype.itemsize <= 256 else 32, together)
-    return PageTile(rows, max(2, rows // 8), 2, 8)
+    return PageTile(min(16 if dtype == torch.float32 else 32, together), 4, 2, 3)
 
 
 def launch_few_queries(
@@ -213,15 +212,6 @@ def _check_inputs(
             raise KernelInputError(f"last_rows must be ascending rows below {rows}: each query's own row in the list")
 
 
-@jit
-def _listed_page(page_ptr, page_position_ptr, block_ptr, at, position_at, HAS_BLOCKS: tl.constexpr):
-    # The block of a listed page, and where it begins.
-    block = tl.load(page_ptr + at)
-    if HAS_BLOCKS:
-        block = tl.load(block_ptr + block)
-    return block, tl.load(page_position_ptr + position_at)
-
-
 # Sizes that differ from call to call are not specialised: no request waits for another compilation.
 @launched(do_not_specialize=("packed", "listed", "splits", "stride_list", "stride_position"))
 def _few_queries_kernel(
@@ -237,6 +227,8 @@ def _few_queries_kernel(
     NUMBER: tl.constexpr = query_ptr.dtype.element_ty
     HEAD_DIM: tl.constexpr = 2 * HALF
     PARTS: tl.constexpr = BLOCK_SIZE // ROWS
+    CODES: tl.constexpr = HALF if BITS == 4 else HEAD_DIM  # entries of a row of one head in the pools
+    SCALES: tl.constexpr = HEAD_DIM // CHANNEL_GROUP
     pair = tile * PAIRS + tl.arange(0, PAIRS)
     is_pair = pair < packed
     token, head = (pair // GROUP).to(tl.int64), kv_head * GROUP + pair % GROUP
@@ -244,8 +236,10 @@ def _few_queries_kernel(
     is_channel = half < HALF
     query_at = query_ptr + (token * stride_qt + head * HEAD_DIM)[:, None] + half[None, :]
     query_mask = is_pair[:, None] & is_channel[None, :]
-    query_first = tl.load(query_at, mask=query_mask, other=0.0).to(tl.float32)
-    query_second = tl.load(query_at + HALF, mask=query_mask, other=0.0).to(tl.float32)
+    query_first = tl.load(query_at, mask=query_mask, other=0.0)
+    query_second = tl.load(query_at + HALF, mask=query_mask, other=0.0)
+    if UPCAST:
+        query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
     last_row = tl.load(last_row_ptr + token, mask=is_pair, other=-1)
     last = tl.max(last_row, axis=0)
 
@@ -254,51 +248,44 @@ def _few_queries_kernel(
     first_entry = split * part
     last_entry = tl.minimum(first_entry + part, entries)
     list_at, position_at = kv_head * stride_list, kv_head * stride_position
-    # The page after the current one is looked up ahead: else every page would wait for its number first.
-    ahead = tl.minimum(first_entry, listed - 1)
-    block, start = _listed_page(
-        page_ptr, page_position_ptr, block_ptr, list_at + ahead, position_at + ahead, HAS_BLOCKS
-    )
     factor = tl.load(cos_ptr + half, mask=is_channel, other=1.0)
     every = tl.arange(0, ROWS) >= 0
-    cos, sin = load_angles(cos_ptr, sin_ptr, tl.arange(0, ROWS), every, half, HALF)
 
     highest = tl.full((PAIRS,), float("-inf"), tl.float32)
     total = tl.zeros((PAIRS,), tl.float32)
     summed = tl.zeros((PAIRS, 2 * HALF_PADDED), tl.float32)
     for step in tl.range(first_entry * PARTS, last_entry * PARTS, num_stages=STAGES):
-        ahead = tl.minimum((step + 1) // PARTS, listed - 1)
-        next_block, next_start = _listed_page(
-            page_ptr, page_position_ptr, block_ptr, list_at + ahead, position_at + ahead, HAS_BLOCKS
-        )
+        entry = step // PARTS
+        block = tl.load(page_ptr + list_at + entry)
+        if HAS_BLOCKS:
+            block = tl.load(block_ptr + block)
+        start = tl.load(page_position_ptr + position_at + entry)
         first_row = step % PARTS * ROWS
         row = first_row + tl.arange(0, ROWS)
-        if PARTS > 1:
-            cos, sin = load_angles(cos_ptr, sin_ptr, row, every, half, HALF)
-        seen = step // PARTS * BLOCK_SIZE + row <= last
-        row_at = (block.to(tl.int64) * BLOCK_SIZE + row) * KV_HEADS + kv_head
-        group_at = (block.to(tl.int64) * (BLOCK_SIZE // KEY_GROUP) + first_row // KEY_GROUP) * KV_HEADS + kv_head
         # A page of negative position stands at 0 with all rows.
-        stands = start >= 0
-        key_first, key_second = load_rotated_keys(
-            key_ptr, key_scale_ptr, key_zero_ptr, key_ptr, row_at, group_at, row_at,
-            tl.where(stands, cos, factor[None, :]), tl.where(stands, sin, 0.0), seen, half, HALF, BITS, False, NUMBER,
-        )  # fmt: skip
+        row_cos, row_sin = load_angles(cos_ptr, sin_ptr, tl.where(start < 0, 0, row), every, half, HALF)
         begins = tl.maximum(start, 0).to(tl.int64) * HALF + half
-        turn_cos = (tl.load(cos_ptr + begins, mask=is_channel, other=1.0) / factor)[None, :]
-        turn_sin = (tl.load(sin_ptr + begins, mask=is_channel, other=0.0) / factor)[None, :]
-        turned_first = (query_first * turn_cos + query_second * turn_sin).to(NUMBER)
-        turned_second = (query_second * turn_cos - query_first * turn_sin).to(NUMBER)
+        page_cos = (tl.load(cos_ptr + begins, mask=is_channel, other=1.0) / factor)[None, :]
+        page_sin = (tl.load(sin_ptr + begins, mask=is_channel, other=0.0) / factor)[None, :]
+        cos, sin = row_cos * page_cos - row_sin * page_sin, row_sin * page_cos + row_cos * page_sin
+        seen = entry * BLOCK_SIZE + row <= last
+        # The block's place is one number, and within it 32 bits do: 64 for each row cost a third of the registers.
+        head_at = block.to(tl.int64) * (BLOCK_SIZE * KV_HEADS) + kv_head
+        group_at = (block.to(tl.int64) * (BLOCK_SIZE // KEY_GROUP) + first_row // KEY_GROUP) * KV_HEADS + kv_head
+        row_at = row * KV_HEADS
+        key_first, key_second = load_rotated_keys(
+            key_ptr + head_at * CODES, key_scale_ptr, key_zero_ptr, key_ptr, row_at, group_at, row_at,
+            cos, sin, seen, half, HALF, BITS, False, NUMBER,
+        )  # fmt: skip
         value = load_values(
-            value_ptr, value_scale_ptr, value_zero_ptr, value_ptr, row_at, row_at, seen,
-            HALF, HALF_PADDED, BITS, CHANNEL_GROUP, False, NUMBER,
+            value_ptr + head_at * CODES, value_scale_ptr + head_at * SCALES, value_zero_ptr + head_at * SCALES,
+            value_ptr, row_at, row_at, seen, HALF, HALF_PADDED, BITS, CHANNEL_GROUP, False, NUMBER,
         )  # fmt: skip
         if UPCAST:
-            turned_first, turned_second = turned_first.to(tl.float32), turned_second.to(tl.float32)
             key_first, key_second, value = key_first.to(tl.float32), key_second.to(tl.float32), value.to(tl.float32)
-        scores = tl.dot(turned_first, tl.trans(key_first), input_precision="ieee")
-        scores = tl.dot(turned_second, tl.trans(key_second), acc=scores, input_precision="ieee")
-        visible = (step // PARTS * BLOCK_SIZE + row)[None, :] <= last_row[:, None]
+        scores = tl.dot(query_first, tl.trans(key_first), input_precision="ieee")
+        scores = tl.dot(query_second, tl.trans(key_second), acc=scores, input_precision="ieee")
+        visible = (entry * BLOCK_SIZE + row)[None, :] <= last_row[:, None]
         scores = tl.where(visible, scores * scale_log2, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         # While nothing was seen the maximum is -inf, and -inf - -inf would be NaN.
@@ -308,7 +295,6 @@ def _few_queries_kernel(
         total = total * shrink + tl.sum(exponent, axis=1)
         summed = tl.dot(exponent.to(value.dtype), value, acc=summed * shrink[:, None], input_precision="ieee")
         highest = new_highest
-        block, start = next_block, next_start
 
     out_at = (token * (KV_HEADS * GROUP) + head) * splits + split
     safe = tl.where(total > 0, total, 1.0)
