@@ -271,10 +271,10 @@ def _propagate_change_kernel(
         weight *= tl.load(gap_ptr + entry, mask=is_entry, other=0.0)[None, :]
         total += tl.sum(weight, axis=1)
         in_entry = is_entry[:, None] & (column < HALF)
-        place = chosen
+        source = chosen
         if HAS_PLACES:
-            place = tl.load(place_ptr + chosen, mask=is_entry, other=0)
-        was_at = cached_ptr + place[:, None] * stride_cr + channel
+            source = tl.load(place_ptr + chosen, mask=is_entry, other=0)
+        was_at = cached_ptr + source[:, None] * stride_cr + channel
         is_at = fresh_ptr + entry.to(tl.int64)[:, None] * stride_fr + channel
         was, now = tl.load(was_at, mask=in_entry, other=0.0), tl.load(is_at, mask=in_entry, other=0.0)
         change_first = (now.to(tl.float32) - was.to(tl.float32)).to(now.dtype)
