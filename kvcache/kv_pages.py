@@ -58,9 +58,10 @@ class KVPages:
         cache: decoded pages.
         memory: encoded pages in memory.
         records: encoded pages on disk.
-        resident: room for all pages where the model runs, instead of the cache.
+        resident: room for all pages where the model runs, instead of the cache; without a disk they are only there.
 
     Attributes:
+        total_tokens: tokens of the whole document.
         num_windows: windows that are there; those on disk count from the start.
         repaired: windows that were damaged and computed again.
         repair: computes a window again, which is damaged: called with its number.
@@ -80,6 +81,7 @@ class KVPages:
         self.codec = codec
         self.refs = tuple(refs)
         self.window_tokens = window_tokens
+        self.total_tokens = sum(len(ref.token_ids) for ref in self.refs)
         self.page_size = codec.page_size
         self.cache = cache
         self.memory = memory
@@ -109,14 +111,9 @@ class KVPages:
         return self.cache.pool.device
 
     @property
-    def total_tokens(self) -> int:
-        """Tokens of the whole document."""
-        return sum(len(ref.token_ids) for ref in self.refs)
-
-    @property
     def num_tokens(self) -> int:
         """Tokens of the windows that are there."""
-        return sum(len(ref.token_ids) for ref in self.refs[: self.num_windows])
+        return min(self.num_windows * self.window_tokens, self.total_tokens)
 
     @property
     def num_pages(self) -> int:
@@ -141,7 +138,6 @@ class KVPages:
         window = self.num_windows
         self.memory.hold(window)
         fresh = self._encode(rows)
-        encoded = [self.memory.put(layer, window, piece) for layer, piece in enumerate(fresh)]
         pages = range(self._first_page(window), self._first_page(window + 1))
         for layer, piece in enumerate(fresh):
             keys, values = self.codec.decode(layer, piece)
@@ -155,6 +151,9 @@ class KVPages:
         self.num_windows = window + 1
         self._num_resident += self._num_resident == window
         self._write_summaries()
+        if self._is_only_resident:
+            return
+        encoded = [self.memory.put(layer, window, piece) for layer, piece in enumerate(fresh)]
         if self.records.write(self._packed(window, encoded, recompute_ms)):
             self._let_go()
 
@@ -322,7 +321,15 @@ class KVPages:
             self.refs[window], self.codec.codec_id, [piece.flatten() for piece in pieces], recompute_ms
         )
 
+    @property
+    def _is_only_resident(self) -> bool:
+        """Whether nobody keeps pages but the device; what rows received is not kept there."""
+        return self.resident is not None and self.records.tier is None and not self.codec.with_received
+
     def _window_keys(self, layer: int, window: int) -> PageRows:
+        if self._is_only_resident:
+            assert self.resident is not None
+            return PageRows(self.resident.keys(layer, self._first_page(window), self._first_page(window + 1)))
         while True:
             try:
                 piece = self._piece(layer, window)

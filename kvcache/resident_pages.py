@@ -43,6 +43,14 @@ class ResidentPages:
         else:
             self._pool.keys[layer][blocks], self._pool.values[layer][blocks] = self._codec.decode(layer, data)
 
+    def keys(self, layer: int, first: int, stop: int) -> Tensor:
+        """Return the keys (pages, page_size, kv_heads, head_dim) of the pages from `first` up to `stop`."""
+        if isinstance(self._pool, KVPool):
+            return self._pool.keys[layer][first:stop]
+        slots = torch.arange(first * self._codec.page_size, stop * self._codec.page_size, device=self._pool.device)
+        rows = self._pool.keys[layer].rows(slots).to(self._codec.layout.dtype)
+        return rows.view(stop - first, self._codec.page_size, *rows.shape[1:])
+
     def blocks(self, layer: int) -> tuple[Blocks, Blocks]:
         """Return the keys' and the values' blocks of a layer."""
         return self._pool.keys[layer], self._pool.values[layer]

@@ -175,9 +175,7 @@ class PageAttention:
             self.chosen[layer] = self.chosen[layer - 1]
             return
         else:
-            voters = _voters(queries, self._keep_rows)
-            distance = torch.full((len(voters),), options.score_distance, device=queries.device)
-            turned = self._rotary.rotate(voters, distance)
+            turned = self._turned_alike(_voters(queries, self._keep_rows))
             groups = self._pages.codec.layout.layers[layer].num_kv_heads if options.per_key_head else 1
             election = Election(options.vote, groups, self._scale)
             scores = options.selector.score(turned, self._summaries.of(layer), layout.first, layout.stop, election)
@@ -185,6 +183,13 @@ class PageAttention:
             self.chosen[layer] = best.long() + layout.first
         flat = self.chosen[layer].flatten()
         self.times_chosen.index_add_(0, flat, torch.ones_like(flat))
+
+    def _turned_alike(self, queries: Tensor) -> Tensor:
+        """Return the queries as they stand while pages are scored, all at one distance."""
+        at = self._options.score_distance
+        cos, sin = (part[at].to(queries.dtype) for part in (self._rotary.cos, self._rotary.sin))
+        first, second = queries.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     def _page_rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the rows of a layer's pages (rows, kv_heads, head_dim), keys turned to where they stand."""

@@ -222,13 +222,14 @@ class Paging:
         ids, offsets = engine.tokenizer.encode_with_offsets(document.text)
         prefix = builder.prefix.token_ids
         token_ids = (*prefix, *ids, *builder.chunk_end)
-        self._require_room(len(token_ids))
         owner = document_owner(document.owner)
         refs = window_refs(self._recipe, options.reading_id, token_ids, options.window_tokens, owner)
         records = PageRecords(self._tier, self._codec.codec_id, engine.decoder.config.num_layers)
         memory = PageMemory(self._config.memory_mb << 20, page_locked=engine.decoder.device.type == "cuda")
         num_pages = -(-len(token_ids) // options.page_size)
         resident = self._resident(num_pages)
+        if resident is None or self._tier is not None or self._codec.with_received:
+            self._require_room(len(token_ids))
         cache = self._cache(num_pages) if resident is None else self._no_cache()
         pages = KVPages(self._codec, refs, options.window_tokens, cache, memory, records, resident)
         return PagedDocument(document, pages, len(prefix), offsets)

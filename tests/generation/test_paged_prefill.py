@@ -267,6 +267,16 @@ def test_pages_that_all_lie_on_the_device_answer_as_those_of_the_cache_do(llama,
     torch.testing.assert_close(*logits, rtol=0, atol=2e-3)
 
 
+def test_pages_without_a_disk_are_kept_on_the_device_alone(llama):
+    pages, _ = read(llama, TOKENS[:297], WIDE, codec="int8", resident=True)
+    assert pages.memory.bytes_used == 0
+    cached, _ = read(llama, TOKENS[:297], WIDE, codec="int8")
+    for name in ("mean-key", "min-max"):
+        selector = make_page_selector(name)
+        for mine, other in zip(pages.summaries(selector).of(1), cached.summaries(selector).of(1), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
 def test_resident_pages_are_brought_from_disk_and_mended(llama):
     tier = RecordsInMemory()
     first, prefill = read(llama, TOKENS[:297], WIDE, codec="int8", tier=tier)
