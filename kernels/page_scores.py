@@ -184,7 +184,8 @@ def _vote(
         _page_votes_kernel[(ceil_div(pages, _VOTE_PAGES), rows)](
             scores, weights, span, out, packed * kv_heads // rows, pages, tiles,
             VOTERS=max(4, min(32, next_power_of_2(packed * kv_heads // rows))),
-            TILES=min(merged, next_power_of_2(tiles)), PAGES=_VOTE_PAGES, HAS_BOUNDS=constants["HAS_BOUNDS"], ADD=start > 0, num_warps=8,
+            TILES=min(merged, next_power_of_2(tiles)), PAGES=_VOTE_PAGES, HAS_BOUNDS=constants["HAS_BOUNDS"],
+            ADD=start > 0, num_warps=8,
         )  # fmt: skip
 
 
