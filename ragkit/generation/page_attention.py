@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ragkit.generation.attention import causal_attention
 from ragkit.generation.page_lists import PageLayout
 from ragkit.generation.page_options import PageOptions
 from ragkit.kernels.gather_pages import PageLists, gather_pages
@@ -134,11 +133,9 @@ class PageAttention:
         return out
 
     def _attend(self, queries: Tensor, seen: _SeenRows, slots: Tensor) -> Tensor:
-        if self._device.type == "cuda":
-            return selected_attention(queries, seen.keys, seen.values, slots.int(), scale=self._scale)
-        if len(queries) > 1:
-            return causal_attention(queries, *self._view(seen), self._scale)
-        return _attend_one(queries, *self._view(seen), self._scale)
+        if len(queries) == 1 and self._device.type == "cpu":
+            return _attend_one(queries, *self._view(seen), self._scale)
+        return selected_attention(queries, seen.keys, seen.values, slots.int(), scale=self._scale)
 
     def _view(self, seen: _SeenRows) -> tuple[Tensor, Tensor]:
         length = self.layout.num_rows + int(self._own[-1]) + 1
@@ -226,9 +223,10 @@ class _SeenRows(NamedTuple):
 
 
 def attention_and_received(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return what `causal_attention` returns, and (tokens, kv_heads) fp32: what the queries' own rows received.
+    """Return causal attention of queries that are the last rows, and what these rows received of it.
 
-    That is the mean weight over the query heads of a key head and over the queries that see the row.
+    The latter is (tokens, kv_heads) fp32: the mean weight over the query heads of a key head and over the queries that
+    see the row.
     """
     tokens, rows, kv_heads = len(queries), len(keys), keys.shape[1]
     out = torch.empty_like(queries)
