@@ -146,8 +146,8 @@ def change_field(
     ):
         by_head = isinstance(strength, Tensor)
         _change_field_kernel[(len(change.tiles), kv_heads)](
-            cached, fresh, change.selected, change.stands_for, change.entry_of_row, change.tiles, plan.cells.of_tiles,
-            strength if by_head else cached, field,
+            cached, fresh, change.selected, change.voices, change.shares, change.entry_of_row, change.tiles,
+            plan.cells.of_tiles, strength if by_head else cached, field,
             cached.stride(0), fresh.stride(0), 1.0 if by_head else float(strength),
             -0.5 * 1.4426950408889634 / change.sigma**2,  # the kernel works with powers of two
             change.reach,
@@ -228,7 +228,7 @@ def _check_strengths(kv_heads: int, strengths: tuple[float | Tensor, float | Ten
 
 @launched
 def _change_field_kernel(
-    cached_ptr, fresh_ptr, selected_ptr, gap_ptr, entry_ptr, tile_ptr, cell_ptr, strength_ptr, field_ptr,
+    cached_ptr, fresh_ptr, selected_ptr, voice_ptr, share_ptr, entry_ptr, tile_ptr, cell_ptr, strength_ptr, field_ptr,
     stride_cr, stride_fr, strength, exponent, reach,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
     FIELD_ROWS: tl.constexpr, ENTRIES: tl.constexpr, BY_HEAD: tl.constexpr, UPCAST: tl.constexpr,
@@ -243,8 +243,6 @@ def _change_field_kernel(
     column = tl.arange(0, DIM_PADDED)[None, :]
     channel = head * HEAD_DIM + column
 
-    nearness = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
     moved = tl.zeros((ROWS, DIM_PADDED), tl.float32)
     for start in range(first_entry, end_entry, ENTRIES):
         entry = start + tl.arange(0, ENTRIES)
@@ -253,10 +251,8 @@ def _change_field_kernel(
         distance = row[:, None] - chosen.to(tl.int32)[None, :]
         near = (tl.abs(distance) <= reach) & is_entry[None, :]
         step = distance.to(tl.float32)
-        weight = tl.where(near, tl.exp2(step * step * exponent), 0.0)
-        nearness += tl.sum(weight, axis=1)
-        weight *= tl.load(gap_ptr + entry, mask=is_entry, other=0.0)[None, :]
-        total += tl.sum(weight, axis=1)
+        voice = tl.load(voice_ptr + entry, mask=is_entry, other=0.0)
+        weight = tl.where(near, tl.exp2(step * step * exponent + voice[None, :]), 0.0)
         at, mask = entry.to(tl.int64)[:, None], is_entry[:, None] & (column < HEAD_DIM)
         was = tl.load(cached_ptr + at * stride_cr + channel, mask=mask, other=0.0)
         now = tl.load(fresh_ptr + at * stride_fr + channel, mask=mask, other=0.0)
@@ -268,7 +264,7 @@ def _change_field_kernel(
 
     if BY_HEAD:
         strength = tl.load(strength_ptr + head)
-    share = tl.where(is_kept, strength * tl.minimum(nearness, 1.0) / tl.maximum(total, 1e-30), 0.0)
+    share = strength * tl.load(share_ptr + row, mask=row < end_row, other=0.0)
     kept = tl.sum(tl.reshape(is_kept.to(tl.float32), (CELLS, FIELD_ROWS)), axis=1)
     summed = tl.sum(tl.reshape(moved * share[:, None], (CELLS, FIELD_ROWS, DIM_PADDED)), axis=1)
     mean = summed / tl.maximum(kept, 1.0)[:, None]

@@ -87,7 +87,7 @@ def propagate_change(
     ):
         by_head = isinstance(strength, Tensor)
         _propagate_change_kernel[(len(plan.tiles), kv_heads)](
-            cached, fresh, plan.selected if places is None else places, plan.selected, plan.stands_for,
+            cached, fresh, plan.selected if places is None else places, plan.selected, plan.voices, plan.shares,
             plan.entry_of_row, plan.tiles, slots,
             strength if by_head else cached, cached if cos is None else cos, cached if sin is None else sin,
             pool, pool if copy is None else copy,
@@ -226,7 +226,7 @@ def _check_copies(
 
 @launched(do_not_specialize=("first_position",))  # no request waits for another compilation
 def _propagate_change_kernel(
-    cached_ptr, fresh_ptr, place_ptr, selected_ptr, gap_ptr, entry_ptr, tile_ptr, slot_ptr, strength_ptr,
+    cached_ptr, fresh_ptr, place_ptr, selected_ptr, voice_ptr, share_ptr, entry_ptr, tile_ptr, slot_ptr, strength_ptr,
     cos_ptr, sin_ptr, pool_ptr, copy_ptr,
     stride_cr, stride_fr, strength, exponent, reach, first_position,
     KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
@@ -255,8 +255,6 @@ def _propagate_change_kernel(
     first = tl.where(is_fresh, tl.load(fresh_at, mask=mask & is_fresh, other=0.0), first)
     second = tl.where(is_fresh, tl.load(fresh_at + HALF, mask=mask & is_fresh, other=0.0), second)
 
-    nearness = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
     moved_first = tl.zeros((ROWS, HALF_PADDED), tl.float32)
     moved_second = tl.zeros((ROWS, HALF_PADDED), tl.float32)
     for start in range(first_entry, end_entry, ENTRIES):
@@ -266,10 +264,8 @@ def _propagate_change_kernel(
         distance = row[:, None] - chosen.to(tl.int32)[None, :]
         near = (tl.abs(distance) <= reach) & is_entry[None, :]
         step = distance.to(tl.float32)
-        weight = tl.where(near, tl.exp2(step * step * exponent), 0.0)
-        nearness += tl.sum(weight, axis=1)
-        weight *= tl.load(gap_ptr + entry, mask=is_entry, other=0.0)[None, :]
-        total += tl.sum(weight, axis=1)
+        voice = tl.load(voice_ptr + entry, mask=is_entry, other=0.0)
+        weight = tl.where(near, tl.exp2(step * step * exponent + voice[None, :]), 0.0)
         in_entry = is_entry[:, None] & (column < HALF)
         source = chosen
         if HAS_PLACES:
@@ -289,7 +285,7 @@ def _propagate_change_kernel(
 
     if BY_HEAD:
         strength = tl.load(strength_ptr + head)
-    share = tl.where(own >= 0, 0.0, strength * tl.minimum(nearness, 1.0) / tl.maximum(total, 1e-30))[:, None]
+    share = (strength * tl.load(share_ptr + row, mask=is_row, other=0.0))[:, None]
     out_type = pool_ptr.dtype.element_ty
     first = (first.to(tl.float32) + share * moved_first).to(out_type)
     second = (second.to(tl.float32) + share * moved_second).to(out_type)

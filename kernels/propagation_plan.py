@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.host_copy import to_device
+from ragkit.kernels.propagation_shares import propagation_shares
 
 TILE_ROWS = 64  # rows that one program of the kernel blends
 _TORCH_ROWS = 256  # rows that one matrix product of the torch definition moves, at most
@@ -69,6 +70,19 @@ class PropagationPlan:
     entry_of_row: Tensor
     tiles: Tensor
     cu_rows: tuple[int, ...]
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """(rows,) fp32: min(1, S_t) / sum_j v_j w_tj of each row, 0 of a recomputed one."""
+        return propagation_shares(
+            self.selected, self.stands_for, self.tiles,
+            rows=self.rows, tile_rows=TILE_ROWS, sigma=self.sigma, reach=self.reach,
+        )  # fmt: skip
+
+    @cached_property
+    def voices(self) -> Tensor:
+        """(n,) fp32, the base-2 logarithm of v_j: kernels add it where they would have to multiply."""
+        return self.stands_for.log2()
 
     @cached_property
     def blocks(self) -> tuple[SmoothingBlock, ...]:

@@ -108,7 +108,7 @@ class EncodedRows:
         return DraftBytes(self._bytes[self._bases[index] : self._bases[index + 1]].clone(), extents)
 
     def prepare(self) -> None:
-        """Send to the device what says where each chunk's bytes are; later it would wait behind the copies."""
+        """Send to the device what says where each chunk's bytes are, before any copy, behind which it would wait."""
         self._table  # noqa: B018 (made at the first look)
 
     def postpone(self) -> None:

@@ -102,17 +102,16 @@ class BlendPrefill:
         clock = StepClock(decoder.device)
         refs = [self.chunks.ref(segment) for segment in layout.chunks]
         spans = layout.spans(self.chunks.is_exact_behind(layout.prefix, refs[0]))
-        if options.rows is BlendRows.PRIVATE:  # before the chunks are pinned, which may have to leave the pool for it
-            request.kv.reserve(layout.num_tokens)
+        # Before the chunks are pinned, some of which may have to leave the pool for it, and before their KV is copied,
+        # behind which small copies would wait.
+        inputs = self._private(request, spans) if options.rows is BlendRows.PRIVATE else None
         warnings: list[str] = []
         with self.kv_store.fetch(refs, self.chunks.compute) as fetched:
             prefix = self.chunks.prefix_kv(layout.prefix)
             rows, streamed = self._load(decoder, layout, prefix, fetched.chunks)
-            shares = options.rows is BlendRows.SHARED and self._list(
-                request, layout, refs, fetched.chunks, streamed, warnings
-            )
-            # Made while the first layers are on their way.
-            inputs = self._shared(request, spans) if shares else self._private(request, spans)
+            shares = inputs is None and self._list(request, layout, refs, fetched.chunks, streamed, warnings)
+            if inputs is None:
+                inputs = self._shared(request, spans) if shares else self._private(request, spans)
             scene = BlendScene(decoder, request.rotary, inputs, rows, spans, ratio, self.options.propagation)
             clock.lap("load_kv")
             chosen = self.options.selector.choose(scene)

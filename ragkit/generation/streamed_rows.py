@@ -166,10 +166,10 @@ class StreamedChunks:
         ]
         if stored:
             self._encoded = EncodedRows(stored, codec, self.queue, decoder.device)
-        self.queue.start()  # while these are on their way the host makes the tables
         for rows in (self._drafts, self._encoded):
             if rows is not None:
                 rows.prepare()
+        self.queue.start()
 
     @property
     def came_from_host(self) -> bool:
