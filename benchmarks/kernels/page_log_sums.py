@@ -1,0 +1,63 @@
+"""Logits of pages by all their keys at the shape of Llama 3 8B, of numbers and of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from kernel_case import KernelCase
+from kernel_inputs import BLOCK_SIZE, compiled, kv_rows, model_shape, normal, quantized
+from torch import Tensor
+
+from ragkit.kernels.backend import Backend
+from ragkit.kernels.page_log_sums import page_log_sums, page_log_sums_torch
+from ragkit.kernels.testing import assert_matches
+
+
+def cases(device: torch.device) -> list[KernelCase]:
+    """Return one query, and eight, over 128K rows and over a million as codes; on a CPU small cases."""
+    if device.type == "cpu":
+        return [_case(1, 5, bits, device) for bits in (0, 4)]
+    sizes = [(tokens, 2048, bits) for tokens in (1, 8) for bits in (0, 8, 4)]
+    return [_case(*size, device) for size in (*sizes, (1, 16384, 4))]
+
+
+def _case(tokens: int, pages: int, bits: int, device: torch.device) -> KernelCase:
+    shape = model_shape(device)
+    queries = normal(tokens, shape.q_heads, shape.head_dim, shape=shape, device=device)
+    numbers = kv_rows(pages * BLOCK_SIZE, shape, device).unflatten(0, (pages, BLOCK_SIZE))
+    keys = quantized(numbers, numbers, bits)[0] if bits else numbers
+    scale = shape.head_dim**-0.5
+
+    def run() -> Tensor:
+        return page_log_sums(queries, keys, scale=scale, backend=Backend.TRITON)
+
+    def check() -> None:
+        assert_matches(run().to(shape.dtype), page_log_sums_torch(queries, keys, scale=scale), reduced=4)
+
+    def as_numbers() -> Tensor:
+        return page_log_sums(queries, numbers, scale=scale, backend=Backend.TRITON)
+
+    return KernelCase(
+        name="page_log_sums" + (f", int{bits}" if bits else ""),
+        shape=f"{tokens} tokens, {pages:,} pages of {BLOCK_SIZE}, {shape.heads}",
+        run=run,
+        check=check,
+        work=keys.nbytes + tokens * shape.q_heads * pages * 4,
+        kind="bandwidth",
+        baseline_name="page_log_sums of the same keys as numbers"
+        if bits
+        else "torch.compile of products and logsumexp",
+        baseline=as_numbers if bits else _materialised(queries, numbers, scale, device),
+    )
+
+
+def _materialised(queries: Tensor, keys: Tensor, scale: float, device: torch.device) -> Callable[[], object]:
+    kv_heads = keys.shape[2]
+    grouped = queries.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2).contiguous()
+
+    def run() -> Tensor:
+        products = torch.bmm(grouped, keys.flatten(0, 1).permute(1, 2, 0)).float() * scale
+        return products.unflatten(2, (len(keys), -1)).logsumexp(dim=3)
+
+    return compiled(run, device)

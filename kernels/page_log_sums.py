@@ -1,0 +1,146 @@
+# ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels, and pointers have none)
+# mypy: disable-error-code="no-untyped-def"
+"""The logit of every page for every query by all its keys: the logarithm of the attention that it would receive.
+
+    logit_v,page = log sum_j exp(scale * q_v . k_page,j)
+
+Over all pages the softmax of these logits is the attention that each page receives from a query that sees everything,
+so nothing stands for the keys and nothing is overlooked. Keys are numbers, or codes that become numbers in registers.
+
+Source: scores of all tokens, normalised over them: TokenSelect, arXiv 2411.02886, section 4. Cost: reads the keys once;
+bandwidth bound while tokens * q_heads / kv_heads is at most about 64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KernelInputError
+from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, num_processors, resolve_backend, tl
+from ragkit.kernels.launched import launched
+from ragkit.kernels.paged_rows import Blocks, load_rotated_keys, parts_of
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
+
+_LOG2_E = 1.4426950408889634  # the kernel works with powers of two
+_TORCH_PAGES = 256  # pages whose keys the torch definition holds in fp32 at a time
+
+
+def page_log_sums(queries: Tensor, keys: Blocks, *, scale: float, backend: Backend | None = None) -> Tensor:
+    """Return (tokens, q_heads, pages) fp32.
+
+    Args:
+        queries: (tokens, q_heads, head_dim); heads of a token contiguous, tokens at any stride.
+        keys: (pages, page_size, kv_heads, head_dim), contiguous; numbers, or codes of which the rows of a page share
+            scales channel by channel.
+        scale: factor on the products.
+        backend: an implementation to insist on.
+
+    Raises:
+        KernelInputError: shapes do not fit.
+    """
+    row_group = _check_inputs(queries, keys)
+    if resolve_backend(queries, backend) is Backend.TORCH:
+        return page_log_sums_torch(queries, keys, scale=scale)
+    tokens, q_heads, head_dim = queries.shape
+    pages, page_size, kv_heads, _ = keys.shape
+    out = torch.empty((tokens, q_heads, pages), dtype=torch.float32, device=queries.device)
+    if out.numel() == 0:
+        return out
+    packed = tokens * q_heads // kv_heads
+    pairs = max(16, min(64 if queries.dtype != torch.float32 else 16, next_power_of_2(packed)))
+    tiles = ceil_div(packed, pairs) * kv_heads
+    processors = num_processors(queries.device) if queries.is_cuda else 1
+    at_once = max(1, min(pages, pages * tiles // (8 * processors)))  # pages that a program reads one after another
+    rows = min(32 if queries.dtype != torch.float32 else 16, row_group)
+    _page_log_sums_kernel[(ceil_div(packed, pairs), kv_heads, ceil_div(pages, at_once))](
+        queries, *parts_of(keys), out, scale * _LOG2_E, packed, pages, at_once, queries.stride(0),
+        GROUP=q_heads // kv_heads, PAIRS=pairs, KV_HEADS=kv_heads, HALF=head_dim // 2,
+        HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), PAGE_SIZE=page_size, ROWS=rows,
+        BITS=keys.bits if isinstance(keys, QuantizedBlocks) else 0, KEY_GROUP=row_group,
+        # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
+        UPCAST=not queries.is_cuda, num_warps=8 if queries.dtype == torch.float32 else 4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+def page_log_sums_torch(queries: Tensor, keys: Blocks, *, scale: float) -> Tensor:
+    """Return what `page_log_sums` returns: the definition, in fp32, some pages at a time."""
+    tokens, q_heads, _ = queries.shape
+    pages, page_size, kv_heads, _ = keys.shape
+    out = torch.empty((tokens, q_heads, pages), dtype=torch.float32, device=queries.device)
+    grouped = queries.float().unflatten(1, (kv_heads, q_heads // kv_heads))
+    for start in range(0, pages, _TORCH_PAGES):
+        rows = torch.arange(start * page_size, min(start + _TORCH_PAGES, pages) * page_size, device=queries.device)
+        some = keys.rows(rows) if isinstance(keys, QuantizedBlocks) else keys.flatten(0, 1)[rows].float()
+        products = torch.einsum("thgd,rhd->thgr", grouped, some) * scale
+        out[..., start : start + _TORCH_PAGES] = products.flatten(1, 2).unflatten(2, (-1, page_size)).logsumexp(dim=3)
+    return out
+
+
+def _check_inputs(queries: Tensor, keys: Blocks) -> int:
+    """Return how many rows share a scale, or are in a page of numbers."""
+    if queries.dim() != 3 or (queries.numel() and queries.stride()[1:] != (queries.shape[2], 1)):
+        raise KernelInputError(f"queries must be (tokens, heads, head_dim), got {tuple(queries.shape)}")
+    q_heads, head_dim = queries.shape[1:]
+    if len(keys.shape) != 4 or keys.shape[3] != head_dim or head_dim % 2:
+        raise KernelInputError(f"keys must be (pages, page_size, kv_heads, {head_dim}), got {tuple(keys.shape)}")
+    if isinstance(keys, Tensor) and not keys.is_contiguous():
+        raise KernelInputError("keys must be contiguous")
+    if isinstance(keys, QuantizedBlocks) and keys.channel_group != 1:
+        raise KernelInputError(f"keys must be quantised channel by channel, got groups of {keys.channel_group}")
+    page_size, kv_heads = keys.shape[1:3]
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise KernelInputError(f"{q_heads} query heads cannot share {kv_heads} key heads")
+    row_group: int = keys.row_group if isinstance(keys, QuantizedBlocks) else page_size
+    if page_size & (page_size - 1) or row_group & (row_group - 1) or row_group < 16:
+        raise KernelInputError(
+            f"pages and groups of rows must be powers of two from 16 rows on, got {page_size} and {row_group}"
+        )
+    return row_group
+
+
+# Sizes that differ from call to call are not specialised: no request waits for another compilation.
+@launched(do_not_specialize=("packed", "pages", "at_once"))
+def _page_log_sums_kernel(
+    query_ptr, key_ptr, scale_ptr, zero_ptr, out_ptr, scale_log2, packed, pages, at_once, stride_qt,
+    GROUP: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # This program takes PAIRS queries (heads within tokens) of one key head through some neighbouring pages.
+    NUMBER: tl.constexpr = query_ptr.dtype.element_ty
+    kv_head = tl.program_id(1)
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    is_pair = pair < packed
+    token, head = (pair // GROUP).to(tl.int64), kv_head * GROUP + pair % GROUP
+    half = tl.arange(0, HALF_PADDED)
+    query_at = query_ptr + (token * stride_qt + head * (2 * HALF))[:, None] + half[None, :]
+    query_mask = is_pair[:, None] & (half < HALF)[None, :]
+    query_first = tl.load(query_at, mask=query_mask, other=0.0)
+    query_second = tl.load(query_at + HALF, mask=query_mask, other=0.0)
+    if UPCAST:
+        query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
+    every = tl.arange(0, ROWS) >= 0
+    out_at = out_ptr + (token * (KV_HEADS * GROUP) + head) * pages
+
+    first_page = tl.program_id(2) * at_once
+    for page in tl.range(first_page, tl.minimum(first_page + at_once, pages)):
+        highest = tl.full((PAIRS,), float("-inf"), tl.float32)
+        total = tl.zeros((PAIRS,), tl.float32)
+        for part in tl.static_range(PAGE_SIZE // ROWS):
+            row = part * ROWS + tl.arange(0, ROWS)
+            row_at = (page * PAGE_SIZE + row).to(tl.int64) * KV_HEADS + kv_head
+            group = page * (PAGE_SIZE // KEY_GROUP) + part * ROWS // KEY_GROUP
+            # Keys stay as they lie: a turn by nothing.
+            key_first, key_second = load_rotated_keys(
+                key_ptr, scale_ptr, zero_ptr, key_ptr, row_at, group * KV_HEADS + kv_head, row_at, 1.0, 0.0,
+                every, half, HALF, BITS, False, NUMBER,
+            )  # fmt: skip
+            if UPCAST:
+                key_first, key_second = key_first.to(tl.float32), key_second.to(tl.float32)
+            scores = tl.dot(query_first, tl.trans(key_first), input_precision="ieee")
+            scores = tl.dot(query_second, tl.trans(key_second), acc=scores, input_precision="ieee") * scale_log2
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(scores - new_highest[:, None]), axis=1)
+            highest = new_highest
+        tl.store(out_at + page, (highest + tl.log2(total)) * 0.6931471805599453, mask=is_pair)

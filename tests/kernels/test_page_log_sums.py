@@ -1,0 +1,86 @@
+import math
+
+import pytest
+import torch
+
+from ragkit.errors import KernelInputError
+from ragkit.kernels import page_log_sums as module
+from ragkit.kernels.backend import Backend
+from ragkit.kernels.page_log_sums import page_log_sums, page_log_sums_torch
+from ragkit.kernels.quantize_kv import quantize_kv
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
+from ragkit.kernels.testing import assert_matches, guarded
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _inputs(tokens, pages, q_heads, kv_heads, head_dim, dtype, device, rng, page_size=32):
+    """Queries as a view over a fused projection, and keys."""
+    qkv = guarded(torch.randn(tokens, q_heads + 2, head_dim, device=device, generator=rng).to(dtype))
+    qkv[:, q_heads:] = math.nan
+    keys = torch.randn(pages, page_size, kv_heads, head_dim, device=device, generator=rng)
+    return qkv[:, :q_heads], guarded(keys.to(dtype))
+
+
+def _compare(queries, keys):
+    scale = queries.shape[2] ** -0.5
+    got = page_log_sums(queries, keys, scale=scale, backend=Backend.TRITON)
+    wide = keys.float() if isinstance(keys, torch.Tensor) else keys
+    assert got.dtype == torch.float32
+    expected = page_log_sums_torch(queries.float(), wide, scale=scale)
+    # Codes become numbers of the queries' type before they are multiplied.
+    assert_matches(got if isinstance(keys, torch.Tensor) else got.to(queries.dtype), expected, reduced=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "pages"), [(0, 3), (1, 0), (1, 1), (1, 9), (7, 5)])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_matches_the_definition(page_size, tokens, pages, dtype, device, rng):
+    _compare(*_inputs(tokens, pages, 6, 2, 32, dtype, device, rng, page_size))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(9, 3), (20, 1)])
+def test_matches_the_definition_for_every_head_size(head_dim, q_heads, kv_heads, device, rng):
+    _compare(*_inputs(1, 2, q_heads, kv_heads, head_dim, torch.bfloat16, device, rng))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_codes_count_as_the_numbers_they_stand_for(head_dim, bits, dtype, device, rng):
+    queries, keys = _inputs(2, 5, 4, 2, head_dim, dtype, device, rng)
+    parts = quantize_kv(keys.flatten(0, 1), bits=bits, token_group=16, channel_group=1)
+    _compare(queries, QuantizedBlocks(*(part.unflatten(0, (5, -1)).contiguous() for part in parts), bits))
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_the_softmax_over_pages_is_the_attention_that_they_receive(backend, device, rng, monkeypatch):
+    monkeypatch.setattr(module, "_TORCH_PAGES", 3)
+    queries, keys = _inputs(2, 7, 4, 2, 16, torch.float32, device, rng)
+    logits = page_log_sums(queries, keys, scale=2.0, backend=backend)
+    rows = keys.flatten(0, 1).repeat_interleave(2, dim=1)
+    weights = (torch.einsum("thd,rhd->thr", queries, rows) * 2.0).softmax(dim=2)
+    assert_matches(logits.softmax(dim=2), weights.unflatten(2, (7, 32)).sum(dim=3), reduced=16)
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_large_products_do_not_overflow(backend, device, rng):
+    queries, keys = _inputs(1, 3, 4, 2, 16, torch.float32, device, rng)
+    assert bool(page_log_sums(queries * 1e4, keys, scale=1.0, backend=backend).isfinite().all())
+
+
+def test_inputs_that_do_not_fit_are_refused(device, rng):
+    queries, keys = _inputs(2, 3, 4, 2, 16, torch.float32, device, rng)
+    parts = quantize_kv(keys.flatten(0, 1), bits=8, token_group=1, channel_group=8)
+    codes = QuantizedBlocks(*(part.unflatten(0, (3, -1)).contiguous() for part in parts), 8)
+    for wrong_queries, wrong_keys, message in (
+        (queries[0], keys, r"queries must be \(tokens, heads, head_dim\)"),
+        (queries[:, :3], keys, "3 query heads cannot share 2 key heads"),
+        (queries, keys[..., :8], r"keys must be \(pages, page_size, kv_heads, 16\)"),
+        (queries, keys.transpose(0, 1), "keys must be contiguous"),
+        (queries, codes, "channel by channel, got groups of 8"),
+        (queries, keys[:, :8].contiguous(), "powers of two from 16 rows on, got 8 and 8"),
+    ):
+        with pytest.raises(KernelInputError, match=message):
+            page_log_sums(wrong_queries, wrong_keys, scale=1.0)
