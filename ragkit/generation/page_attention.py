@@ -175,8 +175,10 @@ class PageAttention:
             turned = self._turned_alike(_voters(queries, self._keep_rows))
             groups = self._pages.codec.layout.layers[layer].num_kv_heads if options.per_key_head else 1
             election = Election(options.vote, groups, self._scale)
-            scores = options.selector.score(turned, self._summaries.of(layer), layout.first, layout.stop, election)
-            best, _ = page_top_k(scores.contiguous(), layout.num_chosen)
+            # Sinks and the local window are scored as well, although they need not be chosen: a head that looks there
+            # gives little of its weight to others, and so has little say among them.
+            scores = options.selector.score(turned, self._summaries.of(layer), 0, layout.end, election)
+            best, _ = page_top_k(scores[:, layout.first : layout.stop].contiguous(), layout.num_chosen)
             self.chosen[layer] = best.long() + layout.first
         flat = self.chosen[layer].flatten()
         self.times_chosen.index_add_(0, flat, torch.ones_like(flat))

@@ -17,6 +17,8 @@ from ragkit.kvcache.page_cache import PageCache
 from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords, window_refs
+from ragkit.kvcache.page_selector import pool_votes
+from ragkit.kvcache.page_selector_mean_key import MeanKey
 from ragkit.kvcache.page_selectors import make_page_selector
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
@@ -142,10 +144,29 @@ def test_the_pages_whose_rows_weigh_most_are_chosen(llama):
     attend._choose(0, queries)
     distance = torch.tensor([options.local_tokens])
     turned = RotaryCache(llama).table(300, 300).rotate(queries, distance)[0]
-    keys = pages.cache.pool.keys[0][pages.bring(0, range(1, 36))].mean(dim=1)  # (pages, kv_heads, head_dim)
+    keys = pages.cache.pool.keys[0][pages.bring(0, range(38))].mean(dim=1)  # (pages, kv_heads, head_dim)
     logits = torch.einsum("hgd,phd->hgp", turned.unflatten(0, (2, 3)), keys) * llama.scale
-    best = logits.softmax(-1).sum((0, 1)).topk(4).indices.sort().values + 1
+    # The heads' weights are those of all pages, although the first and the last two cannot be chosen.
+    best = logits.softmax(-1).sum((0, 1))[1:36].topk(4).indices.sort().values + 1
     assert attend.chosen[0].tolist() == [best.tolist()]
+
+
+def test_a_head_that_looks_at_the_sinks_has_no_say_among_other_pages(llama):
+    class TwoKindsOfHeads(MeanKey):
+        def score(self, queries, summary, first, stop, election):
+            logits = torch.zeros(1, 6, stop - first)
+            logits[:, :5, 0] = 20.0  # five heads look at page 0, and at page 9 a little more than at others
+            logits[:, :5, 9] = 2.0
+            logits[:, 5, 20] = 3.0  # one looks at page 20
+            return pool_votes(logits, election)
+
+    pages, _ = read(llama, TOKENS[:300])
+    options = replace(SMALL, budget_pages=1, selector=TwoKindsOfHeads())
+    attend = PagedPrefill(llama, RotaryCache(llama), options).attention(pages, 4)
+    with torch.inference_mode():
+        attend.begin(2, choose=True)
+        llama.run([5, 6], attend)
+    assert [chosen.tolist() for chosen in attend.chosen] == [[[20]]] * 3
 
 
 @pytest.mark.parametrize("vote", PageVote)
