@@ -14,17 +14,18 @@ from ragkit.kernels.propagation_plan import PropagationPlan, plan_propagation
 from ragkit.kernels.testing import assert_matches
 
 CHUNK = 256
-SIGMA = 48.0
+SIGMA = 96.0
 STRENGTHS = {"key_strength": 0.5, "value_strength": 1.0}
 
 
 def cases(device: torch.device) -> list[KernelCase]:
-    """Return 15% and 5% of 32K rows, into the pool alone and with the rotated copy; on a CPU two small cases."""
+    """Return 15% and 5% of 32K rows: into the pool alone, with the rotated copy, and of pooled rows; on a CPU small ones."""
     rows, shares = (32768, (0.15, 0.05)) if device.type == "cuda" else (2 * CHUNK, (0.15,))
-    return [_case(rows, share, copies, device) for share in shares for copies in (False, True)]
+    forms = ((False, False), (True, False), (True, True))
+    return [_case(rows, share, *form, device) for share in shares for form in forms]
 
 
-def _case(rows: int, share: float, copies: bool, device: torch.device) -> KernelCase:
+def _case(rows: int, share: float, copies: bool, pooled: bool, device: torch.device) -> KernelCase:
     shape = model_shape(device)
     selected = torch.randperm(rows, device=device)[: int(rows * share)].sort().values
     starts = torch.arange(0, rows + 1, CHUNK, device=device)
@@ -37,9 +38,11 @@ def _case(rows: int, share: float, copies: bool, device: torch.device) -> Kernel
         cos, sin = rotary_tables(rows, shape, device)
         placed = [torch.empty_like(part) for part in cached]
         options |= {"cos": cos, "sin": sin, "rotated_keys": placed[0], "plain_values": placed[1]}
+    places = scattered(rows, device)[1] if pooled else None
+    lying = cached if places is None else [torch.empty_like(part).index_copy_(0, places, part) for part in cached]
 
     def run() -> None:
-        propagate_change(*cached, *fresh, plan, slots, *pools, **options, backend=Backend.TRITON)
+        propagate_change(*lying, *fresh, plan, slots, *pools, **options, places=places, backend=Backend.TRITON)
 
     def check() -> None:
         run()
@@ -53,7 +56,7 @@ def _case(rows: int, share: float, copies: bool, device: torch.device) -> Kernel
             assert_matches(mine, reference, reduced=2)
 
     return KernelCase(
-        name="propagate_change" + (", rotated copy" if copies else ""),
+        name="propagate_change" + (", rotated copy" if copies else "") + (" of pooled rows" if pooled else ""),
         shape=f"{len(selected):,} of {rows:,} rows recomputed, chunks of {CHUNK}, {shape.heads}",
         run=run,
         check=check,

@@ -1,0 +1,21 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_kernel_that_is_measured_compiles_for_a_gpu(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    script = ROOT / "tests" / "support" / "compile_kernels.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    refused = [line for line in done.stdout.splitlines() if "does not compile" in line]
+    assert not refused, refused
+    assert done.returncode == 0, done.stderr
+    compiled = {line.split(":")[0] for line in done.stdout.splitlines() if line.endswith(" compiles")}
+    assert compiled == {path.stem for path in (ROOT / "benchmarks" / "kernels").glob("*.py")}
