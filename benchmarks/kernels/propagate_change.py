@@ -19,7 +19,7 @@ STRENGTHS = {"key_strength": 0.5, "value_strength": 1.0}
 
 
 def cases(device: torch.device) -> list[KernelCase]:
-    """Return 15% and 5% of 32K rows: into the pool alone, with the rotated copy, and of pooled rows; on a CPU small ones."""
+    """Return 15% and 5% of 32K rows: into the pool alone, with a rotated copy, and of pooled rows; small on a CPU."""
     rows, shares = (32768, (0.15, 0.05)) if device.type == "cuda" else (2 * CHUNK, (0.15,))
     forms = ((False, False), (True, False), (True, True))
     return [_case(rows, share, *form, device) for share in shares for form in forms]
