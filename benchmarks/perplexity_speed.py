@@ -216,7 +216,8 @@ def main() -> None:
     if on_gpu and options.tokens >= 1_000_000:
         print(f"\nwanted: at most {TARGET_SECONDS:g} s; {'kept' if within <= TARGET_SECONDS else 'NOT kept'}")
     device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
-    facts |= {"device": device_name, "dtype": str(engine.decoder.dtype), "settings": vars(options) | {"text": None}}
+    settings = vars(options) | {"model": Path(options.model).name, "text": None}  # names, no folders
+    facts |= {"device": device_name, "dtype": str(engine.decoder.dtype), "settings": settings}
     result = {
         **facts,
         "losses": DecoderLosses(engine.decoder).settings,
