@@ -85,7 +85,9 @@ def run_parts(script: str, arguments: Sequence[str], processes: int) -> list[Any
 def _start(script: str, arguments: Sequence[str], number: int, of: int, folder: Path) -> subprocess.Popen[bytes]:
     own = ["--processes", "1", "--part", f"{number}/{of}", "--raw", str(_raw(folder, number))]
     threads = str(max(1, (os.cpu_count() or 1) // of))  # else each would start one for every core
-    environment = {"OMP_NUM_THREADS": threads} | dict(os.environ)
+    # Prompts differ in length: without expandable segments each process would hold twice what it needs of a GPU.
+    own_memory = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment = {"OMP_NUM_THREADS": threads} | own_memory | dict(os.environ)
     with _log(folder, number).open("wb") as log:
         return subprocess.Popen(
             [sys.executable, script, *arguments, *own], stdout=subprocess.DEVNULL, stderr=log, env=environment
