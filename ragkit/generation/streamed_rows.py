@@ -89,7 +89,9 @@ class StreamedRows:
         self._encoded = encoded
         self._buffer: LayerKV | None = None
         self._places: list[Tensor] | None = None  # of the prefix in the buffer
-        self._pool_rows: Tensor | None = None
+        self._in_pool: tuple[Tensor, Tensor] | None = (
+            None  # slots that were asked for, and where the rows lie with them
+        )
         self._holds = -1
 
     @property
@@ -119,12 +121,12 @@ class StreamedRows:
         if chunks is None or self._encoded is not None or chunks.pool is not pool:
             return *self.layer(index), None
         own = slots[: chunks.first]
-        if self._pool_rows is None:
-            self._pool_rows = torch.cat((own, chunks.slots))
+        if self._in_pool is None or self._in_pool[0] is not slots:  # a request may get other rows than it began with
+            self._in_pool = slots, torch.cat((own, chunks.slots))
         keys, values = pool.keys[index].flatten(0, 1), pool.values[index].flatten(0, 1)
         for rows, prefix in zip((keys, values), self._prefix[index], strict=True):
             rows.index_copy_(0, own, prefix)
-        return keys, values, self._pool_rows
+        return keys, values, self._in_pool[1]
 
 
 class StreamedChunks:

@@ -36,6 +36,7 @@ from ragkit.kvcache.selectors_cache_craft import CacheCraft
 from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf, GradualFiltering
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, NoTokens, RandomTokens
+from ragkit.kvcache.token_selection import LayerRange
 from ragkit.types import Prompt, Segment
 
 from .conftest import decoder_of, hf_model
@@ -520,6 +521,22 @@ def test_where_the_pool_holds_the_chunks_and_no_rows_beside_them_rows_are_privat
     assert re.search(r"private, not shared: asked for \d KV blocks of 16 tokens, \d of 16 are free", warning)
     bench.tier.give_back(16)
     assert bench.pool.num_free == 16
+
+
+def test_pooled_chunks_become_private_after_they_were_listed_where_the_field_has_no_memory(llama, monkeypatch):
+    def refused(*_):
+        raise torch.OutOfMemoryError("no memory for a field")
+
+    bench = Bench(llama)
+    lower = QuestionAttention(layers=LayerRange(0, 0.3))  # the shared prefix is written in these layers alone
+    bench.run(bench.blend(selector=lower))  # brings the chunks into the pool
+    expected, rows = bench.run(bench.blend(BlendRows.PRIVATE, selector=lower))
+    monkeypatch.setattr("ragkit.generation.shared_rows.RequestField", refused)
+    result, private = bench.run(bench.blend(selector=lower))
+    assert set(result.kv.bytes_by_tier) == {"gpu"}
+    assert result.warnings == ("rows are private, not shared: no memory for a field",)
+    assert torch.equal(result.logits, expected.logits)
+    _close(private, rows, 0)
 
 
 def test_a_request_that_fits_nowhere_leaves_nothing_behind(llama):
