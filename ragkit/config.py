@@ -366,10 +366,10 @@ class PagesConfig:
 
     Its KV is kept in pages of `page_tokens`, stored by `codec`. Everything is read in windows of `window_tokens`, which
     attend to the first `sink_tokens`, to the pages that `selector` finds, `budget_tokens` in all, and to the
-    `local_tokens` before. So does the answer, which chooses again every `interval` tokens and in every
-    `layer_interval`-th layer; the layers between share its choice. With `per_key_head` each key head has pages of its
-    own. A choice is also kept where the queries have a cosine of `keep_similarity` with those that made it; 1 never
-    keeps one.
+    `local_tokens` before. It finds `found_times` as many, of which those stay whose keys would be attended to most. So
+    does the answer, which chooses again every `interval` tokens and in every `layer_interval`-th layer; the layers
+    between share its choice. With `per_key_head` each key head has pages of its own. A choice is also kept where the
+    queries have a cosine of `keep_similarity` with those that made it; 1 never keeps one.
 
     `memory_mb` of the encoded pages stay in memory, the others on disk within `kv.disk_mb`. A GPU holds all pages of a
     document that take at most `gpu_mb`; else, and on a CPU, `cache_mb` of them stay decoded there. `keep_received` also
@@ -384,6 +384,7 @@ class PagesConfig:
     positions: PagePositions = PagePositions.REINDEXED
     sink_tokens: int = 128
     budget_tokens: int = 2048
+    found_times: int = 1
     local_tokens: int = 1024
     window_tokens: int = 512
     interval: int = 4
@@ -402,6 +403,7 @@ class PagesConfig:
             _multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens)
         for name in ("local_tokens", "window_tokens"):
             _multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens, least=1)
+        _at_least("pages.found_times", self.found_times, 1)
         _at_least("pages.interval", self.interval, 1)
         _at_least("pages.layer_interval", self.layer_interval, 1)
         _share("pages.keep_similarity", self.keep_similarity)

@@ -5,9 +5,11 @@ other in their order, as if nothing lay between them (LongHeads, arXiv 2402.1068
 clamped they all stand at one place, a local window before the first query (InfLLM, arXiv 2402.04617). With every page
 chosen the re-indexed positions are the true ones, and this is full attention.
 
-How many rows a layer attends to is the same for every choice. So the rows of its pages, turned to where they stand, lie
-in a buffer of fixed size, own rows behind them, and a choice replaces the rows of pages alone. Where the whole document
-lies on the device, a choice and what follows from it stay there, and the host waits for nothing.
+A selector finds pages by what it keeps of them; of `found_times` as many as are wanted those stay whose keys the
+queries would attend to most. How many rows a layer attends to is the same for every choice. So the rows of its pages,
+turned to where they stand, lie in a buffer of fixed size, own rows behind them, and a choice replaces the rows of pages
+alone. Where the whole document lies on the device, a choice and what follows from it stay there, and the host waits for
+nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from ragkit.kernels.page_top_k import page_top_k
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kernels.selected_attention import selected_attention
 from ragkit.kvcache.kv_pages import KVPages, WindowRows
-from ragkit.kvcache.page_selector import Election, Takes
+from ragkit.kvcache.page_scoring import head_products
+from ragkit.kvcache.page_selector import Election, Takes, pool_votes
 from ragkit.kvcache.rope import RotaryTable
 
 _VOTERS = 8  # means of neighbouring queries that choose for a whole window
@@ -178,10 +181,31 @@ class PageAttention:
             # Sinks and the local window are scored as well, although they need not be chosen: a head that looks there
             # gives little of its weight to others, and so has little say among them.
             scores = options.selector.score(turned, self._summaries.of(layer), 0, layout.end, election)
-            best, _ = page_top_k(scores[:, layout.first : layout.stop].contiguous(), layout.num_chosen)
-            self.chosen[layer] = best.long() + layout.first
+            best, _ = page_top_k(scores[:, layout.first : layout.stop].contiguous(), layout.num_found)
+            found = best.long() + layout.first
+            is_enough = layout.num_found == layout.num_chosen
+            self.chosen[layer] = found if is_enough else self._best_of(layer, turned, found, election)
         flat = self.chosen[layer].flatten()
         self.times_chosen.index_add_(0, flat, torch.ones_like(flat))
+
+    def _best_of(self, layer: int, turned: Tensor, found: Tensor, election: Election) -> Tensor:
+        """Return (groups, num_chosen) int64: those of the pages `found` that the voters would attend to most."""
+        layout = self.layout
+        keys = self._keys(layer, layout.listed(found))
+        products = head_products(turned, keys) * self._scale
+        logits = products.view(*products.shape[:2], -1, layout.page_size).logsumexp(dim=3)
+        scores = pool_votes(logits, election)[:, layout.first : layout.first + layout.num_found]
+        best, _ = page_top_k(scores.contiguous(), layout.num_chosen)
+        return found.gather(1, best.long())
+
+    def _keys(self, layer: int, listed: Tensor) -> Tensor:
+        """Return the keys (rows, kv_heads, head_dim) of pages, as if all stood at position 0."""
+        if self._pages.resident is None:
+            return _rows_of(self._pages.cache.pool.keys[layer], self._blocks(layer, listed))
+        everywhere = PageLists(listed.int(), torch.full_like(listed[:1], -1, dtype=torch.int32))
+        keys, values = self._pages.resident.blocks(layer)
+        cos, sin = self._rotary.cos, self._rotary.sin
+        return gather_pages(keys, values, everywhere, cos, sin, dtype=self._pages.codec.layout.dtype)[0]
 
     def _turned_alike(self, queries: Tensor) -> Tensor:
         """Return the queries as they stand while pages are scored, all at one distance."""
@@ -202,19 +226,21 @@ class PageAttention:
 
     def _brought(self, layer: int, listed: Tensor) -> tuple[Tensor, Tensor]:
         """Do what `_page_rows` does with pages of the cache, brought where they are missing."""
-        wanted = listed.unique().tolist()
-        blocks = self._pages.bring(layer, wanted)
-        self._pages.prefetch((layer + 1) % self._pages.num_layers, wanted)
-        pool = self._pages.cache.pool
-        block_of = torch.zeros(max(1, self.layout.end), dtype=torch.int64)
-        block_of[wanted] = blocks
-        at = block_of[listed.cpu()].to(pool.device)
+        at, pool = self._blocks(layer, listed), self._pages.cache.pool
         keys, values = (_rows_of(part[layer], at) for part in (pool.keys, pool.values))
         positions = self.layout.row_positions(listed, self._options)
         if len(positions) == 1:
             return self._rotary.rotate(keys, positions[0]), values
         heads = [self._rotary.rotate(keys[:, head : head + 1], own) for head, own in enumerate(positions)]
         return torch.cat(heads, dim=1), values
+
+    def _blocks(self, layer: int, listed: Tensor) -> Tensor:
+        """Return (groups, listed) int64, the cache's blocks of pages, brought where they are missing."""
+        wanted = listed.unique().tolist()
+        block_of = torch.zeros(max(1, self.layout.end), dtype=torch.int64)
+        block_of[wanted] = self._pages.bring(layer, wanted)
+        self._pages.prefetch((layer + 1) % self._pages.num_layers, wanted)
+        return block_of[listed.cpu()].to(self._device)
 
 
 class _SeenRows(NamedTuple):

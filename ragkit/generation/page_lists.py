@@ -18,7 +18,8 @@ class PageLayout:
 
     Attributes:
         first, stop, end: pages.
-        num_chosen: candidates that are attended to.
+        num_found: candidates that the selector finds.
+        num_chosen: those of them that are attended to.
         num_rows: rows of all pages that are attended to which hold tokens; only the last page can have others.
         start: position of the first own row.
         page_size: rows of a page.
@@ -27,6 +28,7 @@ class PageLayout:
     first: int
     stop: int
     end: int
+    num_found: int
     num_chosen: int
     num_rows: int
     start: int
@@ -39,11 +41,12 @@ class PageLayout:
         end = -(-num_tokens // size)
         first = min(options.sink_pages, end)
         stop = max(first, end - options.local_pages)
-        chosen = 0 if options.selector.takes is Takes.NOTHING else stop - first
+        chosen = found = 0 if options.selector.takes is Takes.NOTHING else stop - first
         if options.selector.takes is Takes.BEST:
+            found = min(chosen, options.budget_pages * options.found_times)
             chosen = min(chosen, options.budget_pages)
         rows = (first + chosen + end - stop) * size - (-num_tokens % size)
-        return cls(first, stop, end, chosen, rows, options.positions_before(num_tokens), size)
+        return cls(first, stop, end, found, chosen, rows, options.positions_before(num_tokens), size)
 
     @property
     def num_candidates(self) -> int:

@@ -21,7 +21,8 @@ class PageOptions:
         selector: finds the pages between the first and the last ones.
         page_size: tokens of a page.
         sink_pages, local_pages: first pages and last ones, which are always attended to.
-        budget_pages: most pages that the selector finds.
+        budget_pages: most pages between them that are attended to.
+        found_times: the selector finds so many times as many, of which those stay that queries would attend to most.
         window_tokens: tokens that are read in one pass.
         vote: how query heads share one choice.
         per_key_head: whether each key head chooses for itself.
@@ -37,6 +38,7 @@ class PageOptions:
     sink_pages: int = 2
     local_pages: int = 16
     budget_pages: int = 32
+    found_times: int = 1
     window_tokens: int = 512
     vote: PageVote = PageVote.SOFTMAX
     per_key_head: bool = False
@@ -54,6 +56,7 @@ class PageOptions:
             sink_pages=config.sink_tokens // config.page_tokens,
             local_pages=config.local_tokens // config.page_tokens,
             budget_pages=config.budget_tokens // config.page_tokens,
+            found_times=config.found_times,
             window_tokens=config.window_tokens,
             vote=config.vote,
             per_key_head=config.per_key_head,
@@ -78,8 +81,8 @@ class PageOptions:
         """Names everything that changes the KV of a document beside the model, its tokens and the codec."""
         return json.dumps([
             READING_VERSION, self.selector.selector_id, self.page_size, self.sink_pages, self.local_pages,
-            self.budget_pages, self.window_tokens, str(self.vote), self.per_key_head, str(self.positions),
-            self.layer_interval,
+            self.budget_pages, self.found_times, self.window_tokens, str(self.vote), self.per_key_head,
+            str(self.positions), self.layer_interval,
         ])  # fmt: skip
 
     def pages_at_once(self, num_pages: int) -> int:
@@ -90,6 +93,12 @@ class PageOptions:
         if self.selector.takes is Takes.EVERYTHING:
             return num_pages
         return min(around + self.budget_pages, num_pages)
+
+    def pages_needed(self, num_pages: int) -> int:
+        """Return how many of `num_pages` pages have to be there decoded at once: also those that are only looked at."""
+        if self.selector.takes is not Takes.BEST:
+            return self.pages_at_once(num_pages)
+        return min(self.sink_pages + self.local_pages + self.budget_pages * self.found_times, num_pages)
 
     def positions_before(self, num_tokens: int) -> int:
         """Return how many positions are in use before the tokens of a pass over `num_tokens` tokens, at most."""

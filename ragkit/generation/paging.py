@@ -254,12 +254,12 @@ class Paging:
     def _cache(self, num_pages: int) -> PageCache:
         layout, size = self._engine.decoder.layout, self._config.page_tokens
         fitting = (self._config.cache_mb << 20) // (layout.bytes_per_token * size)
-        wanted = self.prefill.options.pages_at_once(num_pages)
+        wanted = self.prefill.options.pages_needed(num_pages)
         if fitting < wanted:
             megabytes = -(-wanted * size * layout.bytes_per_token >> 20)
             raise CacheCapacityError(
-                f"{wanted:,} pages of each layer are attended to at once, {megabytes:,} MB decoded, and pages.cache_mb "
-                f"is {self._config.cache_mb:,}: raise it, or lower pages.budget_tokens"
+                f"{wanted:,} pages of each layer are needed at once, {megabytes:,} MB decoded, and pages.cache_mb is "
+                f"{self._config.cache_mb:,}: raise it, or lower pages.budget_tokens or pages.found_times"
             )
         return PageCache(layout, size, max(1, min(fitting, num_pages)), 0, self._engine.decoder.device)
 

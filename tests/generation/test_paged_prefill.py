@@ -19,6 +19,7 @@ from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords, window_refs
 from ragkit.kvcache.page_selector import pool_votes
 from ragkit.kvcache.page_selector_mean_key import MeanKey
+from ragkit.kvcache.page_selector_soft_vote import SoftVote
 from ragkit.kvcache.page_selectors import make_page_selector
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
@@ -167,6 +168,23 @@ def test_a_head_that_looks_at_the_sinks_has_no_say_among_other_pages(llama):
         attend.begin(2, choose=True)
         llama.run([5, 6], attend)
     assert [chosen.tolist() for chosen in attend.chosen] == [[[20]]] * 3
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("per_key_head", [False, True])
+def test_of_the_pages_found_those_stay_that_would_be_attended_to_most(llama, per_key_head, resident):
+    options = replace(WIDE, per_key_head=per_key_head, found_times=3)
+    pages, _ = read(llama, TOKENS[:297], WIDE, resident=resident)
+    queries = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(4))
+    chosen = []
+    for selector, times in (("min-max", 1), ("min-max", 20), ("soft-vote", 1)):
+        exact = replace(SoftVote(), bits=8) if selector == "soft-vote" else make_page_selector(selector)
+        changed = replace(options, selector=exact, found_times=times)
+        attend = PagedPrefill(llama, RotaryCache(llama), changed).attention(pages, 4)
+        attend._choose(0, queries)
+        chosen.append(attend.chosen[0].tolist())
+    assert chosen[1] == chosen[2]
+    assert chosen[0] != chosen[2]
 
 
 @pytest.mark.parametrize("vote", PageVote)
