@@ -15,30 +15,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ragkit.config import BlendRows
-from ragkit.errors import CacheCapacityError, ConfigError
+from ragkit.errors import ConfigError
 from ragkit.generation.blend_pass import BlendInputs, BlendPass, Propagation
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.private_rows import RowSink
 from ragkit.generation.question_pass import question_mass
+from ragkit.generation.request_rows import RequestRows
 from ragkit.generation.reused_rows import BlendLayout, ReusedRows, RowSource
-from ragkit.generation.shared_chunks import list_chunks
-from ragkit.generation.shared_rows import SharedRows, shared_slots
 from ragkit.generation.step_clock import StepClock
 from ragkit.generation.strategy import PrefillRequest, PrefillResult
 from ragkit.generation.streamed_rows import StreamedChunks
-from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.chunk_kv import EncodedKV
 from ragkit.kvcache.codec import LayerKV
 from ragkit.kvcache.coverage import Coverage, Ratio, count_of, most_of
 from ragkit.kvcache.fetch import FetchReport
 from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.pool_tier import PinnedBlocks
-from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.kvcache.selectors_question import QuestionAttention
 from ragkit.kvcache.token_selection import ChunkSpan, LayerRange, TokenSelector
@@ -102,28 +99,19 @@ class BlendPrefill:
         clock = StepClock(decoder.device)
         refs = [self.chunks.ref(segment) for segment in layout.chunks]
         spans = layout.spans(self.chunks.is_exact_behind(layout.prefix, refs[0]))
-        # Before the chunks are pinned, some of which may have to leave the pool for it, and before their KV is copied,
-        # behind which small copies would wait.
-        inputs = self._private(request, spans) if options.rows is BlendRows.PRIVATE else None
-        warnings: list[str] = []
+        own = RequestRows(request, spans, options.propagation, options.rows)
         with self.kv_store.fetch(refs, self.chunks.compute) as fetched:
             prefix = self.chunks.prefix_kv(layout.prefix)
             rows, streamed = self._load(decoder, layout, prefix, fetched.chunks)
-            shares = inputs is None and self._list(request, layout, refs, fetched.chunks, streamed, warnings)
-            if inputs is None:
-                inputs = self._shared(request, spans) if shares else self._private(request, spans)
-            scene = BlendScene(decoder, request.rotary, inputs, rows, spans, ratio, self.options.propagation)
+            inputs = own.settle(layout, refs, fetched.chunks, streamed, self.kv_store.pool)
+            scene = BlendScene(decoder, request.rotary, inputs, rows, spans, ratio, options.propagation)
             clock.lap("load_kv")
-            chosen = self.options.selector.choose(scene)
+            chosen = options.selector.choose(scene)
             if streamed is not None:
                 streamed.tokens_are_chosen()
             clock.lap("select")
             blend = scene.blend_pass()
-            target = self._shared_target(request.kv, inputs, prefix, chosen, warnings) if shares else None
-            if shares and target is None:
-                inputs, shares = self._private(request, spans), False
-            sink = target or RowSink.into(request.kv.pool, inputs.slots)
-            logits = blend.run(chosen, sink, self.options.selector)
+            logits = blend.run(chosen, own.target(prefix, chosen), options.selector)
             clock.lap("blend")
             # Waits for the copies as well, before the chunks may leave their tiers.
             timings = clock.finish(None if streamed is None else streamed.queue)
@@ -135,8 +123,8 @@ class BlendPrefill:
             recomputed=recomputed,
             timings_ms=with_computing(timings, fetched.report),
             kv=kv_use(fetched.report),
-            afterwards=None if shares else self._afterwards(streamed),
-            warnings=tuple(warnings),
+            afterwards=None if own.are_shared else self._afterwards(streamed),
+            warnings=self._warnings(own.refusal),
         )
 
     def _load(
@@ -153,49 +141,14 @@ class BlendPrefill:
         streamed = StreamedChunks(decoder, layout, prefix, chunks, self.kv_store.codec)
         return streamed.rows(), streamed
 
-    def _private(self, request: PrefillRequest, spans: Sequence[ChunkSpan]) -> BlendInputs:
-        request.kv.reserve(len(request.prompt))
-        return BlendInputs.of(request, spans, self.options.propagation.sigma)
-
-    def _shared(self, request: PrefillRequest, spans: Sequence[ChunkSpan]) -> BlendInputs:
-        slots = shared_slots(request.kv, len(request.prompt))
-        return BlendInputs.of(request, spans, self.options.propagation.sigma, slots)
-
-    def _list(
-        self,
-        request: PrefillRequest,
-        layout: BlendLayout,
-        refs: Sequence[ChunkRef],
-        chunks: Sequence[EncodedKV | PinnedBlocks],
-        streamed: StreamedChunks | None,
-        warnings: list[str],
-    ) -> bool:
-        """Return whether the request lists its chunks now."""
-        if self.kv_store.pool is None or streamed is None:
-            refused = "there is no tier in the pool, which kv.gpu_mb sizes"
-        else:
-            refused = list_chunks(request, layout, refs, chunks, streamed, self.kv_store.pool)
-        if refused:
-            warnings.append(self._refusal(refused))
-        return not refused
-
-    def _shared_target(
-        self, kv: RequestKV, inputs: BlendInputs, prefix: Sequence[LayerKV], chosen: Tensor, warnings: list[str]
-    ) -> SharedRows | None:
-        """Return where the rows go, or None where there is no room for them, and the request is empty again."""
-        try:
-            return SharedRows(kv, inputs, prefix, chosen, self.options.propagation)
-        except (CacheCapacityError, torch.OutOfMemoryError) as error:
-            kv.release()
-            warnings.append(self._refusal(str(error)))
-            return None
-
-    def _refusal(self, reason: str) -> str:
-        refusal = f"rows are private, not shared: {reason}"
+    def _warnings(self, refusal: str) -> tuple[str, ...]:
+        if not refusal:
+            return ()
+        warning = f"rows are private, not shared: {refusal}"
         if not self._has_refused:  # once; every result says it
             self._has_refused = True
-            _log.warning(refusal)
-        return refusal
+            _log.warning(warning)
+        return (warning,)
 
     def _afterwards(self, streamed: StreamedChunks | None) -> Callable[[], None] | None:
         tier = self.kv_store.pool

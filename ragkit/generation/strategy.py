@@ -1,4 +1,4 @@
-"""The seam of prefill strategies: full, and later others, one file each. Drafting is a separate axis."""
+"""The seam of prefill strategies: full and blend, one file each. Drafting is a separate axis."""
 
 from __future__ import annotations
 
