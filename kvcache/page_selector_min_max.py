@@ -17,11 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ragkit.kernels.page_scores import KeyBounds
 from ragkit.kvcache.page_scoring import score_bounds
 from ragkit.kvcache.page_selector import Election, PageRows, Takes
+
+_ROUNDING = 2.0**-8  # twice half a unit in the last place of bf16, as a share of a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +42,14 @@ class MinMax:
         return f"min-max-{self.part_tokens}"
 
     def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
-        """Return lowest and highest numbers (pages, parts, kv_heads, head_dim), in the keys' type."""
+        """Return lowest and highest numbers (pages, parts, kv_heads, head_dim), in the keys' type; bf16 for fp32."""
         size = min(self.part_tokens, rows.keys.shape[1])
         parts = rows.keys.unflatten(1, (-1, size))
-        return parts.amin(dim=2), parts.amax(dim=2)
+        lower, upper = parts.amin(dim=2), parts.amax(dim=2)
+        if lower.dtype != torch.float32:
+            return lower, upper
+        # Half the memory of a million tokens counts. Moved by twice what rounding can move them, bounds stay bounds.
+        return (lower - lower.abs() * _ROUNDING).bfloat16(), (upper + upper.abs() * _ROUNDING).bfloat16()
 
     def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
         """Return (groups, pages) fp32."""

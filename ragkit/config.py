@@ -378,13 +378,13 @@ class PagesConfig:
 
     page_tokens: int = 64
     codec: CodecName = CodecName.INT8
-    selector: PageSelectorName = PageSelectorName.MEAN_KEY
+    selector: PageSelectorName = PageSelectorName.MIN_MAX
     vote: PageVote = PageVote.SOFTMAX
     per_key_head: bool = False
     positions: PagePositions = PagePositions.REINDEXED
     sink_tokens: int = 128
     budget_tokens: int = 2048
-    found_times: int = 1
+    found_times: int = 3
     local_tokens: int = 1024
     window_tokens: int = 512
     interval: int = 4

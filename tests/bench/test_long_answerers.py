@@ -106,13 +106,14 @@ def test_the_frame_is_what_a_prompt_takes_besides_document_and_question(tools, e
 
 def test_the_command_line_knows_the_strategies_that_there_are(tools):
     assert tuple(ANSWERERS) == STRATEGIES
-    assert [answerer.name for answerer in make_answerers(STRATEGIES, tools)] == ["full", "rag", "pages mean-key"]
+    assert [answerer.name for answerer in make_answerers(STRATEGIES, tools)] == ["full", "rag", "pages min-max"]
 
 
 @pytest.fixture
 def paged(tools) -> AnswererTools:
     pages = PagesConfig(page_tokens=16, sink_tokens=32, budget_tokens=64, local_tokens=64, window_tokens=128)
-    return replace(tools, config=replace(tools.config, pages=replace(pages, codec=CodecName.BF16)))
+    pages = replace(pages, codec=CodecName.BF16, selector=PageSelectorName.MEAN_KEY)
+    return replace(tools, config=replace(tools.config, pages=pages))
 
 
 def test_selectors_and_budgets_are_compared_over_one_reading(paged, monkeypatch):

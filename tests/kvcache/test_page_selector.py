@@ -115,7 +115,9 @@ def test_bounds_are_above_the_product_of_every_key_and_as_tight_as_parts_allow()
     assert bool((scores[0] <= scores[1]).all())
     assert not torch.equal(scores[0], scores[1])
     single = MinMax(1)
-    torch.testing.assert_close(single.score(queries, _summary(single, PageRows(keys)), 0, 5, loud), products)
+    tight = single.score(queries, _summary(single, PageRows(keys)), 0, 5, loud)
+    assert bool((products <= tight).all())
+    torch.testing.assert_close(tight, products, rtol=0.02, atol=0.15)  # kept as bf16
 
 
 def test_the_soft_vote_gives_a_page_the_attention_that_all_heads_would_give_its_tokens():
