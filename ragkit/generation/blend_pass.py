@@ -225,7 +225,8 @@ class BlendPass:
                 active = self._activate(active.chosen[keep], target.slots)
             positions = active.positions_int32
             if layer + 1 == decoder.config.num_layers:  # all keys and values are there: only the last token goes on
-                queries, residual, positions = queries[-1:], residual[-1:], positions[-1:]
+                # Its position is cloned: an address that is no multiple of 16 bytes has kernels compiled for it.
+                queries, residual, positions = queries[-1:], residual[-1:], positions[-1:].clone()
             activations = decoder.complete(layer, placed.attend(layer, queries, positions), residual)
         return decoder.logits(activations)[0]
 

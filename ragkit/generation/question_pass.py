@@ -39,6 +39,7 @@ def question_mass(
     positions = torch.arange(first, rows.num_tokens, device=decoder.device)
     slots = positions if slots is None else slots
     places: Tensor | None = None
+    own = positions  # where the ending's rows go
     mass = torch.zeros(rows.num_tokens, dtype=torch.float32, device=decoder.device)
     scored = layers.of(decoder.config.num_layers)
     with decoder.dense_steps.of(decoder, len(ending)) as steps:
@@ -46,9 +47,10 @@ def question_mass(
         for layer in range(scored.stop):
             keys, values, before = rows.stored(layer, pool, slots)
             if before is not None and places is None:
-                places = torch.cat((before, slots[first:]))
+                own = slots[first:].clone()  # an address that is no multiple of 16 bytes has kernels compiled for it
+                places = torch.cat((before, own))
             rope_write_kv(
-                queries, own_keys, own_values, positions, positions if places is None else places[first:],
+                queries, own_keys, own_values, positions, own,
                 rotary.cos, rotary.sin, keys.unsqueeze(0), values.unsqueeze(0), rotate_keys=False,
             )  # fmt: skip
             attended, received = question_attention(

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from ragkit.generation import private_rows, question_pass
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.full_prefill import FullPrefill
@@ -143,6 +144,28 @@ def test_with_every_token_chosen_chunks_from_the_pool_give_full_prefill(decoder)
     result, blended = bench.run()
     torch.testing.assert_close(result.logits, full.logits, rtol=0, atol=2e-3)
     torch.testing.assert_close(blended, rows, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("ending", [9, 10])
+def test_no_length_of_a_prompt_has_kernels_compiled_for_its_addresses(decoder, monkeypatch, ending):
+    addresses = []
+
+    def watched(function):
+        def watching(*tensors, **others):
+            addresses.extend(tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor))
+            return function(*tensors, **others)
+
+        return watching
+
+    for module, name in ((question_pass, "rope_write_kv"), (private_rows, "selected_attention")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    bench = Bench(decoder, "bf16")
+    prompt = Prompt((Segment(_ids(0, 13)), *CHUNKS, Segment(_ids(1, ending))))
+    bench.run(prompt=prompt)[0].afterwards()
+    addresses.clear()
+    assert set(bench.run(prompt=prompt)[0].kv.bytes_by_tier) == {"gpu"}
+    assert addresses
+    assert not [address for address in addresses if address % 16]
 
 
 def test_keeping_chunks_lets_go_of_the_bytes_and_happens_once(decoder):
