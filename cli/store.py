@@ -129,7 +129,8 @@ def _status_lines(
 
 def _kv_line(kv: KVStatus, counts: StoreCounts) -> str:
     tiers = ", ".join(f"{human_bytes(count)} on {name}" for name, count in kv.bytes_by_tier.items())
-    line = f"{kv.chunks:,} of {counts.chunks:,} chunks, {tiers}"
+    pages = f", {human_bytes(kv.page_bytes)} of it pages of documents" if kv.page_bytes else ""
+    line = f"{kv.chunks:,} of {counts.chunks:,} chunks, {tiers}{pages}"
     if kv.estimated_bytes is None:
         return line
     return f"{line}  (all would take about {human_bytes(kv.estimated_bytes)} as {kv.codec})"

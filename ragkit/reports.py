@@ -39,12 +39,14 @@ class KVStatus:
         bytes_by_tier: bytes of each tier that outlives a process.
         codec: how KV is stored now.
         estimated_bytes: what the KV of all chunks takes in that codec; None where the generator is not here.
+        page_bytes: what of the disk's bytes are pages of documents, and what selectors keep of them.
     """
 
     chunks: int
     bytes_by_tier: Mapping[str, int]
     codec: str
     estimated_bytes: int | None
+    page_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

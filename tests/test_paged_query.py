@@ -169,6 +169,9 @@ def test_removing_a_document_takes_its_pages_from_the_disk(collection, engine):
     with open_blended(store, engine, PAGED) as pipeline:
         pipeline.query(QUESTION, document=uri)
         assert pipeline.store.kv_totals().entries > 30
+        status = pipeline.kv_status()
+        assert status.chunks == 0
+        assert 0.9 < status.page_bytes / status.bytes_by_tier["disk"] <= 1
         pipeline.remove([uri])
         assert pipeline.store.kv_totals().entries == 0
         assert pipeline.parts.paging._open is None

@@ -9,6 +9,7 @@ from ragkit.errors import ModelError, RagkitError
 from ragkit.reports import KVStatus
 from ragkit.store import Store
 from ragkit.store.base import StoreCounts
+from ragkit.store.records import is_document_owner
 
 _DISK = "disk"
 
@@ -18,9 +19,11 @@ logger = logging.getLogger(__name__)
 def read_kv_status(store: Store, config: PipelineConfig) -> KVStatus:
     """Return how much chunk KV is stored; a tier that cannot be asked is left out, with a warning."""
     with store.snapshot():
-        totals, counts = store.kv_totals(), store.counts()
+        totals, counts, listing = store.kv_totals(), store.counts(), store.kv_listing()
+    pages = [entry.bytes for _, entry in listing if is_document_owner(entry.chunk_id)]
     bytes_by_tier = {_DISK: totals.bytes} | _remote_bytes(config.kv)
-    return KVStatus(totals.entries, bytes_by_tier, config.kv.codec.value, _estimate(counts, config))
+    estimate = _estimate(counts, config)
+    return KVStatus(totals.entries - len(pages), bytes_by_tier, config.kv.codec.value, estimate, sum(pages))
 
 
 def _remote_bytes(kv: KVConfig) -> dict[str, int]:

@@ -220,6 +220,11 @@ def document_owner(chunk_id: str) -> str:
     return chunk_id + _OF_DOCUMENT
 
 
+def is_document_owner(owner: str) -> bool:
+    """Return whether KV of this owner holds more of a document than a chunk."""
+    return owner.endswith(_OF_DOCUMENT)
+
+
 def owning_chunk(owner: str) -> str:
     """Return the chunk with which KV of this owner goes: the owner itself unless it is a `document_owner`."""
     return owner.removesuffix(_OF_DOCUMENT)
