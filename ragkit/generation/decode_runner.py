@@ -32,7 +32,7 @@ class DecodeRunner:
 
     Buckets are powers of two of the number of requests and of their table entries, apart for steps in which a request
     has a field (`RequestField`): others are spared its memory and its loads. A graph is captured when its bucket is
-    first used. Steps of one runner do not overlap.
+    first used. Thread-safe: steps of one runner do not overlap.
     """
 
     def __init__(self, decoder: Decoder, pool: KVPool) -> None:
@@ -55,10 +55,11 @@ class DecodeRunner:
             bucket = self._buckets.get(key)
             if bucket is None or not bucket.fits(states[0].rotary):
                 bucket = self._buckets[key] = _Bucket(self._decoder, self._pool, self._scratch, *key, states[0].rotary)
-            logits = bucket.run(states, token_ids)
+            # A copy: the graph of the bucket writes there again for the next step, which may be another thread's.
+            logits = bucket.run(states, token_ids)[: len(states)].clone()
         for state in states:
             state.kv.num_tokens += 1
-        return logits[: len(states)]
+        return logits
 
 
 class _Bucket:
@@ -161,7 +162,7 @@ class _Bucket:
                 self._forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads' requests go on meanwhile
             self._logits = self._forward()
         self._graph = graph
 

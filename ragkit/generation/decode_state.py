@@ -36,8 +36,5 @@ class StepRunner(Protocol):
         ...
 
     def step(self, states: Sequence[DecodeState], token_ids: Sequence[int]) -> Tensor:
-        """Return (requests, vocab_size) logits after one more token a request, whose rows are written.
-
-        The result is valid until the next step.
-        """
+        """Return (requests, vocab_size) logits after one more token a request, whose rows are written."""
         ...

@@ -1,5 +1,8 @@
 """What only a CUDA device runs: graph replay, masks of pieces, the whole engine. Run with `pytest -m gpu`."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -100,3 +103,28 @@ def test_the_engine_gives_the_tokens_of_transformers(tiny_folder):
     drawn = [list(engine.generate(prompt, sampling))[-1].token_ids for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert engine.pool.num_free == engine.pool.num_blocks - 1  # the runner keeps one
+
+
+@torch.inference_mode()
+def test_a_graph_is_captured_while_another_thread_waits_for_the_device(decoder):
+    pool = KVPool(decoder.layout, 20, decoder.device)
+    runner, rotary = DecodeRunner(decoder, pool), RotaryCache(decoder).table(256, 200)
+    expected = _cpu_logits(decoder.config.family, TOKENS)
+    _, kv = _prefill(decoder, pool, TOKENS[:50])
+    kv.reserve(60)
+    stop = threading.Event()
+
+    def wait_for_the_device():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            while not stop.is_set():
+                torch.ones(1000, device="cuda").sum().item()
+
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(wait_for_the_device)
+        try:
+            logits = runner.step([runner.begin(kv, rotary)], [int(TOKENS[50])])[0].cpu()
+        finally:
+            stop.set()
+        waiting.result()
+    assert float((logits - expected[50]).abs().max()) < LIMIT
