@@ -49,7 +49,7 @@ class WindowRows:
 
 
 class KVPages:
-    """One document. Requests on it take turns: whoever uses it holds `lock`.
+    """One document. Passes over it take turns: whoever runs one holds `lock`.
 
     Args:
         codec: how pages are stored.
@@ -65,7 +65,7 @@ class KVPages:
         num_windows: windows that are there; those on disk count from the start.
         repaired: windows that were damaged and computed again.
         repair: computes a window again, which is damaged: called with its number.
-        lock: held by who reads the document or asks about it.
+        lock: held by who reads the document, and for each pass of a question and its answer.
     """
 
     def __init__(

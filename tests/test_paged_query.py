@@ -1,4 +1,5 @@
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -175,3 +176,39 @@ def test_removing_a_document_takes_its_pages_from_the_disk(collection, engine):
         pipeline.remove([uri])
         assert pipeline.store.kv_totals().entries == 0
         assert pipeline.parts.paging._open is None
+
+
+def test_answers_about_one_document_take_turns_token_by_token(collection, engine):
+    store, uri = collection
+    other = "What does the miller grind?"
+    with open_blended(store, engine, PAGED) as pipeline:
+        alone = [pipeline.query(question, document=uri).text for question in (QUESTION, other)]
+        streams = [pipeline.stream(question, document=uri) for question in (QUESTION, other)]
+        for _ in range(3):
+            for stream in streams:
+                next(stream)
+        assert [stream.answer.text for stream in streams] == alone
+
+
+def test_a_stream_goes_on_in_another_thread(collection, engine):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        stream = pipeline.stream(QUESTION, document=uri)
+        begun = next(stream)
+        with ThreadPoolExecutor(1) as pool:
+            rest = pool.submit(lambda: "".join(stream)).result(timeout=60)
+        assert (begun + rest).strip() == pipeline.query(QUESTION, document=uri).text
+
+
+def test_another_document_waits_and_the_same_thread_is_told(collection, engine):
+    store, uri = collection
+    short = uri.replace("long", "short")
+    with open_blended(store, engine, PAGED) as pipeline:
+        stream = pipeline.stream(QUESTION, document=uri)
+        next(stream)
+        with pytest.raises(GenerationError, match="an answer from another document's pages is not finished"):
+            pipeline.query(QUESTION, document=short)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(pipeline.query, QUESTION, document=short)
+            stream.close()
+            assert waiting.result(timeout=60).strategy == "pages"

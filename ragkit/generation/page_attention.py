@@ -14,6 +14,7 @@ nothing.
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,11 @@ class PageAttention:
         self._chooses = True
         self._done = 0
         self._own = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """What a pass holds, so that passes over one document take turns."""
+        return self._pages.lock
 
     @property
     def stays_on_device(self) -> bool:

@@ -55,8 +55,12 @@ class PageSteps:
 
     def step(self, states: Sequence[DecodeState], token_ids: Sequence[int]) -> Tensor:
         """Return (1, vocab_size) logits after one more token."""
+        with self._attend.lock:
+            return self._step(token_ids[0])
+
+    def _step(self, token_id: int) -> Tensor:
         chooses = self._done % self._interval == 0
-        self._token.fill_(token_ids[0])
+        self._token.fill_(token_id)
         if self._recorder is None:
             self._work(chooses)
         elif chooses in self._replays:

@@ -67,10 +67,11 @@ class PagedAnswer:
         """
         engine, pages, sampling = self._engine, self._pages, self._sampling
         started = time.perf_counter()
-        with pages.lock, RequestKV(engine.pool) as nothing:
+        with RequestKV(engine.pool) as nothing:
             before = pages.use()
-            attend = self._prefill.attention(pages, len(self._question) + sampling.max_new_tokens)
-            logits = self._read_question(attend)
+            with pages.lock:  # never across a step that is given away: the next may be asked for by another thread
+                attend = self._prefill.attention(pages, len(self._question) + sampling.max_new_tokens)
+                logits = self._read_question(attend)
             timings = {"prefill": (time.perf_counter() - started) * 1e3}
             stops = frozenset(engine.decoder.config.stop_token_ids) | frozenset(sampling.stop_token_ids)
             tokens = decode(

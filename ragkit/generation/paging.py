@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from threading import Event
 import torch
 
 from ragkit.config import KVConfig, PagesConfig
-from ragkit.errors import CacheCapacityError
+from ragkit.errors import CacheCapacityError, GenerationError
 from ragkit.generation.chunk_prefill import expected_attention_s, expected_cost
 from ragkit.generation.engine import Engine
 from ragkit.generation.page_options import PageOptions
@@ -110,7 +111,7 @@ class PagedDocument:
 
 
 class Paging:
-    """Answers from documents in pages. One document is open at a time, and questions take turns.
+    """Answers from documents in pages. One document is open at a time; questions about others wait.
 
     A document is read behind the model's prompt prefix and without the question. Where the weights on disk are not
     those that the engine loaded, no key could name its pages, so they stay in memory.
@@ -152,22 +153,38 @@ class Paging:
                     "the weights in %s were replaced since they were loaded: pages stay in memory", engine.folder
                 )
         self.prefill = PagedPrefill(decoder, engine.rotary, options)
-        self._lock = threading.RLock()
+        self._changed = threading.Condition()
+        self._users: Counter[int] = Counter()  # threads that began to use the open document
         self._open: tuple[tuple[str, str], PagedDocument] | None = None
 
     @contextmanager
     def document(self, document: PagedText, system_prompt: str = "") -> Iterator[PagedDocument]:
-        """Give a document, opened; others wait until the block ends.
+        """Give a document, opened; it stays so until the block ends.
 
         Raises:
             CacheCapacityError: it is larger than the budgets.
+            GenerationError: this thread has an answer from another document that is not finished.
         """
-        with self._lock:
-            name = (document.doc_id, system_prompt)
+        name, thread = (document.doc_id, system_prompt), threading.get_ident()
+        with self._changed:
+            while self._users and self._open is not None and self._open[0] != name:
+                if thread in self._users:
+                    raise GenerationError(
+                        "an answer from another document's pages is not finished: read it to its end, or close its "
+                        "stream, before the next"
+                    )
+                self._changed.wait()
             if self._open is None or self._open[0] != name:
                 self._close_document()
                 self._open = name, self._opened(document, system_prompt)
-            yield self._open[1]
+            opened = self._open[1]
+            self._users[thread] += 1
+        try:
+            yield opened
+        finally:
+            with self._changed:
+                self._users -= Counter((thread,))
+                self._changed.notify_all()
 
     def price(self, document: PagedDocument) -> Price:
         """Return what reading the rest of a document takes; the time is guessed from the model's size."""
@@ -198,9 +215,9 @@ class Paging:
         return PagedAnswer(self._engine, self.prefill, document.pages, ending, sampling)
 
     def forget_removed(self) -> None:
-        """Drop the open document if it has left the store."""
-        with self._lock:
-            if self._open is None or self._store is None:
+        """Drop the open document if it has left the store and nobody uses it."""
+        with self._changed:
+            if self._open is None or self._store is None or self._users:
                 return
             owner = self._open[1].document.owner
             if owner not in self._store.known_chunks([owner]):
@@ -208,7 +225,7 @@ class Paging:
 
     def close(self) -> None:
         """Write what is unsaved and let the document go."""
-        with self._lock:
+        with self._changed:
             self._close_document()
 
     def _close_document(self) -> None:
