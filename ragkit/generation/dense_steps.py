@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ragkit.generation.second_sight import SecondSight
 from ragkit.kernels.backend import ceil_div
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ _log = logging.getLogger(__name__)
 ROW_STEP = 16  # buckets are multiples of this: a matrix product's smallest tile has as many rows
 MOST_ROWS = 256  # for more tokens the GPU has work while the host launches
 _MOST_BUCKETS = 4  # that have graphs at a time; one of 64 rows takes about 10 MB beside an 8B model
-_REMEMBERED = 64  # buckets of which it is known that they were asked for
-
-Made = TypeVar("Made")
 
 
 class Heads(NamedTuple):
@@ -130,42 +127,6 @@ class DenseSteps:
 
 def _recorded_steps(decoder: Decoder, rows: int, make_recorder: Callable[[], Recorder]) -> RecordedSteps:
     return RecordedSteps(decoder, rows, make_recorder())
-
-
-class SecondSight(Generic[Made]):
-    """Keeps what is made for a number when it is asked for the second time: most are never asked for again.
-
-    Args:
-        most: how many are kept; the one that was not asked for longest goes.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._seen: OrderedDict[int, None] = OrderedDict()
-        self._made: OrderedDict[int, Made] = OrderedDict()
-
-    def take(self, number: int, make: Callable[[], Made], leave: Callable[[Made], None]) -> Made | None:
-        """Return what was made for `number`, made now if it is asked for again, or None the first time.
-
-        Args:
-            number: what it is for.
-            make: makes it.
-            leave: is given what goes.
-        """
-        if number not in self._made:
-            if number not in self._seen:
-                self._seen[number] = None
-                if len(self._seen) > _REMEMBERED:
-                    self._seen.popitem(last=False)
-                return None
-            while len(self._made) >= self._most:
-                leave(self._made.popitem(last=False)[1])
-            self._made[number] = make()
-        self._made.move_to_end(number)
-        return self._made[number]
-
-    def __len__(self) -> int:
-        return len(self._made)
 
 
 class PlainSteps:

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from ragkit.generation.dense_steps import MOST_ROWS, DenseSteps, PlainSteps, SecondSight
+from ragkit.generation.dense_steps import MOST_ROWS, DenseSteps, PlainSteps
 from ragkit.generation.question_pass import question_mass
 from ragkit.generation.reused_rows import ReusedRows
 from ragkit.generation.rotary_cache import RotaryCache
@@ -165,15 +165,6 @@ def test_on_a_cpu_nothing_is_padded_or_recorded(llama):
         with llama.dense_steps.of(llama, 13) as steps:
             assert isinstance(steps, PlainSteps)
             assert len(steps._padded(torch.empty(13))) == 13
-
-
-def test_what_was_asked_for_long_ago_is_forgotten():
-    kept = SecondSight(2)
-    assert kept.take(0, str, print) is None
-    for number in range(1, 65):
-        kept.take(number, str, print)
-    assert kept.take(0, str, print) is None
-    assert kept.take(64, str, print) == ""
 
 
 def _cuda(decoder_of_family, dtype):
