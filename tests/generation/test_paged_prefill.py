@@ -541,6 +541,19 @@ def test_pages_beyond_the_memory_budget_are_read_from_disk_again(llama):
     assert pages.use().bytes_by_tier["disk"] > 0
 
 
+def test_pages_are_read_ahead_into_memory(llama):
+    tier = RecordsInMemory()
+    read(llama, TOKENS[:300], tier=tier)
+    pages = pages_of(llama, TOKENS[:300], SMALL, tier=tier)
+    assert not pages.memory.holds(1, 5)
+    pages.prefetch(1, [10, 11, 20]).result(timeout=60)
+    assert [pages.memory.holds(1, window) for window in (5, 10, 6)] == [True, True, False]
+    assert pages.prefetch(1, [10, 20]) is None
+    pages.bring(1, [10, 11, 20])
+    assert pages.records._readers.keys() == {pages.refs[5], pages.refs[10]}
+    pages.close()
+
+
 def test_an_empty_document_is_the_question_alone(llama):
     pages, prefill = read(llama, [])
     torch.testing.assert_close(logits_over(llama, pages, prefill), full_logits(llama, []), rtol=0, atol=1e-3)
