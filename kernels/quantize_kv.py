@@ -186,7 +186,7 @@ def _quantized(x_ptr, scale_ptr, zero_ptr, token, target, group, channel, seen, 
     return tl.minimum(tl.maximum(tl.floor(steps + 0.5), 0.0), LARGEST).to(tl.uint8)
 
 
-@launched
+@launched(do_not_specialize=("tokens",))  # no request waits for another compilation
 def _quantize_kv_kernel(
     x_ptr, code_ptr, scale_ptr, zero_ptr, slot_ptr, tokens, stride_t, num_heads,
     HALF: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, CHANNEL_GROUP: tl.constexpr,

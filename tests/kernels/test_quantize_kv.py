@@ -4,7 +4,7 @@ import torch
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.dequantize_kv import dequantize_kv_torch
-from ragkit.kernels.quantize_kv import empty_codes, quantize_kv, quantize_kv_torch
+from ragkit.kernels.quantize_kv import _quantize_kv_kernel, empty_codes, quantize_kv, quantize_kv_torch
 from ragkit.kernels.testing import CANARY, EDGE_TOKENS, guarded
 
 KEYS, VALUES = (16, 1), (1, 8)  # (token_group, channel_group)
@@ -125,3 +125,7 @@ def test_impossible_groups_are_refused(change, message, device):
     options = {"bits": 8, "token_group": 4, "channel_group": 1} | change
     with pytest.raises(KernelInputError, match=message):
         quantize_kv(torch.zeros(4, 1, 16, device=device), **options)
+
+
+def test_no_number_of_tokens_has_a_kernel_compiled_for_it():
+    assert _quantize_kv_kernel._shares[_quantize_kv_kernel._names.index("tokens")]
