@@ -140,10 +140,11 @@ class KVPages:
         fresh = self._encode(rows)
         pages = range(self._first_page(window), self._first_page(window + 1))
         for layer, piece in enumerate(fresh):
-            keys, values = self.codec.decode(layer, piece)
             if self.resident is not None:
                 self.resident.put(layer, pages.start, piece)
+                keys = self.codec.decode_keys(layer, piece)
             else:
+                keys, values = self.codec.decode(layer, piece)
                 kept = list(pages)[-self.cache.num_pages :]
                 self.cache.put(layer, kept, (keys[-len(kept) :], values[-len(kept) :]))
             for summaries in self._summaries.values():
