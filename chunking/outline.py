@@ -2,7 +2,7 @@
 
 Found are Markdown headings (`# title`, and titles underlined with === or ---), HTML headings, wiki headings
 (`== title ==`, and the spaced form of WikiText), and the numbering of laws and contracts: `Article 5`, `§ 12`,
-`2.1 Definitions`. Fenced code blocks hold none.
+`2.1 Definitions`. Fenced code blocks and the front matter of Markdown hold none. Lines may end in CRLF.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ PATH_SEPARATOR = " > "
 _LONGEST_TITLE = 120  # code points of a title that a path shows
 
 _FENCE = re.compile(r"^[ ]{0,3}(?P<mark>`{3,}|~{3,})[^\n]*$", re.MULTILINE)
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(?=[\w\"'-][^\n:]{0,80}:)(?:(?!---)[^\n]*\n){1,200}?---[ \t]*\r?(?:\n|\Z)")
 _HEADING = re.compile(
     r"""
       ^[ ]{0,3}(?P<hashes>\#{1,6})[ \t]+(?P<hashed>[^\n]*)$
-    | ^(?P<underlined>[^\s|\#>\-=*+<][^\n]{0,200})\n[ ]{0,3}(?P<line>={3,}|-{3,})[ \t]*$
-    | ^[ ]?(?P<equals>=(?:[ ]?=){0,5})[ ]*(?P<wiki>[^=\s][^\n=]{0,200}?)[ ]*(?P=equals)[ ]?$
+    | ^(?P<underlined>[^\s|\#>\-=*+<][^\n]{0,200})\n[ ]{0,3}(?P<line>={3,}|-{3,})[ \t\r]*$
+    | ^[ ]?(?P<equals>=(?:[ ]?=){0,5})[ ]*(?P<wiki>[^=\s][^\n=]{0,200}?)[ ]*(?P=equals)[ ]?\r?$
     | <[hH](?P<html_level>[1-6])\b[^<>]{0,300}>(?P<html>[^\n]{0,400}?)</[hH](?P=html_level)\s*>
     | ^[ \t]*(?P<legal>(?P<kind>Part|Title|Chapter|Schedule|Annex|Appendix|Exhibit|Article|Section|Clause|§§?)
         [ \t]*(?P<number>[0-9]{1,4}[a-z]?(?:\.[0-9]{1,3}){0,4}|[IVXLC]{1,7}|[A-Z])\b(?![\w(])[^\n]{0,90})$
-    | ^[ \t]*(?P<decimal>(?P<places>[0-9]{1,3}(?:\.[0-9]{1,3}){0,4})\.?[ \t]+[A-Z][^\n]{1,90}(?<![.,;:!?|\s]))[ \t]*$
+    | ^[ \t]*(?P<decimal>(?P<places>[0-9]{1,3}(?:\.[0-9]{1,3}){0,4})\.?[ \t]+[A-Z][^\n]{1,90}(?<![.,;:!?|\s]))[ \t\r]*$
     """,
     re.MULTILINE | re.VERBOSE,
 )
@@ -51,7 +52,8 @@ def outline(text: str) -> list[Heading]:
     fences = list(_fenced(text))
     found: list[Heading] = []
     fence = 0
-    for match in _HEADING.finditer(_with_title_case(text)):
+    front = _FRONT_MATTER.match(text)
+    for match in _HEADING.finditer(_with_title_case(text), front.end() if front else 0):
         while fence < len(fences) and fences[fence][1] <= match.start():
             fence += 1
         if fence < len(fences) and fences[fence][0] <= match.start():
@@ -139,7 +141,7 @@ def _fenced(text: str) -> Iterator[tuple[int, int]]:
     for match in _FENCE.finditer(text):
         if opened is None:
             opened = match
-        elif match["mark"].startswith(opened["mark"]) and not match.group().strip(" `~\t"):
+        elif match["mark"].startswith(opened["mark"]) and not match.group().strip(" `~\t\r"):
             yield opened.start(), match.end()
             opened = None
     if opened is not None:

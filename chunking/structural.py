@@ -49,7 +49,7 @@ class StructureScorer:
 
     def __init__(self, options: StructuralOptions) -> None:
         self._options = options
-        self.fingerprint = f"structure-3:{options.split_level}"
+        self.fingerprint = f"structure-4:{options.split_level}"
 
     def boundaries(self, text: str) -> list[int]:
         """Return where headings and table rows start: units end there whatever the sentences do."""

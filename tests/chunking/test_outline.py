@@ -106,3 +106,22 @@ def test_hashes_behind_a_title_are_the_titles_own_unless_a_space_parts_them():
 def test_a_heading_line_of_many_spaces_is_read_in_linear_time():
     title = "a" + " " * 200_000 + "b"
     assert [heading.title for heading in outline(f"# {title}\n")] == ["a b"]
+
+
+WINDOWS = "Guide\n=====\n\n```sh\n# a comment\n```\n\n2.1 Definitions\n\n== Wiki ==\n\n## Stars ##\n\nText.\n"
+
+
+def test_headings_are_the_same_with_crlf():
+    expected = ["Guide", "2.1 Definitions", "Wiki", "Stars"]
+    assert [heading.title for heading in outline(WINDOWS)] == expected
+    assert [heading.title for heading in outline(WINDOWS.replace("\n", "\r\n"))] == expected
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_front_matter_holds_no_heading(newline):
+    text = "---\ntitle: Frogs\n# a comment\ndate: today\n---\n# One\n".replace("\n", newline)
+    assert [heading.title for heading in outline(text)] == ["One"]
+
+
+def test_text_between_two_rules_is_no_front_matter():
+    assert [heading.title for heading in outline("---\n\n# One\n\nText.\n\n---\n# Two\n")] == ["One", "Two"]

@@ -44,3 +44,10 @@ def test_text_without_a_whole_table_has_none(text):
 def test_lines_of_many_spaces_around_pipes_are_read_in_linear_time():
     blank = " " * 100_000
     assert find_tables(f"{blank}\n|\n---{blank}x\n{blank}y\n") == []
+
+
+def test_a_markdown_table_with_crlf_has_its_header_and_rows():
+    text = MARKDOWN.replace("\n", "\r\n")
+    (table,) = find_tables(text)
+    assert table.header == "name | size"
+    assert [text[row : row + 5] for row in table.rows] == ["| a |", "| b |"]
