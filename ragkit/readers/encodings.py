@@ -176,10 +176,12 @@ def guess_utf16(head: bytes | bytearray) -> str | None:
     """Return `utf-16-le` or `utf-16-be` where bytes without a mark look like it, else None.
 
     The right byte order is the one that shows spaces, line ends and full stops; a wrong one turns them into rare
-    characters of other scripts. Text in UTF-16 always holds NUL or other control bytes, which is what is asked first.
+    characters of other scripts. Text in UTF-16 always holds NUL or other control bytes, which is what is asked first;
+    only ideographs hold few, and those are not valid UTF-8, so that an odd NUL in plain text is no sign of UTF-16.
     """
     sample = bytes(head[: min(len(head), 8192) & ~1])
-    if len(sample) < 4 or control_share(sample) < 0.02:
+    controls = control_share(sample)
+    if len(sample) < 4 or controls < 0.02 or (controls < 0.1 and _is_utf8(sample)):
         return None
     best, most = None, 0.0
     for name in ("utf-16-le", "utf-16-be"):
@@ -191,6 +193,15 @@ def guess_utf16(head: bytes | bytearray) -> str | None:
         if odd * 50 <= len(text) and common > most:
             best, most = name, common
     return best if most * 100 >= len(sample) // 2 else None
+
+
+def _is_utf8(sample: bytes) -> bool:
+    """Return whether `sample`, which may end within a character, is valid UTF-8."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(sample)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _unprintable(text: str) -> int:

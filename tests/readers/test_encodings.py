@@ -158,3 +158,10 @@ def test_a_character_across_two_blocks_is_no_error(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"x" * ((1 << 20) - 1) + "é".encode() * 600_000)
     assert detect_file(path).name == "utf-8"
+
+
+def test_an_odd_nul_in_a_short_text_does_not_make_it_utf16():
+    text = "Red \x1b[31mtext\x1b[0m and bell \a. Tab\tand \0 nul.\n"
+    assert decode(text.encode()).text == text.replace("\0", "\ufffd")
+    for wide in ("Привет, мир.", "Frogs live in ponds.", "مرحبا بالعالم.", "青蛙住在池塘里。它们吃苍蝇。\n" * 9):
+        assert guess_utf16(wide.encode("utf-16-le")) == "utf-16-le"
