@@ -114,7 +114,7 @@ def create_chunker(config: ChunkingConfig, tokenizer: TextTokenizer, models: Chu
             )
         return with_models(config, tokenizer, models)
     names = sorted([*CHUNKERS, *MODEL_CHUNKERS])
-    nearest = get_close_matches(config.chunker, names, n=1, cutoff=0.0)
+    nearest = get_close_matches(config.chunker, names, n=1, cutoff=0.0)[0] if config.chunker else "recursive"
     raise ConfigError(
-        f"chunking.chunker {config.chunker!r} does not exist; did you mean {nearest[0]!r}? There are {', '.join(names)}"
+        f"chunking.chunker {config.chunker!r} does not exist; did you mean {nearest!r}? There are {', '.join(names)}"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ragkit.cli.common import Session, command, flag
+from ragkit.cli.common import CHUNKER_NAMES, Session, command, flag
 from ragkit.cli.output import bold, dim, one_line
 from ragkit.cli.query import heading_of, place_of
 from ragkit.errors import UsageError
@@ -49,7 +49,9 @@ def register(app: typer.Typer) -> None:
 def chunk(
     session: Session,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file, or - for stdin.")],
-    chunker: Annotated[str | None, typer.Option("--chunker", metavar="NAME", help="How it is cut.")] = None,
+    chunker: Annotated[
+        str | None, typer.Option("--chunker", metavar="NAME", help=f"How it is cut: {CHUNKER_NAMES}.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, metavar="N", help="Most tokens of a chunk.")
     ] = None,
@@ -66,8 +68,11 @@ def chunk(
         from ragkit.figures import check_figure_path
 
         check_figure_path(plot)
-    made = _chunker(settings.config, plot)
-    cuts = [_cut(document, made) for document in _documents(file, settings.config, plot)]
+    documents = _documents(file, settings.config, plot)
+    with session.output.waiting("loading models …"):
+        made = _chunker(settings.config, plot)
+    with session.output.waiting("cutting …"):
+        cuts = [_cut(document, made) for document in documents]
     if plot is not None:
         from ragkit.chunking.signal_plot import plot_signals
 
@@ -174,13 +179,14 @@ def _lines(cuts: Sequence[_Cut], figures: dict[str, Any]) -> Iterator[str]:
             where = f"{place_of(cut.document.uri, item.page)} [{item.char_start}:{item.char_stop}]"
             yield f"{head} {where} {item.token_count:,} tokens{heading_of(item.metadata)}"
             yield f"     {_excerpt(item.text)}"
-        if cut.signals:
+        if cut.signals and len(cut.signals.cut):
             yield dim(_signal_line(cut.signals), sys.stdout)
     tokens = figures["tokens"]
     spread = (
         f", tokens {tokens['min']:,} / {tokens['median']:,g} / {tokens['max']:,} (min / median / max)" if tokens else ""
     )
-    yield f"{figures['chunks']:,} chunks{spread}, over the cap of {figures['cap']:,}: {figures['over_cap']}"
+    chunks = "1 chunk" if figures["chunks"] == 1 else f"{figures['chunks']:,} chunks"
+    yield f"{chunks}{spread}, over the cap of {figures['cap']:,}: {figures['over_cap']}"
 
 
 def _excerpt(text: str) -> str:

@@ -25,6 +25,12 @@ from ragkit.settings import Flag, Settings, forbid_network, load_settings
 if TYPE_CHECKING:
     from ragkit.pipeline import Pipeline
 
+#: What `--chunker` takes, for the help; the registry itself is not imported for that.
+CHUNKER_NAMES = (
+    "recursive, sentence, token, balanced, structural, code, semantic, cluster, boundary_head, topic, "
+    "perplexity, margin"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class CommonOptions:

@@ -104,7 +104,7 @@ def chunking(
     names = listed_values("--chunkers", chunkers, str, "names") or DEFAULT_VARIANTS
     check_variants(names)
     config = session.settings().config
-    found = _own_set(files, questions, config) if files or questions else _public_sets(data, sets)
+    found = _own_set(files, questions, data, sets, config) if files or questions else _public_sets(data, sets)
     if characters is not None:
         found = [replace(one, characters=characters) for one in found]
     if limit is not None:
@@ -122,9 +122,13 @@ def chunking(
         raise typer.Exit(exit_code)
 
 
-def _own_set(files: list[Path] | None, questions: Path | None, config: PipelineConfig) -> list[QuestionSet]:
+def _own_set(
+    files: list[Path] | None, questions: Path | None, data: Path | None, sets: str | None, config: PipelineConfig
+) -> list[QuestionSet]:
     if not files or questions is None:
         raise UsageError("your own documents and --questions belong together: give FILE... and --questions FILE")
+    if data is not None or sets is not None:
+        raise UsageError("--data and --sets are for the public sets; leave them out, or FILE... and --questions")
     from ragkit.bench.own_questions import own_question_set
     from ragkit.readers import read_documents
 

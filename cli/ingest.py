@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ragkit.cli.common import Session, command, flag
+from ragkit.cli.common import CHUNKER_NAMES, Session, command, flag
 from ragkit.cli.errors import ExitCode
 from ragkit.cli.output import Output, human_bytes, one_line, without_uri
 from ragkit.cli.progress import progress_for
@@ -31,7 +31,9 @@ def ingest(
     sources: Annotated[
         list[str] | None, typer.Argument(metavar="SOURCE", help="Files, folders, or - for stdin.")
     ] = None,
-    chunker: Annotated[str | None, typer.Option("--chunker", metavar="NAME", help="How documents are cut.")] = None,
+    chunker: Annotated[
+        str | None, typer.Option("--chunker", metavar="NAME", help=f"How documents are cut: {CHUNKER_NAMES}.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, metavar="N", help="Most tokens of a chunk.")
     ] = None,

@@ -39,7 +39,9 @@ def own_question_set(documents: Sequence[Document], questions: Path, characters:
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"cannot read {str(path)!r}: {error.strerror}; give the file of questions") from error
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):

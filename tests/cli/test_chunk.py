@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from doubles import WordTokenizer
 
+from ragkit.chunking.registry import CHUNKERS, MODEL_CHUNKERS
+from ragkit.cli.common import CHUNKER_NAMES
+
 TEXT = "Frogs live in ponds. They eat flies.\r\n\r\nToads prefer gardens: café, 🐸. They hide by day.\n"
 
 
@@ -156,3 +159,25 @@ def test_without_matplotlib_the_extra_is_named(run, guide, monkeypatch):
     result = run("chunk", str(guide), "--chunker", "balanced", "--plot", "a.svg")
     assert result.code == 1
     assert result.err.strip().endswith("install it with: pip install 'ragkit[plots]'")
+
+
+def test_one_chunk_is_written_as_one(run, file):
+    assert run("chunk", str(file)).out.splitlines()[-1].startswith("1 chunk, tokens ")
+
+
+def test_a_text_without_boundaries_has_no_line_of_signals(run, file, tmp_path):
+    (tmp_path / "one.txt").write_text("Frogs.")
+    assert "signal:" not in run("chunk", str(tmp_path / "one.txt"), "--chunker", "structural").out
+    assert "signal:" in run("chunk", str(file), "--chunker", "structural").out
+
+
+@pytest.mark.parametrize("name", ["chunk", "ingest"])
+def test_the_help_names_every_chunker(run, name):
+    shown = set(CHUNKER_NAMES.split(", "))
+    assert shown == {*CHUNKERS, *MODEL_CHUNKERS}
+    words = run(name, "--help").out.replace(",", " ").replace(".", " ").split()
+    assert shown <= set(words)
+
+
+def test_an_empty_name_is_answered_with_the_default(run, file):
+    assert "did you mean 'recursive'?" in run("chunk", str(file), "--chunker", "").err

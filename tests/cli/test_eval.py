@@ -119,3 +119,16 @@ def test_caps_are_whole_numbers_from_one(run, own, caps):
     result = run("eval", "chunking", *own, "--caps", caps)
     assert result.code == 2
     assert "--caps takes whole numbers from 1 on, separated by commas" in result.err
+
+
+@pytest.mark.parametrize("more", [("--data", "."), ("--sets", "xquad")])
+def test_public_sets_beside_own_questions_are_refused(run, own, more):
+    result = run("eval", "chunking", *own, *more, *QUICK)
+    assert (result.code, result.out) == (2, "")
+    assert "--data and --sets are for the public sets" in result.err
+
+
+def test_questions_that_are_not_there_are_named(run, own):
+    result = run("eval", "chunking", own[0], "--questions", "gone.jsonl", *QUICK)
+    assert result.code == 2
+    assert "cannot read 'gone.jsonl': No such file or directory" in result.err
