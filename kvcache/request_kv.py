@@ -107,7 +107,7 @@ class RequestKV:
         """List the blocks of a cached chunk of `num_rows` tokens at the next positions, and hold them.
 
         Raises:
-            KVCacheError: the request has private rows already, or the number of blocks does not fit.
+            KVCacheError: rows behind the shared ones are reserved already, or the number of blocks does not fit.
         """
         self._require_no_tail()
         if len(block_ids) != self.pool.blocks_for(num_rows):

@@ -42,8 +42,8 @@ class Blending:
 
     Chunk KV is computed behind the model's canonical prefix (chat template with a fixed date, default system prompt),
     whatever the prompts say that it will stand in; with the context `neighbours` also behind the chunks before it in
-    its document. Where the weights on disk are not those that the engine loaded, no
-    key could name them, so their KV stays in memory.
+    its document. Where the weights on disk are not those that the engine loaded, no key could name them, so their KV
+    stays in memory.
 
     Args:
         engine: the model.
