@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,26 +25,13 @@ from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
 from ragkit.kvcache.page_summary_records import PageSummaryRecords
+from ragkit.kvcache.page_window import DamagedWindowError, WindowRows
 from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.types import KVUse
 
 MEMORY, DISK = "ram", "disk"  # how the places of encoded pages are called in reports
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WindowRows:
-    """What reading a window gives for one layer.
-
-    Attributes:
-        keys, values: (tokens, kv_heads, head_dim), keys before RoPE.
-        received: (tokens, kv_heads) fp32, attention that the rows received, where the codec stores it.
-    """
-
-    keys: Tensor
-    values: Tensor
-    received: Tensor | None = None
 
 
 class KVPages:
@@ -168,7 +154,7 @@ class KVPages:
             window = self.num_windows
             try:
                 pieces = [self._piece(layer, window) for layer in range(self.num_layers)]
-            except _DamagedWindowError as damage:
+            except DamagedWindowError as damage:
                 _log.warning("%s: its window is computed again", damage.cause)
                 self._stored.discard(window)
                 break
@@ -219,7 +205,7 @@ class KVPages:
             missing = self.cache.missing(layer, pages)
             try:
                 pieces = {window: self._piece(layer, window) for window in dict.fromkeys(map(self.window_of, missing))}
-            except _DamagedWindowError as damage:
+            except DamagedWindowError as damage:
                 self._mend(damage)
                 continue
             if missing:
@@ -241,7 +227,7 @@ class KVPages:
             try:
                 for layer in range(self.num_layers):
                     self.resident.put(layer, self._first_page(window), self._piece(layer, window))
-            except _DamagedWindowError as damage:
+            except DamagedWindowError as damage:
                 self._mend(damage)
                 continue
             self._num_resident = window + 1
@@ -334,7 +320,7 @@ class KVPages:
         while True:
             try:
                 piece = self._piece(layer, window)
-            except _DamagedWindowError as damage:
+            except DamagedWindowError as damage:
                 self._mend(damage)
                 continue
             keys = self.codec.decode_keys(layer, piece.to(self.device))
@@ -353,11 +339,11 @@ class KVPages:
         try:
             data = self.records.layer(self.refs[window], layer)
         except KVMissError as error:
-            raise _DamagedWindowError(window, error) from error
+            raise DamagedWindowError(window, error) from error
         pages = self._first_page(window + 1) - self._first_page(window)
         if data.numel() != pages * self.codec.page_bytes(layer):
             short = KVMissError(MissReason.SHORT, f"window {window} has {data.numel()} bytes in layer {layer}")
-            raise _DamagedWindowError(window, short)
+            raise DamagedWindowError(window, short)
         self._bytes[DISK] += data.nbytes
         return self.memory.put(layer, window, data.view(pages, -1))
 
@@ -375,7 +361,7 @@ class KVPages:
             finally:
                 self._loading.discard((layer, window))
 
-    def _mend(self, damage: _DamagedWindowError) -> None:
+    def _mend(self, damage: DamagedWindowError) -> None:
         if self.repair is None:
             raise KVCacheError(f"{damage.cause}: the document has to be read again") from damage
         _log.warning("%s: its window is computed again", damage.cause)
@@ -402,17 +388,3 @@ class KVPages:
 
     def _first_page(self, window: int) -> int:
         return min(window * self.window_tokens // self.page_size, self.pages_for(self.total_tokens))
-
-
-class _DamagedWindowError(KVCacheError):
-    """A window cannot be read.
-
-    Attributes:
-        window: its number.
-        cause: what is wrong.
-    """
-
-    def __init__(self, window: int, cause: KVMissError) -> None:
-        super().__init__(str(cause))
-        self.window = window
-        self.cause = cause

@@ -27,9 +27,10 @@ from ragkit.kernels.gather_pages import PageLists, gather_pages
 from ragkit.kernels.page_top_k import page_top_k
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kernels.selected_attention import selected_attention
-from ragkit.kvcache.kv_pages import KVPages, WindowRows
+from ragkit.kvcache.kv_pages import KVPages
 from ragkit.kvcache.page_scoring import head_products
 from ragkit.kvcache.page_selector import Election, Takes, pool_votes
+from ragkit.kvcache.page_window import WindowRows
 from ragkit.kvcache.rope import RotaryTable
 
 _VOTERS = 8  # means of neighbouring queries that choose for a whole window

@@ -22,7 +22,8 @@ from ragkit.generation.decoder import Decoder
 from ragkit.generation.page_attention import PageAttention
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.rotary_cache import RotaryCache
-from ragkit.kvcache.kv_pages import KVPages, WindowRows
+from ragkit.kvcache.kv_pages import KVPages
+from ragkit.kvcache.page_window import WindowRows
 from ragkit.progress import Progress, Silent
 
 
