@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import stat
 import threading
@@ -23,6 +24,8 @@ from ragkit.readers.result import Collected, ReadResult
 from ragkit.readers.source import Source, discover
 from ragkit.readers.text import TextReader
 from ragkit.types import Document
+
+logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 2
 _BLOCK = 1 << 20
@@ -71,7 +74,7 @@ def read_source(
 
 
 def read_documents(path: str | Path, config: IngestConfig | None = None) -> Sequence[Document]:
-    """Return the documents of one file, under the limits of `config`.
+    """Return the documents of one file, under the limits of `config`; what was lost or replaced is logged.
 
     Raises:
         UsageError: there is no such file, or it is a folder.
@@ -81,7 +84,19 @@ def read_documents(path: str | Path, config: IngestConfig | None = None) -> Sequ
     if os.fspath(path) != "-" and os.path.isdir(path):
         raise UsageError(f"{os.fspath(path)!r} is a folder; give one file")
     limits = ReadLimits(timeout_s=config.parse_timeout_s, memory_mb=config.parse_memory_mb)
-    return read_source(next(discover([path])), limits).documents
+    result = read_source(next(discover([path])), limits)
+    for warning in result.warnings:
+        logger.warning("%s: %s", result.source.uri, warning)
+    if result.failed_row_count:
+        first = result.failed_rows[0]
+        logger.warning(
+            "%s: %d rows gave no document; the first, %d: %s",
+            result.source.uri,
+            result.failed_row_count,
+            first.row,
+            first.message,
+        )
+    return result.documents
 
 
 def _read_once(source: Source, context: ParseContext, process: ParserProcess | None) -> ReadResult:

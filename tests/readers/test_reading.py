@@ -255,3 +255,11 @@ def test_one_large_document_stays_in_memory():
     documents.add(ParsedDocument("x" * 1000))
     assert documents._file is None
     assert documents[0].text == "x" * 1000
+
+
+def test_what_one_file_lost_is_logged(make, caplog):
+    read_documents(make("a.txt", "Frogs live in ponds and eat flies.\0 Toads hide.").path)
+    read_documents(make("rows.jsonl", '{"text": "one"}\nno JSON\n').path)
+    nul, row = caplog.messages
+    assert nul.endswith("a.txt: 1 NUL characters were replaced by U+FFFD")
+    assert "rows.jsonl: 1 rows gave no document; the first, 2: " in row
