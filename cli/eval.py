@@ -101,6 +101,8 @@ def chunking(
     from ragkit.figures import check_figure_path
 
     check_places(out, plot, check_figure_path)
+    if cache is not None:
+        _check_cache(cache)
     names = listed_values("--chunkers", chunkers, str, "names") or DEFAULT_VARIANTS
     check_variants(names)
     config = session.settings().config
@@ -109,6 +111,8 @@ def chunking(
         found = [replace(one, characters=characters) for one in found]
     if limit is not None:
         found = [one.first(limit) for one in found]
+    for one in found:
+        _note_small(one, session.output)
     limits = listed_values("--caps", caps, _cap, "whole numbers from 1 on") or DEFAULT_CAPS[unit]
     with session.output.waiting("loading models …"):
         tools = _tools(config, cache, unit)
@@ -120,6 +124,13 @@ def chunking(
     _show(report, _json(report, found, tools, unit, interrupted=bool(exit_code)), session.output, out, plot)
     if exit_code:
         raise typer.Exit(exit_code)
+
+
+def _check_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--cache: the folder {folder} cannot be made: {error.strerror}; name another") from error
 
 
 def _own_set(
@@ -134,6 +145,15 @@ def _own_set(
 
     documents = [document for file in files for document in read_documents(file, config.ingest)]
     return [own_question_set(documents, questions)]
+
+
+def _note_small(data: QuestionSet, output: Output) -> None:
+    size = sum(len(document.text) for document in data.documents.values())
+    if size <= data.characters:
+        output.note(
+            f"{one_line(data.name)}: a question retrieves {data.characters:,} characters, and the documents have "
+            f"{size:,}: everything is found; compare with fewer --characters or more text"
+        )
 
 
 def _public_sets(data: Path | None, sets: str | None) -> list[QuestionSet]:

@@ -6,7 +6,7 @@ Every ranking is cut at the same number of characters (its last chunk is cut to 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ragkit.bench.cached_embedder import CachedEmbedder
@@ -115,7 +115,13 @@ class ChunkingEvaluation:
     def _rank(self, data: QuestionSet, run: Run) -> Ranking:
         name, cap = run
         tools = self._tools
-        config = ChunkingConfig(name.partition(":")[0], cap, min(tools.config.overlap_tokens, cap - 1))
+        config = replace(
+            tools.config,
+            chunker=name.partition(":")[0],
+            max_tokens=cap,
+            overlap_tokens=min(tools.config.overlap_tokens, cap - 1),
+            length_target=min(tools.config.length_target, cap),
+        )
         chunker = self._variants[name](config, tools.tokenizer, self._models)
         return rank(data, chunker, cap, tools.chunk_embedder or SeparateChunks(tools.embedder), tools.embedder)
 

@@ -39,9 +39,10 @@ DEFAULT_VARIANTS = (
 _PARAGRAPH_LOG_ODDS = 2.0  # those of `balanced`
 
 
-def _named(name: str, prior: LengthPriorName = LengthPriorName.AUTO) -> Build:
+def _named(name: str, prior: LengthPriorName | None = None) -> Build:
+    """Return the chunker of the registry, with `prior` or that of the configuration."""
     return lambda config, tokenizer, models: create_chunker(
-        replace(config, chunker=name, length_prior=prior), tokenizer, models
+        replace(config, chunker=name, length_prior=prior or config.length_prior), tokenizer, models
     )
 
 

@@ -17,8 +17,8 @@ from ragkit.bench.chunking_rankings import Mode
 from ragkit.bench.chunking_variants import VARIANTS, check_variants
 from ragkit.bench.question_sets import PUBLIC_SETS, load_question_set
 from ragkit.chunking.base import check_chunks
-from ragkit.config import ChunkingConfig
-from ragkit.errors import UsageError
+from ragkit.config import ChunkingConfig, LengthPriorName
+from ragkit.errors import ModelError, UsageError
 from ragkit.progress import Silent
 from ragkit.types import Document
 
@@ -163,3 +163,18 @@ def test_a_budget_of_ones_own_is_taken(sets):
     evaluation = ChunkingEvaluation([replace(sets[1], characters=30)], ["recursive"], [12], tools())
     evaluation.run(Silent())
     assert {row.characters for row in evaluation.report().rows} == {30}
+
+
+def test_the_settings_of_the_user_are_those_that_are_compared(sets):
+    def chunk_counts(config: ChunkingConfig) -> list[int]:
+        evaluation = ChunkingEvaluation(
+            sets[1:2], ["recursive", "recursive:gaussian"], [24], replace(tools(), config=config)
+        )
+        evaluation.run(Silent())
+        return [row.chunks for row in evaluation.report().rows]
+
+    plain, _ = chunk_counts(ChunkingConfig())
+    ours, named = chunk_counts(ChunkingConfig(length_prior=LengthPriorName.GAUSSIAN, length_target=6))
+    assert ours == named > plain
+    with pytest.raises(ModelError, match="no folder of a SaT model"):
+        chunk_counts(ChunkingConfig(sentence_model="gone"))

@@ -132,3 +132,14 @@ def test_questions_that_are_not_there_are_named(run, own):
     result = run("eval", "chunking", own[0], "--questions", "gone.jsonl", *QUICK)
     assert result.code == 2
     assert "cannot read 'gone.jsonl': No such file or directory" in result.err
+
+
+def test_a_cache_that_cannot_be_made_is_refused_at_once(run, own):
+    result = run("eval", "chunking", *own, "--cache", f"{own[0]}/cache", *QUICK)
+    assert result.code == 2
+    assert "cannot be made: Not a directory; name another" in result.err
+
+
+def test_documents_that_are_retrieved_whole_are_remarked_on(run, own):
+    assert f"and the documents have {len(FROGS)}: everything is found" in run("eval", "chunking", *own, *QUICK).err
+    assert "everything is found" not in run("eval", "chunking", *own, *QUICK, "--characters", "20").err
