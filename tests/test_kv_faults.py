@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -108,9 +107,16 @@ def halve(file: Path) -> None:
     os.truncate(file, size)
 
 
+def remove_with_folder(file: Path) -> None:
+    """Remove a file, and its folder unless a segment of vectors happens to lie there too."""
+    file.unlink()
+    if not any(file.parent.iterdir()):
+        file.parent.rmdir()
+
+
 DAMAGES: dict[str, tuple[Callable[[list[Path]], object], MissReason]] = {
     "missing": (lambda files: [file.unlink() for file in files], MissReason.UNREADABLE),
-    "folder": (lambda files: [shutil.rmtree(file.parent) for file in files], MissReason.UNREADABLE),
+    "folder": (lambda files: [remove_with_folder(file) for file in files], MissReason.UNREADABLE),
     "empty": (lambda files: [os.truncate(file, 0) for file in files], MissReason.SHORT),
     "truncated": (lambda files: [os.truncate(file, 9000) for file in files], MissReason.SHORT),
     "half-written": (lambda files: [halve(file) for file in files], MissReason.HEADER),
