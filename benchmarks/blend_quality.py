@@ -90,7 +90,8 @@ def main() -> None:
     table = summary([{label: AnswerDistance(**one) for label, one in row["variants"].items()} for row in rows])
     print(markdown_table(table, list(table[0])))
     limit = arguments.time_limit if math.isfinite(arguments.time_limit) else None
-    payload = {"settings": vars(arguments) | {"time_limit": limit}, "table": table, "items": rows}
+    settings = vars(arguments) | {"time_limit": limit, "model": Path(arguments.model).name}
+    payload = {"settings": settings, "table": table, "items": rows}
     print("raw numbers:", write_result(arguments.name, payload))
 
 
