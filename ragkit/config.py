@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Literal
 
 from ragkit.errors import ConfigError
+from ragkit.setting_checks import AUTO, at_least, multiple, share, share_or_auto
 from ragkit.setting_names import (
+    BatchOrder,
     BlendRows,
     ChunkContextName,
+    ChunkPlacement,
     CodecName,
     Device,
     EncoderBackend,
@@ -33,9 +36,12 @@ __all__ = [
     "AUTO_SELECTORS",
     "PAGE_CODECS",
     "AnswerConfig",
+    "BatchConfig",
+    "BatchOrder",
     "BlendConfig",
     "BlendRows",
     "ChunkContextName",
+    "ChunkPlacement",
     "ChunkingConfig",
     "CodecName",
     "Device",
@@ -59,8 +65,6 @@ __all__ = [
     "Strategy",
 ]
 
-#: The ratio of a blend that each request finds for itself.
-AUTO: Final = "auto"
 #: The codecs of pages: those whose pages can be read one by one.
 PAGE_CODECS = (CodecName.FP32, CodecName.BF16, CodecName.FP16, CodecName.INT8, CodecName.INT4)
 #: The selectors that can: they know how much of the question's attention a token receives.
@@ -89,8 +93,8 @@ class ChunkingConfig:
     sentence_threshold: float = 0.25
 
     def __post_init__(self) -> None:
-        _at_least("chunking.max_tokens", self.max_tokens, 1)
-        _at_least("chunking.overlap_tokens", self.overlap_tokens, 0)
+        at_least("chunking.max_tokens", self.max_tokens, 1)
+        at_least("chunking.overlap_tokens", self.overlap_tokens, 0)
         if self.overlap_tokens >= self.max_tokens:
             raise ConfigError(
                 f"chunking.overlap_tokens must be below chunking.max_tokens = {self.max_tokens}, "
@@ -122,7 +126,7 @@ class EmbeddingConfig:
     window_overlap: float = 0.5
 
     def __post_init__(self) -> None:
-        _at_least("embedding.batch_tokens", self.batch_tokens, 1)
+        at_least("embedding.batch_tokens", self.batch_tokens, 1)
         if not 0 <= self.window_overlap <= 0.5:
             raise ConfigError(f"embedding.window_overlap must lie in [0, 0.5], got {self.window_overlap!r}")
 
@@ -146,12 +150,12 @@ class RetrievalConfig:
     flat_limit: int = 100_000
 
     def __post_init__(self) -> None:
-        _at_least("retrieval.k", self.k, 1)
-        _at_least("retrieval.candidates", self.candidates, 1)
-        _at_least("retrieval.rrf_k", self.rrf_k, 0)
-        _at_least("retrieval.flat_limit", self.flat_limit, 0)
-        _share("retrieval.dense_weight", self.dense_weight)
-        _share("retrieval.common_share", self.common_share)
+        at_least("retrieval.k", self.k, 1)
+        at_least("retrieval.candidates", self.candidates, 1)
+        at_least("retrieval.rrf_k", self.rrf_k, 0)
+        at_least("retrieval.flat_limit", self.flat_limit, 0)
+        share("retrieval.dense_weight", self.dense_weight)
+        share("retrieval.common_share", self.common_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +173,8 @@ class GenerationConfig:
     strategy: Strategy = Strategy.AUTO
 
     def __post_init__(self) -> None:
-        _at_least("generation.max_new_tokens", self.max_new_tokens, 1)
-        _at_least("generation.context_tokens", self.context_tokens, 0)
+        at_least("generation.max_new_tokens", self.max_new_tokens, 1)
+        at_least("generation.context_tokens", self.context_tokens, 0)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"generation.temperature must be a finite number >= 0, got {self.temperature}")
         if not (math.isfinite(self.top_p) and 0 < self.top_p <= 1):
@@ -203,11 +207,11 @@ class KVConfig:
     loading: LoadingMode = LoadingMode.AUTO
 
     def __post_init__(self) -> None:
-        _at_least("kv.neighbour_tokens", self.neighbour_tokens, 1)
-        _at_least("kv.gpu_mb", self.gpu_mb, 0)
-        _at_least("kv.memory_mb", self.memory_mb, 0)
-        _at_least("kv.disk_mb", self.disk_mb, 0)
-        _at_least("kv.remote_mb", self.remote_mb, 0)
+        at_least("kv.neighbour_tokens", self.neighbour_tokens, 1)
+        at_least("kv.gpu_mb", self.gpu_mb, 0)
+        at_least("kv.memory_mb", self.memory_mb, 0)
+        at_least("kv.disk_mb", self.disk_mb, 0)
+        at_least("kv.remote_mb", self.remote_mb, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,15 +239,15 @@ class BlendConfig:
     rows: BlendRows = BlendRows.PRIVATE
 
     def __post_init__(self) -> None:
-        _share_or_auto("blend.ratio", self.ratio)
+        share_or_auto("blend.ratio", self.ratio)
         if self.ratio == AUTO and self.selector not in AUTO_SELECTORS:
             raise ConfigError(
                 f"blend.ratio can be auto where blend.selector asks what the question looks at "
                 f"({' or '.join(AUTO_SELECTORS)}), got {str(self.selector)!r}: take one of these, or a number"
             )
-        _at_least("blend.min_tokens", self.min_tokens, 0)
-        _share("blend.auto_coverage", self.auto_coverage)
-        _share("blend.auto_most", self.auto_most)
+        at_least("blend.min_tokens", self.min_tokens, 0)
+        share("blend.auto_coverage", self.auto_coverage)
+        share("blend.auto_most", self.auto_most)
         if not 0 <= self.auto_least <= self.auto_most:
             raise ConfigError(
                 f"blend.auto_least must lie in [0, blend.auto_most = {self.auto_most!r}], got {self.auto_least!r}"
@@ -286,22 +290,48 @@ class PagesConfig:
     memory_mb: int = 4096
 
     def __post_init__(self) -> None:
-        _at_least("pages.page_tokens", self.page_tokens, 8)
+        at_least("pages.page_tokens", self.page_tokens, 8)
         if self.page_tokens & (self.page_tokens - 1):
             raise ConfigError(f"pages.page_tokens must be a power of two, got {self.page_tokens}")
         for name in ("sink_tokens", "budget_tokens"):
-            _multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens)
+            multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens)
         for name in ("local_tokens", "window_tokens"):
-            _multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens, least=1)
-        _at_least("pages.found_times", self.found_times, 1)
-        _at_least("pages.interval", self.interval, 1)
-        _at_least("pages.layer_interval", self.layer_interval, 1)
-        _share("pages.keep_similarity", self.keep_similarity)
-        _at_least("pages.gpu_mb", self.gpu_mb, 0)
-        _at_least("pages.cache_mb", self.cache_mb, 1)
-        _at_least("pages.memory_mb", self.memory_mb, 1)
+            multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens, least=1)
+        at_least("pages.found_times", self.found_times, 1)
+        at_least("pages.interval", self.interval, 1)
+        at_least("pages.layer_interval", self.layer_interval, 1)
+        share("pages.keep_similarity", self.keep_similarity)
+        at_least("pages.gpu_mb", self.gpu_mb, 0)
+        at_least("pages.cache_mb", self.cache_mb, 1)
+        at_least("pages.memory_mb", self.memory_mb, 1)
         if self.codec not in PAGE_CODECS:
             raise ConfigError(f"pages.codec must be one of {', '.join(PAGE_CODECS)}, got {str(self.codec)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """How many questions are answered at once, and what they share.
+
+    A step computes at most `token_budget` tokens: one of every running answer first, then pieces of prompts; at most
+    `max_running` requests are running. `look_ahead` requests are known before the first of them starts, which is how
+    common beginnings are found. With `sharing` they are computed once and held once.
+
+    An `order` of `reuse` starts requests with the same beginning one after another, those with long answers and short
+    prompts first; `given` keeps the order. With a `chunk_order` of `free` the chunks of a prompt may change places so
+    that more of them stand at a common beginning; the model then reads them in another order than by relevance.
+    """
+
+    token_budget: int = 2048
+    max_running: int = 256
+    look_ahead: int = 1024
+    sharing: bool = True
+    order: BatchOrder = BatchOrder.REUSE
+    chunk_order: ChunkPlacement = ChunkPlacement.RELEVANCE
+
+    def __post_init__(self) -> None:
+        at_least("batch.token_budget", self.token_budget, 1)
+        at_least("batch.max_running", self.max_running, 1)
+        at_least("batch.look_ahead", self.look_ahead, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,10 +348,10 @@ class AnswerConfig:
     found_threshold: float = 0.15
 
     def __post_init__(self) -> None:
-        _at_least("answers.max_citations", self.max_citations, 1)
-        _at_least("answers.max_quote_chars", self.max_quote_chars, 20)
-        _share("answers.citation_mass", self.citation_mass)
-        _share("answers.found_threshold", self.found_threshold)
+        at_least("answers.max_citations", self.max_citations, 1)
+        at_least("answers.max_quote_chars", self.max_quote_chars, 20)
+        share("answers.citation_mass", self.citation_mass)
+        share("answers.found_threshold", self.found_threshold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,8 +369,8 @@ class IngestConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.parse_timeout_s) and self.parse_timeout_s > 0):
             raise ConfigError(f"ingest.parse_timeout_s must be a finite number > 0, got {self.parse_timeout_s}")
-        _at_least("ingest.parse_memory_mb", self.parse_memory_mb, 64)
-        _at_least("ingest.commit_mb", self.commit_mb, 1)
+        at_least("ingest.parse_memory_mb", self.parse_memory_mb, 64)
+        at_least("ingest.commit_mb", self.commit_mb, 1)
         if not self.lock_timeout_s >= 0:
             raise ConfigError(f"ingest.lock_timeout_s must be >= 0, got {self.lock_timeout_s}")
 
@@ -358,26 +388,6 @@ class PipelineConfig:
     kv: KVConfig = field(default_factory=KVConfig)
     blend: BlendConfig = field(default_factory=BlendConfig)
     pages: PagesConfig = field(default_factory=PagesConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name} must be a whole number >= {low}, got {value!r}")
-
-
-def _multiple(name: str, value: int, of: str, unit: int, *, least: int = 0) -> None:
-    _at_least(name, value, least)
-    if value % unit:
-        raise ConfigError(f"{name} must be a multiple of {of} = {unit}, got {value}")
-
-
-def _share(name: str, value: float) -> None:
-    if not (math.isfinite(value) and 0 <= value <= 1):
-        raise ConfigError(f"{name} must lie in [0, 1], got {value!r}")
-
-
-def _share_or_auto(name: str, value: float | str) -> None:
-    if value != AUTO and (isinstance(value, str) or not (math.isfinite(value) and 0 <= value <= 1)):
-        raise ConfigError(f"{name} must lie in [0, 1] or be {AUTO}, got {value!r}")

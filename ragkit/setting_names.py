@@ -159,3 +159,17 @@ class BlendRows(StrEnum):
 
     PRIVATE = "private"
     SHARED = "shared"
+
+
+class BatchOrder(StrEnum):
+    """In which order the requests of a batch start: those with a common beginning together, or as they come."""
+
+    REUSE = "reuse"
+    GIVEN = "given"
+
+
+class ChunkPlacement(StrEnum):
+    """Where the chunks of a prompt stand in a batch: by relevance, or common ones first so that more can be shared."""
+
+    RELEVANCE = "relevance"
+    FREE = "free"

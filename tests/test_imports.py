@@ -16,7 +16,18 @@ FOLDERS = ("ragkit", "chunking", "cli", "kernels", "kvcache", "retrieval")
 
 # A module imports from its own level and from those above it in this list.
 LEVELS = (
-    ("types", "errors", "config", "progress", "reports", "settings", "setting_names", "setting_values", "figures"),
+    (
+        "types",
+        "errors",
+        "config",
+        "progress",
+        "reports",
+        "settings",
+        "setting_names",
+        "setting_values",
+        "setting_checks",
+        "figures",
+    ),
     ("store", "models", "kernels"),
     ("kvcache",),
     ("generation",),
