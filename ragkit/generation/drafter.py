@@ -1,0 +1,86 @@
+"""The seam of drafters: what proposes tokens that the model verifies afterwards, many in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ragkit.generation.draft_tree import DraftTree
+from ragkit.generation.sampling import SamplingConfig
+from ragkit.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a drafter may know of a request.
+
+    Attributes:
+        prompt: the whole prompt in segments.
+        sampling: how tokens are chosen; a drafter that draws its tokens draws them so.
+        needs_probabilities: whether its distributions are wanted even where it does not draw, because they change the
+            target (`DraftMode.TRANSFER`).
+    """
+
+    prompt: Prompt
+    sampling: SamplingConfig
+    needs_probabilities: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBudget:
+    """How much may be proposed at once.
+
+    Attributes:
+        depth: most tokens behind each other; 0 asks for nothing.
+        nodes: most tokens in all branches together.
+    """
+
+    depth: int
+    nodes: int
+
+
+class DraftSession(Protocol):
+    """The drafter's state of one request. It is told every token of the answer, and proposes what follows them."""
+
+    @property
+    def step_ms(self) -> float:
+        """Measured milliseconds of one more token of depth, forgotten exponentially; 0 before the first."""
+        ...
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        """Note the tokens that follow those noted before, whoever proposed them."""
+        ...
+
+    def refresh(self, prompt: Prompt) -> None:
+        """Go on with another prompt: what was retrieved anew. Tokens noted so far stay."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back; twice is harmless."""
+        ...
+
+
+class Drafter(Protocol):
+    """Proposes tokens. It keeps nothing of a request: that is in the request's session."""
+
+    @property
+    def name(self) -> str:
+        """The name that `--draft` takes."""
+        ...
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether its trees tell the distributions that tokens were drawn from, where they were drawn."""
+        ...
+
+    def begin(self, context: DraftContext) -> DraftSession:
+        """Return the state of one request, before the first token of its answer."""
+        ...
+
+    def propose(self, sessions: Sequence[DraftSession], budgets: Sequence[DraftBudget]) -> list[DraftTree]:
+        """Return a tree a request behind the tokens that its session has noted; it may be empty, or below its budget.
+
+        Drafters with a model run one step for all requests together.
+        """
+        ...
