@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ragkit.errors import ConfigError
+from ragkit.jobs_config import JobsConfig
 from ragkit.setting_checks import AUTO, at_least, multiple, share, share_or_auto
 from ragkit.setting_names import (
     BatchOrder,
@@ -50,6 +51,7 @@ __all__ = [
     "FusionMethod",
     "GenerationConfig",
     "IngestConfig",
+    "JobsConfig",
     "KVConfig",
     "LengthPriorName",
     "LoadingMode",
@@ -391,3 +393,4 @@ class PipelineConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)

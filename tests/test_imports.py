@@ -20,6 +20,7 @@ LEVELS = (
         "types",
         "errors",
         "config",
+        "jobs_config",
         "progress",
         "reports",
         "settings",
