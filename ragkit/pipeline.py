@@ -10,13 +10,12 @@ import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ragkit.config import PipelineConfig, SearchMode, Strategy
-from ragkit.errors import StoreError, StoreMissingError, UsageError
+from ragkit.errors import StoreError, StoreMissingError
 from ragkit.parts import Parts
 from ragkit.progress import Progress, Silent
 from ragkit.reports import IngestReport, KVStatus, SearchResult
@@ -241,26 +240,13 @@ class Pipeline:
             UsageError: an empty question or an impossible option.
             StoreMissingError: nothing was ingested yet.
         """
-        from ragkit.request import QueryOptions, stream
+        from ragkit.answers.options import QuestionChanges, query_options
+        from ragkit.request import stream
 
-        changes: dict[str, Any] = {
-            "strategy": None if strategy is None else _strategy(strategy),
-            "system_prompt": system_prompt,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "seed": seed,
-        }
-        generation = replace(
-            self.config.generation, **{name: value for name, value in changes.items() if value is not None}
+        changes = QuestionChanges(
+            k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed
         )
-        named = None if document is None else self._document_uri(document)
-        blend = self.config.blend if ratio is None else replace(self.config.blend, ratio=ratio)
-        retrieval = self.config.retrieval if k is None else replace(self.config.retrieval, k=k)
-        options = QueryOptions(
-            generation, blend, retrieval, self.config.answers, dict(filter or {}), named, progress or Silent()
-        )
-        return stream(self.parts, question, options)
+        return stream(self.parts, question, query_options(self.parts, changes, progress))
 
     # ------------------------------------------------------------------------------------------------ the store
 
@@ -357,21 +343,3 @@ class Pipeline:
             logger.warning(
                 "the weights in %s were changed in place; chunk KV of the ones before is not used any more", folder
             )
-
-    def _document_uri(self, document: str) -> str:
-        """Return the stored URI that a user means: as given, or as a path relative to the working folder."""
-        if document.startswith("-") or not self.parts.has_store():
-            return document
-        if self.store.rows_where({"uri": document}).size:
-            return document
-        absolute = str(Path(document).absolute())
-        if self.store.rows_where({"uri": absolute}).size:
-            return absolute
-        raise UsageError(f"the store holds no document {document!r}; `ragkit ls` lists what it holds")
-
-
-def _strategy(name: Strategy | str) -> Strategy:
-    try:
-        return Strategy(name)
-    except ValueError:
-        raise UsageError(f"there is no strategy {name!r}; take one of {', '.join(Strategy)}") from None

@@ -1,0 +1,113 @@
+"""What holds for one question: the configuration, and what its asker changes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ragkit.config import AnswerConfig, BlendConfig, GenerationConfig, RetrievalConfig, Strategy
+from ragkit.errors import UsageError
+from ragkit.progress import Progress, Silent
+from ragkit.types import MetadataValue
+
+if TYPE_CHECKING:
+    from ragkit.parts import Parts
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionChanges:
+    """What an asker changes of the configuration, named as the arguments of `Pipeline.query`; None changes nothing."""
+
+    k: int | None = None
+    strategy: Strategy | str | None = None
+    ratio: float | Literal["auto"] | None = None
+    filter: Mapping[str, MetadataValue] | None = None
+    document: str | None = None
+    system_prompt: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueryOptions:
+    """The configuration of one question, after the caller's changes.
+
+    `filters` restrict the documents, `document` is the URI of the only one that is meant, and `progress` hears of what
+    takes long before the answer.
+    """
+
+    generation: GenerationConfig
+    blend: BlendConfig
+    retrieval: RetrievalConfig
+    answers: AnswerConfig
+    filters: Mapping[str, MetadataValue] = field(default_factory=dict)
+    document: str | None = None
+    progress: Progress = field(default_factory=Silent)
+
+    @property
+    def retrieval_filters(self) -> dict[str, MetadataValue]:
+        """What restricts retrieval: the filters and the document."""
+        return {**self.filters, **({} if self.document is None else {"uri": self.document})}
+
+    def chosen_strategy(self, chunk_tokens: int) -> Strategy:
+        """Return the strategy for a prompt with so many tokens of chunks.
+
+        What is stored plays no part: a question gets the same answer from a cold cache as from a warm one.
+        """
+        asked = self.generation.strategy
+        if chunk_tokens == 0 or (asked is Strategy.AUTO and chunk_tokens < self.blend.min_tokens):
+            return Strategy.FULL
+        return Strategy.BLEND if asked is Strategy.AUTO else asked
+
+
+def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | None = None) -> QueryOptions:
+    """Return the options of one question over `parts`.
+
+    Raises:
+        UsageError: an impossible value, or a document that the store does not hold.
+    """
+    config = parts.config
+    wanted: dict[str, Any] = {
+        "strategy": None if changes.strategy is None else _strategy(changes.strategy),
+        "system_prompt": changes.system_prompt,
+        "max_new_tokens": changes.max_new_tokens,
+        "temperature": changes.temperature,
+        "top_p": changes.top_p,
+        "seed": changes.seed,
+    }
+    return QueryOptions(
+        replace(config.generation, **{name: value for name, value in wanted.items() if value is not None}),
+        config.blend if changes.ratio is None else replace(config.blend, ratio=changes.ratio),
+        config.retrieval if changes.k is None else replace(config.retrieval, k=changes.k),
+        config.answers,
+        dict(changes.filter or {}),
+        None if changes.document is None else document_uri(parts, changes.document),
+        progress or Silent(),
+    )
+
+
+def document_uri(parts: Parts, document: str) -> str:
+    """Return the stored URI that a user means: as given, or as a path relative to the working folder.
+
+    Raises:
+        UsageError: the store holds no such document.
+    """
+    if document.startswith("-") or not parts.has_store():
+        return document
+    if parts.store.rows_where({"uri": document}).size:
+        return document
+    absolute = str(Path(document).absolute())
+    if parts.store.rows_where({"uri": absolute}).size:
+        return absolute
+    raise UsageError(f"the store holds no document {document!r}; `ragkit ls` lists what it holds")
+
+
+def _strategy(name: Strategy | str) -> Strategy:
+    try:
+        return Strategy(name)
+    except ValueError:
+        raise UsageError(f"there is no strategy {name!r}; take one of {', '.join(Strategy)}") from None
