@@ -173,3 +173,14 @@ class ChunkPlacement(StrEnum):
 
     RELEVANCE = "relevance"
     FREE = "free"
+
+
+class DraftMode(StrEnum):
+    """What drafting may do to an answer.
+
+    `exact`: nothing, every token has the chances that the model alone gives it; `transfer`: where a token was drafted,
+    the model's logits are moved towards the drafter's, so that answers differ from the model's own.
+    """
+
+    EXACT = "exact"
+    TRANSFER = "transfer"

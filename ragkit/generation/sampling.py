@@ -51,24 +51,36 @@ class Sampler:
         """Return the next token id for `logits` (vocab_size,)."""
         if self._config.temperature == 0:
             return int(logits.argmax())
-        drawn = float(torch.rand((), generator=self._generator, dtype=torch.float64))
-        probabilities, token_ids = distribution(logits, self._config).sort(descending=True, stable=True)
-        reached = probabilities.cumsum(0)
+        return self.draw(distribution(logits, self._config))
+
+    def draw(self, probabilities: Tensor) -> int:
+        """Return a token id that has the chances of `probabilities` (vocab_size,), which need not add up to 1."""
+        drawn = self.uniform()
+        ordered, token_ids = probabilities.sort(descending=True, stable=True)
+        reached = ordered.cumsum(0)
         index = int(torch.searchsorted(reached, drawn * reached[-1], right=True))
         return int(token_ids[min(index, len(token_ids) - 1)])
 
+    def uniform(self) -> float:
+        """Return a number from [0, 1)."""
+        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
 
 def distribution(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Return (vocab_size,) fp64 probabilities that a sampled token has, those outside `top_p` zero.
+    """Return (vocab_size,) fp64 probabilities that a sampled token has, those outside `top_p` zero."""
+    return nucleus((logits.double() / config.temperature).softmax(-1), config.top_p)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Return (vocab_size,) probabilities with those outside `top_p` zero.
 
     The smallest set of most likely tokens whose probability reaches `top_p` stays (nucleus sampling,
     arXiv 1904.09751, section 3.1); at least one does.
     """
-    probabilities = (logits.double() / config.temperature).softmax(-1)
-    if config.top_p == 1:
+    if top_p == 1:
         return probabilities
     ordered, order = probabilities.sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
-    ordered[before >= config.top_p] = 0
+    ordered[before >= top_p] = 0
     kept = torch.zeros_like(probabilities).scatter_(0, order, ordered)
     return kept / kept.sum()
