@@ -10,26 +10,28 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
 from ragkit.errors import KVCacheError
-from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
-from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.chunk_kv import ChunkRef
+from ragkit.kvcache.document_summaries import DocumentSummaries
+from ragkit.kvcache.encoded_windows import EncodedWindows
 from ragkit.kvcache.page_cache import PageCache
 from ragkit.kvcache.page_codec import PageCodec
+from ragkit.kvcache.page_grid import PageGrid
 from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
-from ragkit.kvcache.page_summary_records import PageSummaryRecords
 from ragkit.kvcache.page_window import DamagedWindowError, WindowRows
 from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.types import KVUse
 
-MEMORY, DISK = "ram", "disk"  # how the places of encoded pages are called in reports
+_BROUGHT_BYTES = 256 << 20  # of windows that are brought to the device together
+_CHECKED_WINDOWS = 64  # that are looked at together: each look waits for the device
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class KVPages:
         resident: room for all pages where the model runs, instead of the cache; without a disk they are only there.
 
     Attributes:
-        total_tokens: tokens of the whole document.
+        grid: how the document is cut into windows and pages.
         num_windows: windows that are there; those on disk count from the start.
         repaired: windows that were damaged and computed again.
         repair: computes a window again, which is damaged: called with its number.
@@ -66,25 +68,18 @@ class KVPages:
     ) -> None:
         self.codec = codec
         self.refs = tuple(refs)
-        self.window_tokens = window_tokens
-        self.total_tokens = sum(len(ref.token_ids) for ref in self.refs)
-        self.page_size = codec.page_size
+        self.grid = PageGrid(sum(len(ref.token_ids) for ref in self.refs), window_tokens, codec.page_size)
         self.cache = cache
         self.memory = memory
         self.records = records
         self.resident = resident
-        self._stored = records.present(self.refs)
-        self.num_windows = self._first_gap(0)
         self.repaired = 0
         self.repair: Callable[[int], None] | None = None
         self.lock = threading.RLock()
-        self._first_unwritten = self.num_windows
-        self._num_resident = 0
-        self._summaries: dict[str, PageSummaries] = {}
-        self._summary_records = PageSummaryRecords(records.tier, self.refs, codec.layout.num_layers)
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-load")
-        self._loading: set[tuple[int, int]] = set()
-        self._bytes = {MEMORY: 0, DISK: 0}
+        self._windows = EncodedWindows(codec, self.refs, self.grid, memory, records)
+        self._summaries = DocumentSummaries(records.tier, self.refs, self.grid, self.num_layers, self.device)
+        self.num_windows = self._first_unwritten = self._windows.first_gap(0)
+        self._num_resident = self._num_checked = 0
 
     @property
     def num_layers(self) -> int:
@@ -97,14 +92,29 @@ class KVPages:
         return self.cache.pool.device
 
     @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.grid.page_size
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of a window."""
+        return self.grid.window_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole document."""
+        return self.grid.total_tokens
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the windows that are there."""
-        return min(self.num_windows * self.window_tokens, self.total_tokens)
+        return self.grid.tokens_of(self.num_windows)
 
     @property
     def num_pages(self) -> int:
         """Pages of the windows that are there; the last of a finished document may not be full."""
-        return self.pages_for(self.num_tokens)
+        return self.grid.pages_for(self.num_tokens)
 
     @property
     def is_complete(self) -> bool:
@@ -113,7 +123,7 @@ class KVPages:
 
     def pages_for(self, tokens: int) -> int:
         """Return how many pages `tokens` rows take."""
-        return -(-tokens // self.page_size)
+        return self.grid.pages_for(tokens)
 
     def append(self, rows: Sequence[WindowRows], recompute_ms: float = 0.0) -> None:
         """Keep the next window, the rows of each layer.
@@ -122,26 +132,24 @@ class KVPages:
             KVCacheError: a number cannot be stored, or the disk could not be written.
         """
         window = self.num_windows
-        self.memory.hold(window)
-        fresh = self._encode(rows)
-        pages = range(self._first_page(window), self._first_page(window + 1))
-        for layer, piece in enumerate(fresh):
-            if self.resident is not None:
-                self.resident.put(layer, pages.start, piece)
-                keys = self.codec.decode_keys(layer, piece)
-            else:
-                keys, values = self.codec.decode(layer, piece)
-                kept = list(pages)[-self.cache.num_pages :]
-                self.cache.put(layer, kept, (keys[-len(kept) :], values[-len(kept) :]))
-            for summaries in self._summaries.values():
-                summaries.append(layer, PageRows(keys, self._received(layer, piece)))
+        pages = self.grid.pages_of(window)
+        pieces: list[Tensor] = []
+        for layer, one in enumerate(rows):
+            if self._is_only_resident:
+                assert self.resident is not None, "as asked"
+                keys = self.resident.write(layer, pages, one.keys, one.values)
+                self._summaries.append(layer, PageRows(keys))
+                continue
+            piece = self.codec.encode(layer, one.keys, one.values, one.received)
+            pieces.append(piece)
+            self._summaries.append(layer, PageRows(self._kept(layer, pages, piece), self._received(layer, piece)))
         self.num_windows = window + 1
         self._num_resident += self._num_resident == window
-        self._write_summaries()
+        self._summaries.close_window(self.num_windows)
         if self._is_only_resident:
-            return
-        encoded = [self.memory.put(layer, window, piece) for layer, piece in enumerate(fresh)]
-        if self.records.write(self._packed(window, encoded, recompute_ms)):
+            if self.num_windows - self._num_checked >= _CHECKED_WINDOWS:
+                self._check_resident()
+        elif self._windows.add(window, pieces, recompute_ms):
             self._let_go()
 
     def adopt(self) -> int:
@@ -149,21 +157,20 @@ class KVPages:
 
         A window before them may have left the disk alone; read again it has the same numbers, so they still hold.
         """
-        first, stop = self.num_windows, self._first_gap(self.num_windows)
+        first, stop = self.num_windows, self._windows.first_gap(self.num_windows)
         while self.num_windows < stop:
             window = self.num_windows
             try:
-                pieces = [self._piece(layer, window) for layer in range(self.num_layers)]
+                pieces = [self._windows.piece(layer, window) for layer in range(self.num_layers)]
             except DamagedWindowError as damage:
                 _log.warning("%s: its window is computed again", damage.cause)
-                self._stored.discard(window)
+                self._windows.stored.discard(window)
                 break
-            for summaries in self._summaries.values():
+            if not self._summaries.is_empty:
                 for layer, piece in enumerate(pieces):
-                    keys = self.codec.decode_keys(layer, piece.to(self.device))
-                    summaries.append(layer, PageRows(keys, self._received(layer, piece)))
+                    self._summaries.append(layer, self._decoded_keys(layer, piece))
             self.num_windows = window + 1
-            self._write_summaries()
+            self._summaries.close_window(self.num_windows)
         return self.num_windows - first
 
     def replace(self, window: int, rows: Sequence[WindowRows], recompute_ms: float = 0.0) -> None:
@@ -172,13 +179,13 @@ class KVPages:
         Raises:
             KVCacheError: as for `append`.
         """
-        self.cache.discard(range(self._first_page(window), self._first_page(window + 1)))
-        self.memory.discard(window)
-        encoded = [self.memory.put(layer, window, piece) for layer, piece in enumerate(self._encode(rows))]
+        pages = self.grid.pages_of(window)
+        self.cache.discard(pages)
+        encoded = [self.codec.encode(layer, one.keys, one.values, one.received) for layer, one in enumerate(rows)]
         if self.resident is not None:
             for layer, piece in enumerate(encoded):
-                self.resident.put(layer, self._first_page(window), piece)
-        self.records.write(self._packed(window, encoded, recompute_ms))
+                self.resident.put(layer, pages.start, piece)
+        self._windows.replace(window, encoded, recompute_ms)
         self.flush()
         self.repaired += 1
 
@@ -186,10 +193,12 @@ class KVPages:
         """Write what is not written yet.
 
         Raises:
-            KVCacheError: the disk could not be written.
+            KVCacheError: the disk could not be written, or what was read cannot be stored.
         """
-        self.records.flush()
-        self._summary_records.flush()
+        if self._is_only_resident:
+            self._check_resident()
+        self._windows.flush()
+        self._summaries.flush()
         self._let_go()
 
     def bring(self, layer: int, pages: Sequence[int]) -> Tensor:
@@ -203,8 +212,9 @@ class KVPages:
         """
         while True:
             missing = self.cache.missing(layer, pages)
+            windows = dict.fromkeys(map(self.grid.window_of, missing))
             try:
-                pieces = {window: self._piece(layer, window) for window in dict.fromkeys(map(self.window_of, missing))}
+                pieces = {window: self._windows.piece(layer, window) for window in windows}
             except DamagedWindowError as damage:
                 self._mend(damage)
                 continue
@@ -222,25 +232,20 @@ class KVPages:
         """
         if self.resident is None:
             return
+        at_once = max(1, _BROUGHT_BYTES // max(1, self.codec.bytes_per_page * self.window_tokens // self.page_size))
         while self._num_resident < count:
-            window = self._num_resident
+            windows = range(self._num_resident, min(count, self._num_resident + at_once))
             try:
-                for layer in range(self.num_layers):
-                    self.resident.put(layer, self._first_page(window), self._piece(layer, window))
+                self.resident.put_windows(self.grid.first_page(windows.start), self._windows.whole(windows))
             except DamagedWindowError as damage:
                 self._mend(damage)
                 continue
-            self._num_resident = window + 1
+            self._num_resident = windows.stop
 
     def prefetch(self, layer: int, pages: Sequence[int]) -> Future[None] | None:
         """Start to read from disk what memory does not have of `pages`; None where that is nothing."""
-        wanted = dict.fromkeys(self.window_of(page) for page in pages if not self.cache.holds(layer, page))
-        places = [(layer, window) for window in wanted if not self.memory.holds(layer, window)]
-        places = [place for place in places if place not in self._loading]
-        if not places:
-            return None
-        self._loading.update(places)
-        return self._loader.submit(self._load, places)
+        wanted = dict.fromkeys(self.grid.window_of(page) for page in pages if not self.cache.holds(layer, page))
+        return self._windows.read_ahead(layer, list(wanted))
 
     def summaries(self, selector: PageSelector) -> PageSummaries:
         """Return what `selector` keeps of all pages that are there, made from the pages where it is new.
@@ -248,32 +253,7 @@ class KVPages:
         Raises:
             KVCacheError: the selector needs what was not stored, or a page is damaged and cannot be computed again.
         """
-        found = self._summaries.get(selector.selector_id)
-        if found is not None:
-            return found
-        made = self._summaries[selector.selector_id] = PageSummaries(selector, self.num_layers)
-        try:
-            for windows in self._summary_records.sections():
-                self._fill(made, windows)
-            self._summary_records.flush()
-        except BaseException:
-            del self._summaries[selector.selector_id]
-            raise
-        return made
-
-    def _fill(self, made: PageSummaries, windows: range) -> None:
-        """Add the pages of a section, as far as they are there, from what is stored of it or from the pages."""
-        if windows.start >= self.num_windows:
-            return
-        first, stop = self._first_page(windows.start), self._first_page(windows.stop)
-        whole = windows.stop <= self.num_windows
-        if whole and made.is_closed and self._summary_records.restore(made, windows, stop - first, self.device):
-            return
-        for window in range(windows.start, min(windows.stop, self.num_windows)):
-            for layer in range(self.num_layers):
-                made.append(layer, self._window_keys(layer, window))
-        if whole:
-            self._summary_records.write(made, windows, first, stop)
+        return self._summaries.of(selector, self.num_windows, self._window_keys)
 
     def use(self, since: KVUse | None = None) -> KVUse:
         """Return what was used so far, or since an earlier call.
@@ -281,85 +261,69 @@ class KVPages:
         `hits` are pages that were there, decoded or not, `misses` windows that had to be computed again; bytes are
         those of pages that were not there decoded.
         """
-        total = KVUse(self.cache.hits + self.cache.misses, self.repaired, bytes_by_tier=dict(self._bytes))
+        moved = dict(self._windows.nbytes)
+        used = self.cache.hits + self.cache.misses
         if since is None:
-            return total
-        moved = {tier: count - since.bytes_by_tier.get(tier, 0) for tier, count in self._bytes.items()}
+            return KVUse(used, self.repaired, bytes_by_tier=moved)
+        moved = {tier: count - since.bytes_by_tier.get(tier, 0) for tier, count in moved.items()}
         moved = {tier: count for tier, count in moved.items() if count}
-        return KVUse(total.hits - since.hits, total.misses - since.misses, bytes_by_tier=moved)
-
-    def window_of(self, page: int) -> int:
-        """Return the window that a page belongs to."""
-        return page * self.page_size // self.window_tokens
+        return KVUse(used - since.hits, self.repaired - since.misses, bytes_by_tier=moved)
 
     def close(self) -> None:
         """Write what is not written, and let everything go. Closing twice is harmless."""
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        self._windows.stop()
         try:
             self.flush()
         finally:
             self.records.close()
-
-    def _encode(self, rows: Sequence[WindowRows]) -> list[Tensor]:
-        return [self.codec.encode(layer, one.keys, one.values, one.received) for layer, one in enumerate(rows)]
-
-    def _packed(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> EncodedKV:
-        return EncodedKV.pack(
-            self.refs[window], self.codec.codec_id, [piece.flatten() for piece in pieces], recompute_ms
-        )
 
     @property
     def _is_only_resident(self) -> bool:
         """Whether nobody keeps pages but the device; what rows received is not kept there."""
         return self.resident is not None and self.records.tier is None and not self.codec.with_received
 
+    def _kept(self, layer: int, pages: range, piece: Tensor) -> Tensor:
+        """Return the keys of fresh pages, which the device keeps from now on."""
+        if self.resident is not None:
+            self.resident.put(layer, pages.start, piece)
+            return self.codec.decode_keys(layer, piece)
+        keys, values = self.codec.decode(layer, piece)
+        kept = list(pages)[-self.cache.num_pages :]
+        self.cache.put(layer, kept, (keys[-len(kept) :], values[-len(kept) :]))
+        return keys
+
+    def _check_resident(self) -> None:
+        """Let everything go that the device alone has, where some of it could not be stored."""
+        assert self.resident is not None, "asked where pages are there alone"
+        first, stop = self.grid.first_page(self._num_checked), self.grid.first_page(self.num_windows)
+        try:
+            self.resident.require_finite(range(first, stop))
+        except KVCacheError:
+            self.num_windows = self._num_resident = self._num_checked = 0
+            self._summaries.forget()
+            raise
+        self._num_checked = self.num_windows
+
     def _window_keys(self, layer: int, window: int) -> PageRows:
         if self._is_only_resident:
-            assert self.resident is not None
-            return PageRows(self.resident.keys(layer, self._first_page(window), self._first_page(window + 1)))
+            assert self.resident is not None, "as asked"
+            return PageRows(self.resident.keys(layer, self.grid.pages_of(window)))
         while True:
             try:
-                piece = self._piece(layer, window)
+                return self._decoded_keys(layer, self._windows.piece(layer, window))
             except DamagedWindowError as damage:
                 self._mend(damage)
-                continue
-            keys = self.codec.decode_keys(layer, piece.to(self.device))
-            return PageRows(keys, self._received(layer, piece))
+
+    def _decoded_keys(self, layer: int, piece: Tensor) -> PageRows:
+        return PageRows(self.codec.decode_keys(layer, piece.to(self.device)), self._received(layer, piece))
 
     def _received(self, layer: int, piece: Tensor) -> Tensor | None:
         received = self.codec.received(layer, piece)
         return None if received is None else received.to(self.device)
 
-    def _piece(self, layer: int, window: int) -> Tensor:
-        """Return (pages, page_bytes) uint8 of one window in one layer, from memory or disk."""
-        found = self.memory.get(layer, window)
-        if found is not None:
-            self._bytes[MEMORY] += found.nbytes
-            return found
-        try:
-            data = self.records.layer(self.refs[window], layer)
-        except KVMissError as error:
-            raise DamagedWindowError(window, error) from error
-        pages = self._first_page(window + 1) - self._first_page(window)
-        if data.numel() != pages * self.codec.page_bytes(layer):
-            short = KVMissError(MissReason.SHORT, f"window {window} has {data.numel()} bytes in layer {layer}")
-            raise DamagedWindowError(window, short)
-        self._bytes[DISK] += data.nbytes
-        return self.memory.put(layer, window, data.view(pages, -1))
-
     def _row(self, pieces: dict[int, Tensor], page: int) -> Tensor:
-        window = self.window_of(page)
-        return pieces[window][page - self._first_page(window)]
-
-    def _load(self, places: Sequence[tuple[int, int]]) -> None:
-        for layer, window in places:
-            try:
-                if not self.memory.holds(layer, window):
-                    self._piece(layer, window)
-            except KVCacheError as error:  # whoever needs the page finds out, and has it computed again
-                _log.info("window %d of a document was not read ahead: %s", window, error)
-            finally:
-                self._loading.discard((layer, window))
+        window = self.grid.window_of(page)
+        return pieces[window][page - self.grid.first_page(window)]
 
     def _mend(self, damage: DamagedWindowError) -> None:
         if self.repair is None:
@@ -367,24 +331,8 @@ class KVPages:
         _log.warning("%s: its window is computed again", damage.cause)
         self.repair(damage.window)
 
-    def _write_summaries(self) -> None:
-        for windows in self._summary_records.sections():
-            if windows.stop == self.num_windows:
-                first, stop = self._first_page(windows.start), self._first_page(windows.stop)
-                for summaries in self._summaries.values():
-                    self._summary_records.write(summaries, windows, first, stop)
-
     def _let_go(self) -> None:
         if self.records.tier is None:
             return
         self.memory.let_go(range(self._first_unwritten, self.num_windows))
         self._first_unwritten = self.num_windows
-
-    def _first_gap(self, window: int) -> int:
-        """Return the first window from `window` on that is not stored."""
-        while window in self._stored:
-            window += 1
-        return window
-
-    def _first_page(self, window: int) -> int:
-        return min(window * self.window_tokens // self.page_size, self.pages_for(self.total_tokens))

@@ -82,11 +82,11 @@ class PageCodec:
         if self._raw is None:
             require_encodable([(keys, values)])
         pages = -(-len(keys) // self.page_size)
-        keys, values = self._filled(keys), self._filled(values)
+        keys, values = self.filled(keys), self.filled(values)
         parts = [keys.to(self._raw), values.to(self._raw)] if self._raw is not None else self._codes(keys, values)
         if self.with_received:
             assert received is not None, "the codec stores what rows received"
-            parts.append(self._filled(received.unsqueeze(2)).half())
+            parts.append(self.filled(received.unsqueeze(2)).half())
         return torch.cat([_bytes(part).view(pages, -1) for part in parts], dim=1)
 
     def decode(self, layer: int, data: Tensor) -> LayerKV:
@@ -154,7 +154,8 @@ class PageCodec:
             sections = [packed, key_group, key_group, packed, value_group, value_group]
         return [*sections, (torch.float16, (size, heads, 1))] if self.with_received else sections
 
-    def _filled(self, rows: Tensor) -> Tensor:
+    def filled(self, rows: Tensor) -> Tensor:
+        """Return rows (tokens, ...), contiguous, the last of them again where the last page would not be full."""
         missing = -len(rows) % self.page_size
         if missing == 0:
             return rows.contiguous()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ragkit.errors import KVCacheError
+from ragkit.kernels.backend import ceil_div
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 
 
@@ -20,13 +22,16 @@ class PageSummaries:
     Args:
         selector: what summarises.
         num_layers: layers of the model.
+        all_pages: pages that there will be, where that is known: memory for them is taken at once, and none is copied
+            while it grows.
 
     Attributes:
         num_pages: pages of each layer so far.
     """
 
-    def __init__(self, selector: PageSelector, num_layers: int) -> None:
+    def __init__(self, selector: PageSelector, num_layers: int, all_pages: int = 0) -> None:
         self.selector = selector
+        self._all_pages = all_pages
         self.num_pages = [0] * num_layers
         self._parts: list[tuple[_Growing, ...]] = [()] * num_layers
         self._closed: list[tuple[int, ...]] = [()] * num_layers  # lengths of the parts without the open group
@@ -54,23 +59,23 @@ class PageSummaries:
                 f"the selector {self.selector.selector_id} needs the attention that rows received while the document "
                 "was read, and it was not kept: ingest the document with this selector"
             )
-        self.num_pages[layer] += pages
         waiting = self._open[layer]
         if waiting is not None:
+            self._marks[layer].pop(self.num_pages[layer], None)
             for part, length in zip(self._parts[layer], self._closed[layer], strict=True):
                 part.cut(length)
             rows = _joined(waiting, rows)
+        self.num_pages[layer] += pages
         whole = len(rows.keys) // self.selector.group_pages * self.selector.group_pages
         if whole:
-            self._add(layer, self.selector.summarise(_some(rows, 0, whole)))
+            self._add(layer, whole, self.selector.summarise(_some(rows, 0, whole)))
         self._closed[layer] = tuple(part.length for part in self._parts[layer])
         self._open[layer] = None
         closed_pages = self.num_pages[layer] - (len(rows.keys) - whole)
-        self._marks[layer] = {at: lengths for at, lengths in self._marks[layer].items() if at <= closed_pages}
         self._marks[layer][closed_pages] = self._closed[layer]
         if whole < len(rows.keys):
             rest = _some(rows, whole, len(rows.keys))
-            self._add(layer, self.selector.summarise(rest))
+            self._add(layer, len(rest.keys), self.selector.summarise(rest))
             self._closed[layer] = self._closed[layer] or (0,) * len(self._parts[layer])
             self._open[layer] = PageRows(rest.keys.clone(), None if rest.received is None else rest.received.clone())
             self._marks[layer][self.num_pages[layer]] = tuple(part.length for part in self._parts[layer])
@@ -92,14 +97,17 @@ class PageSummaries:
     def extend(self, layer: int, pages: int, parts: Sequence[Tensor]) -> None:
         """Add the next `pages` pages by what `between` gave of them; no group may be open before."""
         assert self._open[layer] is None, "a group that is open would be cut in two"
-        self._add(layer, tuple(parts))
+        self._add(layer, pages, tuple(parts))
         self._closed[layer] = tuple(part.length for part in self._parts[layer])
         self.num_pages[layer] += pages
         self._marks[layer][self.num_pages[layer]] = self._closed[layer]
 
-    def _add(self, layer: int, parts: tuple[Tensor, ...]) -> None:
+    def _add(self, layer: int, pages: int, parts: tuple[Tensor, ...]) -> None:
         if not self._parts[layer]:
-            self._parts[layer] = tuple(_Growing(part) for part in parts)
+            # What is kept of a group of pages takes the same rows for every group.
+            group = self.selector.group_pages
+            share = ceil_div(self._all_pages, group) / ceil_div(pages, group)
+            self._parts[layer] = tuple(_Growing(part, math.ceil(len(part) * share)) for part in parts)
         else:
             for part, more in zip(self._parts[layer], parts, strict=True):
                 part.append(more)
@@ -108,9 +116,12 @@ class PageSummaries:
 class _Growing:
     """Rows with room for more."""
 
-    def __init__(self, rows: Tensor) -> None:
-        self._buffer = rows
+    def __init__(self, rows: Tensor, capacity: int) -> None:
         self.length = len(rows)
+        self._buffer = rows
+        if capacity > len(rows):
+            self._buffer = rows.new_empty((capacity, *rows.shape[1:]))
+            self._buffer[: len(rows)] = rows
 
     def append(self, rows: Tensor) -> None:
         wanted = self.length + len(rows)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ragkit.errors import KVCacheError
+from ragkit.kernels.dequantize_kv import dequantize_kv
 from ragkit.kernels.paged_rows import Blocks
+from ragkit.kernels.quantize_kv import QuantizedHeads, quantize_kv
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.quantized_pool import QuantizedPool
@@ -33,24 +39,94 @@ class ResidentPages:
         else:
             self._pool = KVPool(codec.layout, num_pages, device, codec.page_size)
         self.nbytes = sum(part.nbytes for part in (*self._pool.keys, *self._pool.values))
+        self._groups = torch.empty(0, dtype=torch.int64, device=device)
+
+    def write(self, layer: int, pages: range, keys: Tensor, values: Tensor) -> Tensor:
+        """Encode rows (tokens, kv_heads, head_dim) into `pages`, and return the keys as `keys` does.
+
+        Nothing waits for the device, so numbers that cannot be encoded are not noticed: see `require_finite`.
+        """
+        for rows, blocks in ((keys, self._pool.keys[layer]), (values, self._pool.values[layer])):
+            filled = self._codec.filled(rows)
+            if isinstance(blocks, QuantizedBlocks):
+                target = _part(blocks, pages)
+                quantize_kv(
+                    filled, bits=blocks.bits, token_group=blocks.row_group, channel_group=blocks.channel_group,
+                    out=target, slots=self._first_groups(len(target.scale)),
+                )  # fmt: skip
+            else:
+                blocks[pages.start : pages.stop].copy_(filled.view(len(pages), self._codec.page_size, *rows.shape[1:]))
+        return self.keys(layer, pages)
 
     def put(self, layer: int, first: int, data: Tensor) -> None:
         """Place encoded pages (pages, page_bytes) uint8 of a layer from page `first` on."""
         data = data.to(self._pool.device, non_blocking=True)
-        blocks = torch.arange(first, first + len(data), device=self._pool.device)
+        pages = slice(first, first + len(data))
+        blocks = (self._pool.keys[layer], self._pool.values[layer])
         if isinstance(self._pool, QuantizedPool):
-            self._pool.place(layer, blocks, *self._codec.codes(layer, data))
+            for target, codes in zip(blocks, self._codec.codes(layer, data), strict=True):
+                assert isinstance(target, QuantizedBlocks), "of a quantised pool"
+                for part, own in zip((target.codes, target.scales, target.zeros), codes, strict=True):
+                    part[pages].copy_(own.view(part[pages].shape))
         else:
-            self._pool.keys[layer][blocks], self._pool.values[layer][blocks] = self._codec.decode(layer, data)
+            for rows, decoded in zip(blocks, self._codec.decode(layer, data), strict=True):
+                assert isinstance(rows, Tensor), "of a pool of numbers"
+                rows[pages].copy_(decoded)
 
-    def keys(self, layer: int, first: int, stop: int) -> Tensor:
-        """Return the keys (pages, page_size, kv_heads, head_dim) of the pages from `first` up to `stop`."""
-        if isinstance(self._pool, KVPool):
-            return self._pool.keys[layer][first:stop]
-        slots = torch.arange(first * self._codec.page_size, stop * self._codec.page_size, device=self._pool.device)
-        rows = self._pool.keys[layer].rows(slots).to(self._codec.layout.dtype)
-        return rows.view(stop - first, self._codec.page_size, *rows.shape[1:])
+    def put_windows(self, first: int, windows: Sequence[Sequence[Tensor]]) -> None:
+        """Place the encoded pages of all layers of some neighbouring windows from page `first` on, layer by layer.
+
+        They travel as they lie in host memory, and are placed at once: a launch for each window and layer would take
+        longer than the copies.
+        """
+        for layer in range(self._codec.layout.num_layers):
+            pieces = [window[layer] for window in windows]
+            joined = torch.empty(
+                (sum(map(len, pieces)), pieces[0].shape[1]), dtype=torch.uint8, device=self._pool.device
+            )
+            for part, piece in zip(joined.split([len(piece) for piece in pieces]), pieces, strict=True):
+                part.copy_(piece, non_blocking=True)
+            self.put(layer, first, joined)
+
+    def keys(self, layer: int, pages: range) -> Tensor:
+        """Return the keys (pages, page_size, kv_heads, head_dim) of `pages`, in the model's type."""
+        blocks = self._pool.keys[layer]
+        if isinstance(blocks, Tensor):
+            return blocks[pages.start : pages.stop]
+        _, page_size, kv_heads, head_dim = blocks.shape
+        out = torch.empty(
+            (len(pages) * page_size, kv_heads, head_dim), dtype=self._codec.layout.dtype, device=self._pool.device
+        )
+        dequantize_kv(_part(blocks, pages), out, token_group=blocks.row_group)
+        return out.view(len(pages), page_size, kv_heads, head_dim)
 
     def blocks(self, layer: int) -> tuple[Blocks, Blocks]:
         """Return the keys' and the values' blocks of a layer."""
         return self._pool.keys[layer], self._pool.values[layer]
+
+    def require_finite(self, pages: range) -> None:
+        """Raise `KVCacheError` where rows of `pages` could not be encoded; waits for the device.
+
+        A value that is no number makes its token's scales none, and so does one beyond what fp16 scales carry.
+        """
+        if isinstance(self._pool, KVPool) or not pages:
+            return
+        sides = [*self._pool.keys, *self._pool.values]
+        parts = [part[pages.start : pages.stop] for side in sides for part in (side.scales, side.zeros)]
+        finite = torch.stack([part.isfinite().all() for part in parts])
+        if not bool(finite.all()):
+            raise KVCacheError(
+                "keys or values hold a number that is not finite or too large for scales of fp16: this KV cannot be "
+                "stored by a low-bit codec, take pages.codec = bf16"
+            )
+
+    def _first_groups(self, count: int) -> Tensor:
+        if len(self._groups) < count:
+            self._groups = torch.arange(count, device=self._pool.device)
+        return self._groups[:count]
+
+
+def _part(blocks: QuantizedBlocks, pages: range) -> QuantizedHeads:
+    """Return a view of some blocks behind each other."""
+    parts = (blocks.codes, blocks.scales, blocks.zeros)
+    return QuantizedHeads(*(part[pages.start : pages.stop].flatten(0, 1) for part in parts))

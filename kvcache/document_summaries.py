@@ -1,0 +1,103 @@
+"""What each selector keeps of one document's pages: kept up while it is read, and stored beside the pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ragkit.kvcache.backing_tier import BackingTier
+from ragkit.kvcache.chunk_kv import ChunkRef
+from ragkit.kvcache.page_grid import PageGrid
+from ragkit.kvcache.page_selector import PageRows, PageSelector
+from ragkit.kvcache.page_summaries import PageSummaries
+from ragkit.kvcache.page_summary_records import PageSummaryRecords
+
+
+class DocumentSummaries:
+    """The summaries of one document, of every selector that was asked for.
+
+    Args:
+        tier: where they are stored; None stores nothing.
+        refs: the document's windows.
+        grid: how they are cut into pages.
+        num_layers: layers of the model.
+        device: where they are kept.
+    """
+
+    def __init__(
+        self, tier: BackingTier | None, refs: Sequence[ChunkRef], grid: PageGrid, num_layers: int, device: torch.device
+    ) -> None:
+        self._records = PageSummaryRecords(tier, refs, num_layers)
+        self._grid = grid
+        self._num_layers = num_layers
+        self._device = device
+        self._of: dict[str, PageSummaries] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no selector was asked for."""
+        return not self._of
+
+    def append(self, layer: int, rows: PageRows) -> None:
+        """Add the next pages of a layer."""
+        for summaries in self._of.values():
+            summaries.append(layer, rows)
+
+    def close_window(self, windows: int) -> None:
+        """Store the section that ends with `windows` windows, where one does."""
+        for section in self._records.sections():
+            if section.stop == windows:
+                first, stop = self._grid.first_page(section.start), self._grid.first_page(section.stop)
+                for summaries in self._of.values():
+                    self._records.write(summaries, section, first, stop)
+
+    def of(self, selector: PageSelector, windows: int, read: Callable[[int, int], PageRows]) -> PageSummaries:
+        """Return what `selector` keeps of the first `windows` windows, made from the pages where it is new.
+
+        Args:
+            selector: what summarises.
+            windows: those that are there.
+            read: gives the rows of a layer and a window.
+        """
+        found = self._of.get(selector.selector_id)
+        if found is not None:
+            return found
+        made = PageSummaries(selector, self._num_layers, self._grid.num_pages)
+        self._of[selector.selector_id] = made
+        try:
+            for section in self._records.sections():
+                self._fill(made, section, windows, read)
+            self._records.flush()
+        except BaseException:
+            del self._of[selector.selector_id]
+            raise
+        return made
+
+    def forget(self) -> None:
+        """Let everything go."""
+        self._of.clear()
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            KVCacheError: the disk could not be written.
+        """
+        self._records.flush()
+
+    def _fill(
+        self, made: PageSummaries, section: range, windows: int, read: Callable[[int, int], PageRows]
+    ) -> None:  # fmt: skip
+        """Add the pages of a section, as far as they are there, from what is stored of it or from the pages."""
+        if section.start >= windows:
+            return
+        first, stop = self._grid.first_page(section.start), self._grid.first_page(section.stop)
+        whole = section.stop <= windows
+        if whole and made.is_closed and self._records.restore(made, section, stop - first, self._device):
+            return
+        for window in range(section.start, min(section.stop, windows)):
+            for layer in range(self._num_layers):
+                made.append(layer, read(layer, window))
+        if whole:
+            self._records.write(made, section, first, stop)

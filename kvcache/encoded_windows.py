@@ -1,0 +1,155 @@
+"""The encoded windows of one document where they are kept: in memory, within a budget, and on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import KVCacheError
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.page_codec import PageCodec
+from ragkit.kvcache.page_grid import PageGrid
+from ragkit.kvcache.page_memory import PageMemory
+from ragkit.kvcache.page_records import PageRecords
+from ragkit.kvcache.page_window import DamagedWindowError
+
+MEMORY, DISK = "ram", "disk"  # how the places of encoded pages are called in reports
+_READERS = 8  # threads that read whole windows: checking what was read takes longer than reading it
+
+_log = logging.getLogger(__name__)
+
+
+class EncodedWindows:
+    """Pieces (pages, page_bytes) uint8 of one window in one layer.
+
+    Args:
+        codec: how pages are stored.
+        refs: the windows, in order.
+        grid: how they are cut into pages.
+        memory: those in memory.
+        records: those on disk.
+
+    Attributes:
+        stored: windows that are on disk, whole or not.
+        nbytes: bytes that were read from each place.
+    """
+
+    def __init__(
+        self, codec: PageCodec, refs: Sequence[ChunkRef], grid: PageGrid, memory: PageMemory, records: PageRecords
+    ) -> None:
+        self.stored = records.present(refs)
+        self.nbytes = {MEMORY: 0, DISK: 0}
+        self._codec = codec
+        self._refs = refs
+        self._grid = grid
+        self._memory = memory
+        self._records = records
+        self._layers = codec.layout.num_layers
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-load")
+        self._loading: set[tuple[int, int]] = set()
+
+    def first_gap(self, window: int) -> int:
+        """Return the first window from `window` on that is not on disk."""
+        while window in self.stored:
+            window += 1
+        return window
+
+    def add(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> bool:
+        """Keep the pieces of all layers of a window; return whether all windows so far are on disk now."""
+        self._memory.hold(window)
+        return self._records.write(self._packed(window, pieces, recompute_ms))
+
+    def replace(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> None:
+        """Keep a window again that was damaged."""
+        self._memory.discard(window)
+        self._records.write(self._packed(window, pieces, recompute_ms))
+
+    def piece(self, layer: int, window: int) -> Tensor:
+        """Return the bytes of one window in one layer.
+
+        Raises:
+            DamagedWindowError: it cannot be read.
+        """
+        found = self._memory.get(layer, window)
+        if found is not None:
+            self.nbytes[MEMORY] += found.nbytes
+            return found
+        try:
+            data = self._records.layer(self._refs[window], layer)
+        except KVMissError as error:
+            raise DamagedWindowError(window, error) from error
+        piece = self._shaped(layer, window, data)
+        self.nbytes[DISK] += piece.nbytes
+        return self._memory.put(layer, window, piece)
+
+    def whole(self, windows: range) -> list[list[Tensor]]:
+        """Return the bytes of all layers of each window, read by several threads; memory keeps none of them.
+
+        Raises:
+            DamagedWindowError: one cannot be read.
+        """
+        with ThreadPoolExecutor(min(_READERS, len(windows))) as readers:
+            found = list(readers.map(self._whole, windows))
+        for place, pieces in found:
+            self.nbytes[place] += sum(piece.nbytes for piece in pieces)
+        return [pieces for _, pieces in found]
+
+    def read_ahead(self, layer: int, windows: Sequence[int]) -> Future[None] | None:
+        """Start to read from disk what memory does not have of a layer; None where that is nothing."""
+        places = [(layer, window) for window in windows if not self._memory.holds(layer, window)]
+        places = [place for place in places if place not in self._loading]
+        if not places:
+            return None
+        self._loading.update(places)
+        return self._loader.submit(self._load, places)
+
+    def flush(self) -> None:
+        """Write what is not written yet.
+
+        Raises:
+            KVCacheError: the disk could not be written.
+        """
+        self._records.flush()
+
+    def stop(self) -> None:
+        """End reading ahead."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+    def _packed(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> EncodedKV:
+        kept = [self._memory.put(layer, window, piece) for layer, piece in enumerate(pieces)]
+        flat = [piece.flatten() for piece in kept]
+        return EncodedKV.pack(self._refs[window], self._codec.codec_id, flat, recompute_ms)
+
+    def _whole(self, window: int) -> tuple[str, list[Tensor]]:
+        if all(self._memory.holds(layer, window) for layer in range(self._layers)):
+            found = [self._memory.get(layer, window) for layer in range(self._layers)]
+            pieces = [piece for piece in found if piece is not None]
+            if len(pieces) == self._layers:  # none left meanwhile
+                return MEMORY, pieces
+        try:
+            record = self._records.load(self._refs[window])
+        except KVMissError as error:
+            raise DamagedWindowError(window, error) from error
+        return DISK, [self._shaped(layer, window, record.layer(layer)) for layer in range(self._layers)]
+
+    def _shaped(self, layer: int, window: int, data: Tensor) -> Tensor:
+        pages = len(self._grid.pages_of(window))
+        if data.numel() != pages * self._codec.page_bytes(layer):
+            short = KVMissError(MissReason.SHORT, f"window {window} has {data.numel()} bytes in layer {layer}")
+            raise DamagedWindowError(window, short)
+        return data.view(torch.uint8).view(pages, -1)
+
+    def _load(self, places: Sequence[tuple[int, int]]) -> None:
+        for layer, window in places:
+            try:
+                if not self._memory.holds(layer, window):
+                    self.piece(layer, window)
+            except KVCacheError as error:  # whoever needs the page finds out, and has it computed again
+                _log.info("window %d of a document was not read ahead: %s", window, error)
+            finally:
+                self._loading.discard((layer, window))
