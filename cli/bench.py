@@ -15,7 +15,7 @@ from ragkit.bench.blend_report import COMPARABLE, BlendBenchOptions, Part, Score
 from ragkit.cli.common import Session, command, flag
 from ragkit.cli.measuring import check_places, listed_values, run_measurement
 from ragkit.cli.output import json_text
-from ragkit.cli.query import TopKOption
+from ragkit.cli.query_options import TopKOption
 from ragkit.config import SelectorName
 from ragkit.errors import UsageError
 

@@ -23,7 +23,7 @@ from ragkit.cli.eval_long import (
     TimeLimitOption,
     evaluate,
 )
-from ragkit.cli.query import TopKOption
+from ragkit.cli.query_options import TopKOption
 
 
 def register(group: typer.Typer) -> None:

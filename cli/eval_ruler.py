@@ -24,7 +24,7 @@ from ragkit.cli.eval_long import (
     evaluate,
 )
 from ragkit.cli.measuring import listed_values
-from ragkit.cli.query import TopKOption
+from ragkit.cli.query_options import TopKOption
 
 
 def register(group: typer.Typer) -> None:

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ragkit.cli.common import Session, command, flag
+from ragkit.answers.json_form import answer_json
+from ragkit.cli.common import Session, command
 from ragkit.cli.output import Output, Waiting, bold, human_bytes, one_line, printable
 from ragkit.cli.progress import progress_for
-from ragkit.config import AUTO, Strategy
+from ragkit.cli.query_options import (
+    DocumentOption,
+    FilterOption,
+    GeneratorOption,
+    MaxNewTokensOption,
+    RatioOption,
+    SeedOption,
+    StrategyOption,
+    SystemPromptOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    answer_settings,
+    parse_filters,
+)
+from ragkit.config import Strategy
 from ragkit.errors import UsageError
 from ragkit.progress import Progress
 
@@ -28,62 +43,26 @@ def register(app: typer.Typer) -> None:
     app.command("query")(command(query))
 
 
-FilterOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--filter", metavar="K=V", help="Only documents whose metadata K is V (uri takes a glob). Repeatable."
-    ),
-]
-TopKOption = Annotated[int | None, typer.Option("-k", min=1, metavar="N", help="Chunks to retrieve.")]
-
-
 def query(
     session: Session,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
     k: TopKOption = None,
-    strategy: Annotated[Strategy | None, typer.Option("--strategy", help="How the prompt is prefilled.")] = None,
-    ratio: Annotated[
-        str | None,
-        typer.Option(
-            "--ratio", metavar="R", help="Part of the chunks' tokens that blend recomputes, from 0 to 1, or auto."
-        ),
-    ] = None,
-    document: Annotated[
-        str | None, typer.Option("--document", metavar="URI", help="Answer from this document only.")
-    ] = None,
-    system_prompt: Annotated[
-        str | None, typer.Option("--system-prompt", metavar="TEXT", help="Instructions for the model.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Most tokens of the answer.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token each time.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", metavar="P", help="Sample from the likeliest tokens of this mass.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.")] = None,
+    strategy: StrategyOption = None,
+    ratio: RatioOption = None,
+    document: DocumentOption = None,
+    system_prompt: SystemPromptOption = None,
+    max_new_tokens: MaxNewTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
     filter: FilterOption = None,
-    generator: Annotated[
-        str | None, typer.Option("--generator", metavar="NAME", help="Language model: a name, folder or hub id.")
-    ] = None,
+    generator: GeneratorOption = None,
 ) -> None:
     """Answer a question from the store, with citations."""
     require_text(question)
     chosen = parse_filters(filter)
     settings = session.settings(
-        {
-            "retrieval.k": flag(k, "-k"),
-            "generation.strategy": flag(strategy, "--strategy"),
-            "blend.ratio": flag(_ratio(ratio), "--ratio"),
-            "generation.system_prompt": flag(system_prompt, "--system-prompt"),
-            "generation.max_new_tokens": flag(max_new_tokens, "--max-new-tokens"),
-            "generation.temperature": flag(temperature, "--temperature"),
-            "generation.top_p": flag(top_p, "--top-p"),
-            "generation.seed": flag(seed, "--seed"),
-            "generation.model": flag(generator, "--generator"),
-        }
+        answer_settings(k, strategy, ratio, system_prompt, max_new_tokens, temperature, top_p, seed, generator)
     )
     output = session.output
     progress = progress_for(output)
@@ -99,69 +78,6 @@ def query(
                 waiting.done()
                 output.write(printable(piece))
         _show_rest(stream.answer, output)
-
-
-def parse_filters(filters: Sequence[str] | None) -> dict[str, str] | None:
-    """Return `K=V` options as a mapping; None where there are none.
-
-    Raises:
-        UsageError: an option has no `=` or no key, or a key comes twice.
-    """
-    parsed: dict[str, str] = {}
-    for text in filters or ():
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--filter takes KEY=VALUE, got {text!r}")
-        if key in parsed:
-            raise UsageError(f"--filter {key} was given twice: {parsed[key]!r} and {value!r}; a document has one")
-        parsed[key] = value
-    return parsed or None
-
-
-def _ratio(text: str | None) -> float | str | None:
-    """Return `--ratio` as settings take it; its range is theirs to check."""
-    if text is None or text == AUTO:
-        return text
-    try:
-        return float(text)
-    except ValueError as error:
-        raise UsageError(f"--ratio takes a number from 0 to 1 or auto, got {text!r}") from error
-
-
-def answer_json(answer: Answer) -> dict[str, Any]:
-    """Return the object that `--json` prints. Nothing is drafted yet: those counts are 0."""
-    tokens, timings = answer.tokens, dict(answer.timings_ms)
-    decoding = timings.get("total", 0.0) - timings.get("first_token", 0.0)
-    return {
-        "answer": answer.text,
-        "found": answer.found,
-        "citations": [_citation_json(citation) for citation in answer.citations],
-        "strategy": str(answer.strategy),
-        "model": answer.model,
-        "tokens": {
-            "prompt": tokens.prompt,
-            "reused": tokens.reused,
-            "recomputed": tokens.recomputed,
-            "generated": tokens.generated,
-        },
-        "dropped_chunks": list(answer.dropped_chunks),
-        "warnings": list(answer.warnings),
-        "kv": {
-            "hits": answer.kv.hits,
-            "misses": answer.kv.misses,
-            "holes": answer.kv.holes,
-            "bytes_by_tier": dict(answer.kv.bytes_by_tier),
-            "recomputed": answer.kv.recomputed,
-        },
-        "draft": {
-            "mode": "none",
-            "drafted": 0,
-            "accepted": 0,
-            "ms_per_step": decoding / (tokens.generated - 1) if tokens.generated > 1 else None,
-        },
-        "timings_ms": timings,
-        "attended": [asdict(span) for span in answer.attended],
-    }
 
 
 def place_of(uri: str, page: int | None) -> str:
@@ -245,18 +161,6 @@ def _citation_lines(citations: Sequence[Citation]) -> Iterator[str]:
     for number, citation in enumerate(citations, start=1):
         place = place_of(citation.uri, citation.page)
         yield f'{bold(f"[{number}]", sys.stdout)} {place}: "{one_line(citation.quote)}"'
-
-
-def _citation_json(citation: Citation) -> dict[str, Any]:
-    return {
-        "uri": citation.uri,
-        "page": citation.page,
-        "char_start": citation.char_start,
-        "char_stop": citation.char_stop,
-        "quote": citation.quote,
-        "score": citation.score,
-        "doc_id": citation.doc_id,
-    }
 
 
 def require_text(question: str) -> None:

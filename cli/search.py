@@ -10,7 +10,8 @@ import typer
 
 from ragkit.cli.common import Session, command, flag
 from ragkit.cli.output import bold, one_line
-from ragkit.cli.query import FilterOption, TopKOption, heading_of, parse_filters, place_of, require_text, timings_line
+from ragkit.cli.query import heading_of, place_of, require_text, timings_line
+from ragkit.cli.query_options import FilterOption, TopKOption, parse_filters
 from ragkit.config import SearchMode
 
 if TYPE_CHECKING:
