@@ -10,16 +10,15 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from ragkit.chunking.registry import create_chunker
-from ragkit.jobs.ingest import Ingest, IngestTools
+from ragkit.jobs.executor import open_executor
+from ragkit.jobs.ingest import Ingest
 from ragkit.jobs.plan import Action, IngestPlan, Recipes, plan_ingest
 from ragkit.progress import Progress
-from ragkit.readers import ReadLimits, Skipped, discover
+from ragkit.readers import Skipped, discover
 from ragkit.reports import FailedSource, IngestReport
 
 if TYPE_CHECKING:
     from ragkit.parts import Parts
-
-_MEGABYTE = 1 << 20
 
 
 def run_ingest(
@@ -63,20 +62,13 @@ def run_ingest(
             chunker_fingerprint=chunker.fingerprint,
             tokenizer_id=parts.tokenizer.tokenizer_id,
         )
-        tools = IngestTools(
-            chunker=chunker,
-            embedder=embedder,
-            max_tokens=config.chunking.max_tokens,
-            recipes=recipes,
-            limits=ReadLimits(timeout_s=config.ingest.parse_timeout_s, memory_mb=config.ingest.parse_memory_mb),
-            commit_bytes=config.ingest.commit_mb * _MEGABYTE,
-        )
-        ingest = Ingest(store, writer, tools, progress, stop)
-        try:
-            report = ingest.run(plan)
-        finally:
-            progress.close()
-            parts.forget_removed(ingest.heirs)
+        with open_executor(parts, chunker) as executor:
+            ingest = Ingest(store, writer, executor, recipes, progress, stop)
+            try:
+                report = ingest.run(plan)
+            finally:
+                progress.close()
+                parts.forget_removed(ingest.heirs)
     warnings = tuple(f"{one.uri}: {one.reason}" for one in outside)
     report = replace(report, warnings=warnings + report.warnings)
     if kv and not report.interrupted:

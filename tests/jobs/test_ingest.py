@@ -236,7 +236,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, folder: Path) -> None:
 def test_a_stop_ends_the_embedding_at_hand_and_the_next_run_does_the_rest(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ragkit.jobs.ingest.COMMIT_CHUNKS", 1)
+    monkeypatch.setattr("ragkit.jobs.local_executor.COMMIT_CHUNKS", 1)
     stop = threading.Event()
 
     class StopsInTheSecondGroup(HashEmbedder):

@@ -14,13 +14,13 @@ from doubles import HashEmbedder, WordTokenizer
 from ragkit import Pipeline
 from ragkit.config import ChunkingConfig, IngestConfig, PipelineConfig
 from ragkit.errors import RagkitError
-from ragkit.jobs import ingest
+from ragkit.jobs import local_executor
 
 CONFIG = PipelineConfig(chunking=ChunkingConfig(max_tokens=40), ingest=IngestConfig(lock_timeout_s=60.0))
 
 
 def main(store: str, *sources: str) -> int:
-    ingest.COMMIT_CHUNKS = 8  # many small commits: more places to die at
+    local_executor.COMMIT_CHUNKS = 8  # many small commits: more places to die at
     try:
         with Pipeline.open(store, CONFIG, embedder=HashEmbedder(), tokenizer=WordTokenizer()) as pipeline:
             print(json.dumps(asdict(pipeline.ingest(sources, prune=True))))
