@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 _Part = TypeVar("_Part")
 
 
+class _LoadTime(threading.local):
+    """Seconds that each thread spent on loading: a question leaves out its own, not what others load meanwhile."""
+
+    seconds: float = 0.0
+
+
 class Parts:
     """The parts of one pipeline. Safe to use from threads: each part is loaded once.
 
@@ -49,7 +55,7 @@ class Parts:
         given = {"embedder": embedder, "tokenizer": tokenizer, "engine": engine}
         self._loaded: dict[str, object] = {name: part for name, part in given.items() if part is not None}
         self._loading = threading.RLock()
-        self._load_seconds = 0.0
+        self._load_time = _LoadTime()
 
     def close(self) -> None:
         """Write what is unsaved, close the store and let the models go."""
@@ -216,17 +222,17 @@ class Parts:
             )
 
     def load_seconds(self) -> float:
-        """Return how long loading models has taken so far, imports included."""
-        return self._load_seconds
+        """Return how long this thread has loaded models, or waited for one that another loaded, imports included."""
+        return self._load_time.seconds
 
     def _part(self, name: str, load: Callable[[], _Part], *, is_model: bool = False) -> _Part:
         part = self._loaded.get(name)
         if part is None:
+            started, before = time.perf_counter(), self._load_time.seconds
             with self._loading:
                 part = self._loaded.get(name)
                 if part is None:
-                    started, before = time.perf_counter(), self._load_seconds
                     part = self._loaded[name] = load()
-                    if is_model:  # what was loaded on the way is in this time already
-                        self._load_seconds = before + time.perf_counter() - started
+            if is_model:  # what was loaded on the way is in this time already
+                self._load_time.seconds = before + time.perf_counter() - started
         return part  # type: ignore[return-value]

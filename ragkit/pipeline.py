@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from ragkit.async_questions import AsyncQuestions
 from ragkit.config import PipelineConfig, SearchMode, Strategy
 from ragkit.errors import StoreError, StoreMissingError
 from ragkit.parts import Parts
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Pipeline:
+class Pipeline(AsyncQuestions):
     """Ingests sources into a store and answers questions about them.
 
     Models load on first use and stay. Reads may come from any thread; one ingest runs at a time per store. Use it as

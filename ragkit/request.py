@@ -240,7 +240,7 @@ def _answered_from_pages(
         RankedChunk(chunk, whole.uri, score, None, None, rank)
         for rank, (chunk, score) in enumerate(chunks_attended(whole, attended, options.retrieval.k), start=1)
     )
-    citations = cite(question, words, hits, parts.embedder, options.answers, page_lookup(parts))
+    citations = cite(question, words, hits, parts.embedder, options.answers, page_lookup(parts, hits))
     yield answer_of(
         options,
         clock.timings(),

@@ -216,9 +216,10 @@ class Retriever:
             return self._index[1]
 
     def _chunks_at(self, generation: int) -> int:
-        if self._chunk_count is None or self._chunk_count[0] != generation:
-            self._chunk_count = (generation, len(self._store.row_ids()))
-        return self._chunk_count[1]
+        known = self._chunk_count  # read as one: a thread at another generation may replace it meanwhile
+        if known is None or known[0] != generation:
+            self._chunk_count = known = (generation, len(self._store.row_ids()))
+        return known[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,18 @@ LEVELS = (
     ("kvcache",),
     ("generation",),
     ("chunking", "retrieval", "readers"),
-    ("answers", "pipeline", "jobs", "parts", "documents", "request", "bench", "integrations"),
+    (
+        "answers",
+        "pipeline",
+        "jobs",
+        "parts",
+        "documents",
+        "request",
+        "bench",
+        "integrations",
+        "async_questions",
+        "async_stream",
+    ),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ragkit.answers.base import RankedChunk
 from ragkit.answers.options import QueryOptions
 from ragkit.config import Strategy
+from ragkit.errors import StoreCorruptError, StoreError
 from ragkit.types import Answer, AttendedSpan, Citation, KVUse, TokenUsage, page_of
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def completed(
 
     text = text.strip()
     options, hits = prepared.options, prepared.hits
-    citations = cite(prepared.question, text, hits, parts.embedder, options.answers, page_lookup(parts))
+    citations = cite(prepared.question, text, hits, parts.embedder, options.answers, page_lookup(parts, hits))
     dropped = prepared.built.dropped_chunks
     cut = (f"{len(set(dropped))} of {len(hits)} chunks did not fit into the model's window",) if dropped else ()
     return answer_of(
@@ -171,7 +172,20 @@ def ordered_timings(laps: Mapping[str, float], load_models: float, total: float)
     return {"load_models": load_models, **{name: known[name] for name in _LAPS if name in known}, "total": total}
 
 
-def page_lookup(parts: Parts) -> Callable[[str, int], int | None]:
-    """Return the page of a character: a quote may stand on a later page than the start of its chunk."""
+def page_lookup(parts: Parts, hits: Sequence[RankedChunk]) -> Callable[[str, int], int | None]:
+    """Return the page of a character: a quote may stand on a later page than the start of its chunk.
+
+    Of a document that was removed since it was found, only the pages on which its chunks start are known.
+    """
     pages = cache(parts.store.pages)
-    return lambda doc_id, char: page_of(pages(doc_id), char)
+
+    def page(doc_id: str, char: int) -> int | None:
+        try:
+            return page_of(pages(doc_id), char)
+        except StoreCorruptError:
+            raise
+        except StoreError:
+            starts = [hit.chunk for hit in hits if hit.chunk.doc_id == doc_id and hit.chunk.char_start <= char]
+            return max(starts, key=lambda chunk: chunk.char_start).page if starts else None
+
+    return page

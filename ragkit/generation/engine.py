@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ragkit.config import Device
 from ragkit.errors import GenerationError
+from ragkit.generation.admission import Admission
 from ragkit.generation.attention import StandaloneAttention
 from ragkit.generation.contiguous_decode import ContiguousDecodeRunner
 from ragkit.generation.decode import decode
@@ -72,6 +73,7 @@ class Engine:
         kv_tokens = kv_tokens or kv_tokens_that_fit(decoder)
         # One block more than the tokens take: the graph runner keeps one for unused places of a batch.
         self.pool = KVPool(decoder.layout, -(-kv_tokens // BLOCK_SIZE) + 1, decoder.device)
+        self._admission = Admission(self.pool.num_blocks - 1)
         self._strategies: dict[str, PrefillStrategy] = {strategy.name: strategy for strategy in strategies}
         self.rotary = RotaryCache(decoder)
         self._builders: dict[str, PromptBuilder] = {}
@@ -157,8 +159,10 @@ class Engine:
         sampling = self._within_window(prompt, sampling or SamplingConfig())
         chosen = self._strategy(strategy) if isinstance(strategy, str) else strategy
         started = time.perf_counter()
-        with RequestKV(self.pool) as kv:
-            total = len(prompt) + sampling.max_new_tokens
+        total = len(prompt) + sampling.max_new_tokens
+        # Rows of chunks that are shared, or recomputed beside them, fill their last block only in part.
+        blocks = self.pool.blocks_for(total) + len(prompt.segments)
+        with self._admission.admitted(blocks), RequestKV(self.pool) as kv:
             rotary = self.rotary.table(total, prompt_tokens=len(prompt))
             request = PrefillRequest(prompt, kv, rotary, ratio, sampling.max_new_tokens)
             prefilled = chosen.prefill(self.decoder, request)
