@@ -106,7 +106,7 @@ def search(
     mode: SearchMode | str | None,
 ) -> SearchResult:
     """Return what `Pipeline.search` returns; arguments and errors are described there."""
-    _check_question(question)
+    check_question(question)
     clock = _Clock(parts)
     found = parts.retriever.retrieve(question, k, dict(filter) if filter else None, mode)
     timings = {"load_models": clock.load_models, **found.timings_ms, "total": clock.elapsed()}
@@ -115,7 +115,7 @@ def search(
 
 def stream(parts: Parts, question: str, options: QueryOptions) -> AnswerStream:
     """Return what `Pipeline.stream` returns. The request starts with the first piece; its errors come here."""
-    _check_question(question)
+    check_question(question)
     _ = parts.store
     return AnswerStream(_run(parts, question, options))
 
@@ -124,7 +124,7 @@ def _run(parts: Parts, question: str, options: QueryOptions) -> Iterator[str | A
     from ragkit.answers.confidence import judge
 
     clock = _Clock(parts)
-    paged = _paged_document(parts, options)
+    paged = paged_document(parts, options)
     if paged is not None:
         yield from _answered_from_pages(parts, question, paged, options, clock)
         return
@@ -175,7 +175,7 @@ def _answered(
     yield completed(parts, prepared, "".join(pieces), finished, clock.timings)
 
 
-def _paged_document(parts: Parts, options: QueryOptions) -> WholeDocument | None:
+def paged_document(parts: Parts, options: QueryOptions) -> WholeDocument | None:
     """Return the document that is answered from its pages, or None where chunks are retrieved.
 
     Raises:
@@ -253,7 +253,8 @@ def _answered_from_pages(
     )
 
 
-def _check_question(question: str) -> None:
+def check_question(question: str) -> None:
+    """Raise `UsageError` where a question has no characters."""
     if not question.strip():
         raise UsageError("the question is empty: ask something")
 

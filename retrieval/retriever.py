@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -106,6 +106,7 @@ class Retriever:
         k: int | None = None,
         filter: Mapping[str, MetadataValue] | None = None,
         mode: SearchMode | str | None = None,
+        vector: FloatMatrix | None = None,
     ) -> Retrieval:
         """Return the best chunks for `question`, with scores and timings.
 
@@ -114,6 +115,7 @@ class Retriever:
             k: how many; the configuration's number where left out.
             filter: metadata that a chunk's document must have, applied before both legs search.
             mode: hybrid, dense or bm25; the configuration's where left out.
+            vector: (1, dim) of the question where `embed` was asked for it already.
 
         Raises:
             UsageError: `k` is below 1 or there is no such mode.
@@ -124,12 +126,20 @@ class Retriever:
         watch = Stopwatch()
         with watch("retrieve"), self._store.snapshot() as generation:
             allowed = self._store.rows_where(filter) if filter else None
-            legs = self._run_legs(_Asked(question, candidates, allowed, chosen, generation), watch)
+            legs = self._run_legs(_Asked(question, candidates, allowed, chosen, generation, vector), watch)
             with watch("fuse"):
                 ranking = self._fuse(legs)
             with watch("chunks"):
                 chunks = self._take(ranking, wanted, legs)
         return Retrieval(chunks, generation, watch.milliseconds)
+
+    def embed(self, questions: Sequence[str]) -> FloatMatrix:
+        """Return (questions, dim) vectors that `retrieve` takes one by one; many questions at once are quicker.
+
+        Raises:
+            RetrievalError: one of them cannot be embedded.
+        """
+        return self._embedder.encode_queries(questions)
 
     def close(self) -> None:
         """Let the index and the thread go."""
@@ -153,8 +163,7 @@ class Retriever:
         vector: Future[FloatMatrix] | None = None
         dense: Future[Ranked] | None = None
         if asked.mode is not SearchMode.BM25:
-            embed = lambda: self._embedder.encode_queries([asked.question])  # noqa: E731
-            vector = self._dense_pool.submit(watch.timed, "embed", embed)
+            vector = self._dense_pool.submit(watch.timed, "embed", lambda: self._vector_of(asked))
             index = self._index_at(asked.generation)
             dense = self._dense_pool.submit(_search_dense, index, vector, asked, watch)
         if asked.mode is not SearchMode.DENSE:
@@ -168,6 +177,9 @@ class Retriever:
             legs.dense = dense.result()
             legs.complete = self._complete(legs, index, vector.result())
         return legs
+
+    def _vector_of(self, asked: _Asked) -> FloatMatrix:
+        return self._embedder.encode_queries([asked.question]) if asked.vector is None else asked.vector
 
     def _complete(self, legs: _Legs, index: VectorIndex, query: FloatMatrix) -> Ranked | None:
         """Return the dense leg with its exact scores for what only the BM25 leg found; these are few rows."""
@@ -224,13 +236,14 @@ class Retriever:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One search: `allowed` are the sorted row ids that pass the filter, None without one."""
+    """One search: `allowed` are the sorted row ids that pass the filter, None without one; so is a known `vector`."""
 
     question: str
     candidates: int
     allowed: IdVector | None
     mode: SearchMode
     generation: int
+    vector: FloatMatrix | None
 
 
 @dataclass(slots=True)
