@@ -69,7 +69,7 @@ def rejection_sample(
         return rejection_sample_torch(logits, drafts, lengths, temperatures, uniforms, probabilities)
     requests, rows, vocab = logits.shape
     tokens = torch.empty((requests, rows), dtype=torch.int64, device=logits.device)
-    stands = torch.empty((requests, rows), dtype=torch.int64, device=logits.device)
+    stands = torch.empty((requests, rows), dtype=torch.uint8, device=logits.device)
     if requests:
         block = min(_MOST_LOGITS, next_power_of_2(vocab))
         _rejection_sample_kernel[(requests, rows)](
@@ -112,12 +112,12 @@ def rejection_sample_torch(
     tokens = torch.where(greedy, likely, drawn)
     same = (tokens == padded) & is_draft
     stands = torch.where(greedy, same, tested) if probabilities is not None else same
-    return _settled(tokens, stands.long())
+    return _settled(tokens, stands)
 
 
 def _settled(tokens: Tensor, stands: Tensor) -> ChainOutcome:
-    """Return the outcome from what each row says: `stands` is 0 behind the last draft."""
-    accepted = stands.cumprod(1).sum(1)
+    """Return the outcome from what each row says; the last row has no draft."""
+    accepted = (stands[:, :-1] > 0).cumprod(1).sum(1)
     return ChainOutcome(accepted, tokens.gather(1, accepted.unsqueeze(1)).squeeze(1))
 
 
@@ -216,4 +216,4 @@ def _rejection_sample_kernel(
             stands = token == draft
 
     tl.store(token_ptr + at, token.to(tl.int64))
-    tl.store(stands_ptr + at, stands.to(tl.int64))
+    tl.store(stands_ptr + at, stands.to(tl.uint8))
