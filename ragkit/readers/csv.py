@@ -18,9 +18,9 @@ from ragkit.readers.table_rows import RowDocuments, find_text_column
 from ragkit.readers.text_stream import open_text
 
 _DELIMITERS = ",;\t|"
-_SAMPLE_CHARS = 64 * 1024
+SAMPLE_CHARS = 64 * 1024
 _SAMPLE_ROWS = 50
-_MAX_FIELD_CHARS = 8 << 20
+MAX_FIELD_CHARS = 8 << 20
 
 
 class CsvReader:
@@ -33,9 +33,9 @@ class CsvReader:
     def read(self, path: Path, context: ParseContext) -> Iterator[Parsed]:
         """Yield a document for each row that has text, and a failed row for each that cannot be read."""
         encoding = detect_file(path)
-        csv.field_size_limit(_MAX_FIELD_CHARS)
+        csv.field_size_limit(MAX_FIELD_CHARS)
         with open_text(path, encoding, newline="") as sample:
-            delimiter, has_header = _layout(sample.file.read(_SAMPLE_CHARS))
+            delimiter, has_header = layout(sample.file.read(SAMPLE_CHARS))
         with open_text(path, encoding, newline="") as stream:
             yield from _documents(stream.file, delimiter, has_header, context)
             yield from stream.remarks()
@@ -57,20 +57,20 @@ def _documents(file: TextIO, delimiter: str, has_header: bool, context: ParseCon
             yield FailedRow(number, "corrupt", f"line {rows.line_num}: {error}")
             continue
         if columns is None:
-            columns = _header(cells) if has_header else [f"column_{index + 1}" for index in range(len(cells))]
+            columns = header(cells) if has_header else [f"column_{index + 1}" for index in range(len(cells))]
             text_column = find_text_column(columns, context.text_column)
             if has_header:
                 continue
         if not cells:
             continue
         number += 1
-        found = builder.document(number, _values(columns, cells), text_column)
+        found = builder.document(number, values_of(columns, cells), text_column)
         if found is not None:
             yield found
     yield from builder.remarks()
 
 
-def _values(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
+def values_of(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
     """Return the cells by column; cells beyond the header get a name of their own, absent ones are left out."""
     values = dict(zip(columns, cells, strict=False))
     for index in range(len(columns), len(cells)):
@@ -78,7 +78,7 @@ def _values(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def _header(cells: Sequence[str]) -> list[str]:
+def header(cells: Sequence[str]) -> list[str]:
     """Return unique column names: a repeated or empty one is named after its place."""
     names: list[str] = []
     for index, cell in enumerate(cells):
@@ -87,7 +87,7 @@ def _header(cells: Sequence[str]) -> list[str]:
     return names
 
 
-def _layout(sample: str) -> tuple[str, bool]:
+def layout(sample: str) -> tuple[str, bool]:
     """Return the delimiter, and whether the first row names the columns.
 
     The delimiter is the one that cuts the first rows into equally many cells, and more than one; a header is a first
@@ -121,7 +121,7 @@ def _parsed(sample: str, delimiter: str) -> Iterator[list[str]]:
             held = row
     except csv.Error:
         pass
-    if held is not None and len(sample) < _SAMPLE_CHARS:
+    if held is not None and len(sample) < SAMPLE_CHARS:
         yield held
 
 

@@ -28,7 +28,7 @@ class JsonlReader:
         """Yield a document for each line that has text, and a failed row for each that cannot be read."""
         builder = RowDocuments(context)
         with open_text(path, detect_file(path), newline="\n") as stream:
-            for number, line in _lines(stream.file):
+            for number, line in numbered_lines(stream.file):
                 found = _row(builder, number, line, context)
                 if found is not None:
                     yield found
@@ -58,7 +58,7 @@ def _row(builder: RowDocuments, number: int, line: str | None, context: ParseCon
     return builder.document(number, values, text_column)
 
 
-def _lines(file: TextIO) -> Iterator[tuple[int, str | None]]:
+def numbered_lines(file: TextIO) -> Iterator[tuple[int, str | None]]:
     """Yield numbered lines; None stands for one that is too long to be held."""
     number = 0
     while line := file.readline(_MAX_LINE_CHARS):

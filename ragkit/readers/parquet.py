@@ -44,7 +44,7 @@ class ParquetReader:
 def _documents(file: Any, context: ParseContext) -> Iterator[Parsed]:
     schema = file.schema_arrow
     for field in schema:
-        _refuse_extension(field, field.name)
+        refuse_extension(field, field.name)
     text_column = find_text_column(schema.names, context.text_column)
     columns = [field.name for field in schema if text_column is None or _is_scalar(field.type)]
     if text_column is not None and text_column not in columns:
@@ -60,7 +60,7 @@ def _documents(file: Any, context: ParseContext) -> Iterator[Parsed]:
     yield from builder.remarks()
 
 
-def _refuse_extension(field: Any, path: str) -> None:
+def refuse_extension(field: Any, path: str) -> None:
     """Raise where a field, or one nested in it, is of an extension type, known to this process or not."""
     import pyarrow as pa
 
@@ -71,7 +71,7 @@ def _refuse_extension(field: Any, path: str) -> None:
         )
     for index in range(field.type.num_fields):
         child = field.type.field(index)
-        _refuse_extension(child, f"{path}.{child.name}")
+        refuse_extension(child, f"{path}.{child.name}")
 
 
 def _is_scalar(kind: Any) -> bool:
