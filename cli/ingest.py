@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragkit.cli.common import CHUNKER_NAMES, Session, command, flag
+from ragkit.cli.engine import EngineOption, RayAddressOption, engine_flags
 from ragkit.cli.errors import ExitCode
 from ragkit.cli.output import Output, human_bytes, one_line, without_uri
 from ragkit.cli.progress import progress_for
@@ -60,6 +61,8 @@ def ingest(
     lock_timeout: Annotated[
         float | None, typer.Option("--lock-timeout", metavar="S", help="Seconds to wait for another writer.")
     ] = None,
+    engine: EngineOption = None,
+    ray_address: RayAddressOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> None:
     """Read, cut, embed and index documents. Unchanged files are skipped; edited ones are replaced."""
@@ -74,6 +77,7 @@ def ingest(
             "ingest.exclude": flag(exclude, "--exclude"),
             "ingest.kv": flag(kv, "--kv" if kv else "--no-kv"),
             "ingest.lock_timeout_s": flag(lock_timeout, "--lock-timeout"),
+            **engine_flags(engine, ray_address),
         }
     )
     progress = progress_for(session.output)

@@ -6,6 +6,8 @@ codes: `UsageError` 2, `StoreError` 4, everything else 1. A `code` is stable and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class RagkitError(Exception):
     """Base of every error that ragkit raises on purpose."""
@@ -52,6 +54,14 @@ class ReadError(RagkitError):
         super().__init__(message)
         self.code = code
         self.stage = stage
+
+    def __reduce__(self) -> tuple[Callable[..., ReadError], tuple[str, str, str]]:
+        """Return how a copy is made in another process, where workers read."""
+        return _read_error, (str(self), self.code, self.stage)
+
+
+def _read_error(message: str, code: str, stage: str) -> ReadError:
+    return ReadError(message, code=code, stage=stage)
 
 
 class ChunkingError(RagkitError):

@@ -54,6 +54,7 @@ class Parts:
         self.config = config
         given = {"embedder": embedder, "tokenizer": tokenizer, "engine": engine}
         self._loaded: dict[str, object] = {name: part for name, part in given.items() if part is not None}
+        self.given = tuple(self._loaded)  # parts that the configuration does not name
         self._loading = threading.RLock()
         self._load_time = _LoadTime()
 

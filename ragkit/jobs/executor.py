@@ -7,17 +7,19 @@ store's writer lock, stores them. So what is stored does not depend on where the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 from ragkit.jobs.plan import PlannedSource
 from ragkit.jobs.steps import Known, Outcome
-from ragkit.jobs_config import ExecutorName
+from ragkit.jobs_config import ExecutorName, JobsConfig
 from ragkit.progress import Progress
 
 if TYPE_CHECKING:
     from ragkit.chunking.base import Chunker
+    from ragkit.jobs.ray_cluster import RayCluster
     from ragkit.parts import Parts
 
 
@@ -73,17 +75,25 @@ class Executor(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_executor(parts: Parts, chunker: Chunker) -> Executor:
-    """Return the executor that the configuration names, for ingesting with `parts`.
+def open_cluster(config: JobsConfig) -> AbstractContextManager[RayCluster | None]:
+    """Give the Ray cluster of a job, which is connected to when it is first needed; None for the local executor.
 
     Raises:
         MissingExtraError: Ray is asked for and is not installed.
-        JobError: the cluster cannot be reached.
     """
-    if parts.config.jobs.engine is ExecutorName.RAY:
+    if config.engine is not ExecutorName.RAY:
+        return nullcontext()
+    from ragkit.jobs.ray_cluster import RayCluster
+
+    return RayCluster(config)
+
+
+def open_executor(parts: Parts, chunker: Chunker, cluster: RayCluster | None) -> Executor:
+    """Return the executor for ingesting with `parts`: in the workers of a cluster, or here where there is none."""
+    if cluster is not None:
         from ragkit.jobs.ray_executor import RayExecutor
 
-        return RayExecutor(parts, chunker)
+        return RayExecutor(parts, chunker, cluster)
     from ragkit.jobs.local_executor import LocalExecutor
 
     return LocalExecutor(parts.config, chunker, parts.chunk_embedder)

@@ -10,20 +10,28 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from ragkit.chunking.registry import create_chunker
-from ragkit.jobs.executor import open_executor
+from ragkit.config import PipelineConfig
+from ragkit.errors import ReadError
+from ragkit.jobs.executor import open_cluster, open_executor
 from ragkit.jobs.ingest import Ingest
 from ragkit.jobs.plan import Action, IngestPlan, Recipes, plan_ingest
 from ragkit.progress import Progress
-from ragkit.readers import Skipped, discover
+from ragkit.readers import Skipped, Source, discover
+from ragkit.readers.credentials import public_url
+from ragkit.readers.file_systems import is_url, refuse_network
+from ragkit.readers.source import Findable
 from ragkit.reports import FailedSource, IngestReport
 
 if TYPE_CHECKING:
+    from ragkit.chunking.base import Chunker
+    from ragkit.jobs.ray_cluster import RayCluster
     from ragkit.parts import Parts
+    from ragkit.store.base import StoreWriter
 
 
 def run_ingest(
     parts: Parts,
-    sources: Sequence[str | Path],
+    sources: Sequence[Findable],
     *,
     prune: bool,
     reembed: bool,
@@ -37,9 +45,9 @@ def run_ingest(
     started = time.perf_counter()
     config = parts.config
     outside: list[Skipped] = []
-    include, exclude = config.ingest.include, config.ingest.exclude
-    found = list(discover(sources, include=include, exclude=exclude, on_skip=outside.append))
-    roots = [source for source in sources if Path(source).is_dir()] if prune else []
+    broken: list[FailedSource] = []
+    found = _discovered(sources, config, outside, broken)
+    roots = _prune_roots(sources) if prune else []
     chunker = create_chunker(config.chunking, parts.tokenizer, parts)
     recipes = Recipes(chunker)
     if dry_run:
@@ -49,41 +57,86 @@ def run_ingest(
     store = parts.create_store()
     if not reembed:
         parts.check_embedder()
-    with store.writer(lock_timeout_s=config.ingest.lock_timeout_s) as writer:
-        # The plan is made under the lock: two ingests of the same folder must not both embed it.
-        plan = plan_ingest(store, found, recipes, retry_failed=retry_failed, prune_roots=roots)
-        embedder = parts.chunk_embedder
-        if reembed and store.meta.embedder_id not in ("", embedder.embedder_id):
-            writer.reset_embeddings(embedder_id=embedder.embedder_id, dim=embedder.dim, embed=embedder.encode_chunks)
-        writer.configure(
-            embedder_id=embedder.embedder_id,
-            dim=embedder.dim,
-            chunker=chunker.name,
-            chunker_fingerprint=chunker.fingerprint,
-            tokenizer_id=parts.tokenizer.tokenizer_id,
-        )
-        with open_executor(parts, chunker) as executor:
-            ingest = Ingest(store, writer, executor, recipes, progress, stop)
-            try:
-                report = ingest.run(plan)
-            finally:
-                progress.close()
-                parts.forget_removed(ingest.heirs)
-    warnings = tuple(f"{one.uri}: {one.reason}" for one in outside)
-    report = replace(report, warnings=warnings + report.warnings)
-    if kv and not report.interrupted:
-        report = _with_kv(parts, report, progress, stop)
+    with open_cluster(config.jobs) as cluster:
+        with store.writer(lock_timeout_s=config.ingest.lock_timeout_s) as writer:
+            # The plan is made under the lock: two ingests of the same folder must not both embed it.
+            plan = plan_ingest(store, found, recipes, retry_failed=retry_failed, prune_roots=roots)
+            _configure(parts, writer, chunker, reembed=reembed)
+            with open_executor(parts, chunker, cluster) as executor:
+                ingest = Ingest(store, writer, executor, recipes, progress, stop)
+                try:
+                    report = ingest.run(plan)
+                finally:
+                    progress.close()
+                    parts.forget_removed(ingest.heirs)
+        warnings = tuple(f"{one.uri}: {one.reason}" for one in outside)
+        report = replace(report, warnings=warnings + report.warnings, failed=(*broken, *report.failed))
+        if kv and not report.interrupted:
+            report = _with_kv(parts, report, cluster, progress, stop)
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _with_kv(parts: Parts, report: IngestReport, progress: Progress, stop: Event | None) -> IngestReport:
-    """Compute the KV of all chunks, now that the documents are committed and the store may be written by others."""
-    blending = parts.blending  # first: it imports torch
-    from ragkit.jobs.kv_ingest import KVIngest
+def _configure(parts: Parts, writer: StoreWriter, chunker: Chunker, *, reembed: bool) -> None:
+    """Record what the commits are made with, and replace the vectors of another embedder if that is asked for."""
+    embedder = parts.chunk_embedder
+    if reembed and parts.store.meta.embedder_id not in ("", embedder.embedder_id):
+        writer.reset_embeddings(embedder_id=embedder.embedder_id, dim=embedder.dim, embed=embedder.encode_chunks)
+    writer.configure(
+        embedder_id=embedder.embedder_id,
+        dim=embedder.dim,
+        chunker=chunker.name,
+        chunker_fingerprint=chunker.fingerprint,
+        tokenizer_id=parts.tokenizer.tokenizer_id,
+    )
 
+
+def _discovered(
+    sources: Sequence[Findable], config: PipelineConfig, outside: list[Skipped], broken: list[FailedSource]
+) -> list[Source]:
+    """Return what there is to read; what was not taken goes to `outside`, what gives documents and failed to `broken`.
+
+    Raises:
+        OfflineError: a source lies elsewhere, and nothing may be fetched.
+    """
+
+    def on_fail(name: str, error: ReadError) -> None:
+        broken.append(FailedSource(name, error.stage, error.code, str(error)))
+
+    for source in sources if config.offline else ():
+        if isinstance(source, str) and is_url(source):
+            refuse_network(source)
+    ingest = config.ingest
+    return list(
+        discover(sources, include=ingest.include, exclude=ingest.exclude, on_skip=outside.append, on_fail=on_fail)
+    )
+
+
+def _prune_roots(sources: Sequence[Findable]) -> list[str | Path]:
+    """Return the folders among the sources, here and elsewhere: what is gone from below them can be forgotten."""
+    roots: list[str | Path] = []
+    for source in sources:
+        if isinstance(source, str) and is_url(source) and not source.lower().startswith("file://"):
+            roots.append(public_url(source))
+        elif isinstance(source, str | Path) and Path(source).is_dir():
+            roots.append(source)
+    return roots
+
+
+def _with_kv(
+    parts: Parts, report: IngestReport, cluster: RayCluster | None, progress: Progress, stop: Event | None
+) -> IngestReport:
+    """Compute the KV of all chunks, now that the documents are committed and the store may be written by others."""
     started = time.perf_counter()
     try:
-        done, warnings = KVIngest(parts.store, blending, progress, stop).run()
+        if cluster is None:
+            blending = parts.blending  # first: it imports torch
+            from ragkit.jobs.kv_ingest import KVIngest
+
+            done, warnings = KVIngest(parts.store, blending, progress, stop).run()
+        else:
+            from ragkit.jobs.ray_kv import RayKVIngest
+
+            done, warnings = RayKVIngest(parts, cluster, progress, stop).run()
     finally:
         progress.close()
     return replace(
