@@ -35,10 +35,12 @@ class Meter:
         """Begin counting from nothing."""
         self.started = self._clock()
         self.total_documents, self.total_bytes, self.unit = total_documents, total_bytes, unit
-        self.documents = self.bytes = self.tokens = 0
+        self.documents = self.bytes = self.tokens = self.hits = self.misses = 0
 
-    def add(self, documents: int, bytes: int, tokens: int) -> None:
+    def add(self, documents: int, bytes: int, tokens: int, hits: int = 0, misses: int = 0) -> None:
         """Count more."""
+        self.hits += hits
+        self.misses += misses
         self.documents += documents
         self.bytes += bytes
         self.tokens += tokens
@@ -58,8 +60,12 @@ class Meter:
             parts.append(f"{human_bytes(self.bytes)} of {human_bytes(self.total_bytes)}")
         if self.bytes:
             parts.append(f"{self.bytes / 1e6 / seconds:.2f} MB/s")
+        if self.unit == "rows" and self.documents:
+            parts.append(f"{self.documents / seconds:,.1f} rows/s")
         if self.tokens:
             parts.append(f"{self.tokens / seconds:,.0f} tokens/s")
+        if self.hits or self.misses:
+            parts.append(f"{self.hits / (self.hits + self.misses):.0%} of chunk KV found")
         if 0 < self.fraction < 1:
             parts.append(f"ETA {_clock_text(seconds / self.fraction - seconds)}")
         return ", ".join(parts)
@@ -79,9 +85,9 @@ class PlainProgress:
         self._meter.start(total_documents, total_bytes, unit)
         self._last = self._clock()
 
-    def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0) -> None:
+    def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0, hits: int = 0, misses: int = 0) -> None:
         """Count, and write a line when the last one is old enough."""
-        self._meter.add(documents, bytes, tokens)
+        self._meter.add(documents, bytes, tokens, hits, misses)
         if self._clock() - self._last >= self._interval_s:
             self._last = self._clock()
             self.message(str(self._meter))
@@ -120,9 +126,9 @@ class BarProgress:
         self._task = self._bars.add_task("", total=1.0, rates=str(self._meter))
         self._bars.start()
 
-    def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0) -> None:
+    def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0, hits: int = 0, misses: int = 0) -> None:
         """Count and redraw."""
-        self._meter.add(documents, bytes, tokens)
+        self._meter.add(documents, bytes, tokens, hits, misses)
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=self._meter.fraction, rates=str(self._meter))
 

@@ -12,8 +12,8 @@ class Progress(Protocol):
         """Say how much work there is, and what it is counted in; a second call begins the next stage."""
         ...
 
-    def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0) -> None:
-        """Say how much more is done: whole sources (or other units), bytes read or written, tokens."""
+    def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0, hits: int = 0, misses: int = 0) -> None:
+        """Say how much more is done: sources (or other units), bytes, tokens; chunks whose KV was found or was not."""
         ...
 
     def message(self, text: str) -> None:
@@ -31,7 +31,7 @@ class Silent:
     def start(self, total_documents: int, total_bytes: int, unit: str = "documents") -> None:
         """Ignore the totals."""
 
-    def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0) -> None:
+    def advance(self, documents: int = 0, bytes: int = 0, tokens: int = 0, hits: int = 0, misses: int = 0) -> None:
         """Ignore the advance."""
 
     def message(self, text: str) -> None:

@@ -1,0 +1,248 @@
+"""One `ragkit batch` from end to end: rows read and checked, the job begun or gone on with, answered, published.
+
+A row that is reported as done lies synced in the job's folder; the output appears when all rows are done. Whatever ends
+the process, the same command goes on with the rows that are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from ragkit.answers.options import QuestionChanges
+from ragkit.errors import JobError, UsageError
+from ragkit.jobs.answer_rows import output_kind, row_bytes, write_rows
+from ragkit.jobs.batch_manifest import differences, manifest_of, read_manifest, row_differences
+from ragkit.jobs.batch_report import BatchReport, Tally
+from ragkit.jobs.job_folder import JobFolder, open_job_folder
+from ragkit.jobs.question_files import open_questions
+from ragkit.jobs.question_rows import RowReader, duplicate_ids, id_hash
+from ragkit.jobs.result_log import ResultLog
+from ragkit.jobs.rows import QuestionRow, RowOutcome, RowShape
+from ragkit.progress import Progress, Silent
+from ragkit.types import MetadataValue
+
+if TYPE_CHECKING:
+    from ragkit.parts import Parts
+
+_NAMED_IDS = 5
+
+#: Answers rows, as `answer_many` does; whatever runs a batch is one of these.
+AnswerRows = Callable[[Iterable[QuestionRow]], Iterator[RowOutcome]]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchJob:
+    """What a batch is asked for.
+
+    Attributes:
+        questions: a file of rows: a path, `-`, or an fsspec URL.
+        out: the output: a path or an fsspec URL that ends in .jsonl or .parquet.
+        limit: only the first rows; None for all.
+        overwrite: replace an output that is there, and a job that was begun with other rows or settings.
+        filter, document: hold for every row that does not say otherwise.
+    """
+
+    questions: str
+    out: str
+    limit: int | None = None
+    overwrite: bool = False
+    filter: Mapping[str, MetadataValue] | None = None
+    document: str | None = None
+
+
+@dataclass(slots=True)
+class SpooledRows:
+    """The rows of a job in a file, one JSON a line, and what was noticed while they were read."""
+
+    path: Path
+    count: int
+    sha256: str
+    warnings: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[QuestionRow]:
+        return read_rows(self.path)
+
+
+def run_batch(
+    parts: Parts, job: BatchJob, *, progress: Progress | None = None, stop: Event | None = None
+) -> BatchReport:
+    """Answer all rows of `job` and return what was done; rows that an earlier run has done are not asked again.
+
+    Raises:
+        UsageError: the file of questions cannot be read, an id comes twice, or an output is there already.
+        JobError: the job that was begun has other rows, settings, models or another store.
+        StoreLockedError: another process works on it.
+        StoreSpaceError: the disk is full; what was done is kept.
+    """
+    stop = stop or Event()
+    kind = output_kind(job.out)
+    started = time.perf_counter()
+    _ = parts.store
+    with open_job_folder(job.out) as folder, spooled_rows(job, kind) as rows:
+        warnings = rows.warnings + _begin_or_go_on(parts, job, folder, rows, kind)
+        log = folder.open_log(rows.count)
+        with contextlib.closing(log):
+            before, tally = log.done, Tally().add_all(log.rows())
+            run = _Run(folder, log, progress or Silent(), tally)
+            generated = tally.tokens["generated"]
+            if log.done < rows.count and not stop.is_set():
+                left = (row for row in rows if row.number not in log)
+                run.answer(open_answers(parts, stop), left, rows.count - before)
+            finished = log.done == rows.count
+            if finished:
+                folder.publish(lambda path: write_rows(path, log.rows(), kind))
+            seconds = time.perf_counter() - started
+            return BatchReport(
+                out=job.out,
+                rows=rows.count,
+                answered=tally.answered,
+                not_found=tally.not_found,
+                failed=tally.failed,
+                resumed=before,
+                failures=tuple(tally.failures),
+                tokens=tally.tokens,
+                kv=tally.kv,
+                seconds=seconds,
+                rows_per_second=(log.done - before) / seconds,
+                tokens_per_second=(tally.tokens["generated"] - generated) / seconds,
+                interrupted=not finished,
+                warnings=tuple(warnings),
+            )
+
+
+def open_answers(parts: Parts, stop: Event) -> AnswerRows:
+    """Return what answers rows over `parts`, until `stop` is set."""
+    from ragkit.jobs.answering import answer_many
+
+    return lambda rows: answer_many(parts, rows, stop=stop)
+
+
+class _Run:
+    """Answers rows and keeps them in groups."""
+
+    def __init__(self, folder: JobFolder, log: ResultLog, progress: Progress, tally: Tally) -> None:
+        self._folder = folder
+        self._log = log
+        self._progress = progress
+        self._tally = tally
+        self._group: list[tuple[int, bytes]] = []
+        self._written = time.monotonic()
+
+    def answer(self, answers: AnswerRows, rows: Iterable[QuestionRow], count: int) -> None:
+        if self._log.done:
+            self._progress.message(f"going on: {self._log.done:,} rows are done, {count:,} are left")
+        self._progress.start(count, 0, "rows")
+        try:
+            for outcome in answers(rows):
+                self._group.append((outcome.row.number, row_bytes(outcome, int(time.time()))))
+                waited = time.monotonic() - self._written
+                if len(self._group) >= self._folder.group_rows or waited >= self._folder.group_seconds:
+                    self._write()
+        finally:  # what is answered is kept, whatever ended the run
+            self._write()
+            self._progress.close()
+
+    def _write(self) -> None:
+        group, self._group = self._group, []
+        if group:
+            self._folder.append(self._log, group)
+            before = (self._tally.tokens["generated"], self._tally.kv["hits"], self._tally.kv["misses"])
+            self._tally.add_all(row for _, row in group)
+            now = (self._tally.tokens["generated"], self._tally.kv["hits"], self._tally.kv["misses"])
+            tokens, hits, misses = (new - old for new, old in zip(now, before, strict=True))
+            self._progress.advance(documents=len(group), tokens=tokens, hits=hits, misses=misses)
+        self._written = time.monotonic()
+
+
+def _begin_or_go_on(parts: Parts, job: BatchJob, folder: JobFolder, rows: SpooledRows, kind: str) -> list[str]:
+    """Begin the job, or check that the one at hand is the same; return what is to be said about that."""
+    begun = folder.manifest()
+    now = manifest_of(parts, rows=rows.count, sha256=rows.sha256, output=kind)
+    if begun is None:
+        if folder.output_exists() and not job.overwrite:
+            raise UsageError(f"{job.out} is there already, and whole; --overwrite answers again and replaces it")
+        folder.start(rows.path, json.dumps(now).encode())
+        return []
+    try:
+        before = read_manifest(begun, job.out)
+        different = differences(before, now)
+        if before["rows"] != now["rows"]:
+            with folder.rows() as path:
+                different += row_differences(path, rows.path)
+        if different:
+            raise JobError(
+                f"{job.out} was begun by another job, which is not finished: {'; '.join(different)}. Run it as it was, "
+                "or give --overwrite to begin anew"
+            )
+    except JobError:
+        if not job.overwrite:
+            raise
+        folder.start(rows.path, json.dumps(now).encode())
+        return []
+    then, current = before["store"]["generation"], now["store"]["generation"]
+    if then == current:
+        return []
+    return [
+        f"the store changed since the job was begun (generation {then}, now {current}): earlier rows saw it as it was"
+    ]
+
+
+@contextlib.contextmanager
+def spooled_rows(job: BatchJob, kind: str = "jsonl") -> Iterator[SpooledRows]:
+    """Give the rows of the job, each read and checked once.
+
+    Raises:
+        UsageError: an id comes twice, there are no rows, or they cannot be answered in an output of this kind.
+    """
+    reader = RowReader(QuestionChanges(filter=job.filter, document=job.document))
+    with tempfile.TemporaryDirectory(prefix="ragkit-rows-") as scratch, open_questions(job.questions) as questions:
+        path = Path(scratch) / "rows.jsonl"
+        digest, hashes, openai = hashlib.sha256(), array("Q"), 0
+        with path.open("wb") as file:
+            for row in islice(reader.rows(questions.records()), job.limit):
+                line = json.dumps(row.to_json(), sort_keys=True).encode() + b"\n"
+                file.write(line)
+                digest.update(line)
+                hashes.append(id_hash(row.row_id))
+                openai += row.shape is RowShape.OPENAI
+        if not hashes:
+            raise UsageError(f"{questions.name} holds no rows")
+        _refuse_duplicates(path, hashes)
+        if openai and kind == "parquet":
+            raise UsageError("OpenAI batch lines are answered in their own shape, in JSON Lines: give --out FILE.jsonl")
+        warnings = [f"{questions.name}: {remark}" for remark in (*questions.remarks, *reader.remarks())]
+        warnings += [f"{count:,} lines ask for the model {name}" for name, count in reader.other_models.items()]
+        yield SpooledRows(path, len(hashes), digest.hexdigest(), warnings)
+
+
+def read_rows(path: Path) -> Iterator[QuestionRow]:
+    """Yield the rows of a spool."""
+    with path.open("rb") as file:
+        for line in file:
+            yield QuestionRow.from_json(json.loads(line))
+
+
+def _refuse_duplicates(path: Path, hashes: array[int]) -> None:
+    import numpy as np
+
+    values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
+    repeated = {int(value) for value in values[counts > 1]}
+    found: dict[str, Any] = duplicate_ids(read_rows(path), repeated) if repeated else {}
+    if found:
+        named = (
+            f"{row_id!r} (rows {', '.join(str(number + 1) for number in numbers[:_NAMED_IDS])})"
+            for row_id, numbers in islice(found.items(), _NAMED_IDS)
+        )
+        more = f" and {len(found) - _NAMED_IDS:,} more" if len(found) > _NAMED_IDS else ""
+        raise UsageError(f"ids must differ, and these come more than once: {', '.join(named)}{more}")

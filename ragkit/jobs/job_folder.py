@@ -1,0 +1,241 @@
+"""Where a job keeps what is done until its output is whole: a folder beside the output, here or at an fsspec URL."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from ragkit.errors import JobError, StoreLockedError, UsageError
+from ragkit.jobs.question_files import fsspec_of, is_url, local_path
+from ragkit.jobs.result_log import ResultLog
+from ragkit.store.files import TEMPORARY_PREFIX, sync_folder, write_file_atomically
+
+SUFFIX = ".partial"
+_ROWS, _MANIFEST, _RESULTS, _LOCK = "rows.jsonl", "job.json", "results.log", "lock"
+# Stores of objects: what is uploaded appears when it is whole, so it needs no other name first.
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "r2", "memory"})
+
+
+class JobFolder(Protocol):
+    """One job's folder and output.
+
+    Attributes:
+        out: the output, as the user named it.
+        group_rows, group_seconds: when finished rows are written at the latest.
+    """
+
+    out: str
+    group_rows: int
+    group_seconds: float
+
+    def output_exists(self) -> bool:
+        """Return whether an output is there already."""
+        ...
+
+    def manifest(self) -> bytes | None:
+        """Return what the job at hand is, None where there is none."""
+        ...
+
+    def start(self, rows: Path, manifest: bytes) -> None:
+        """Begin a job: what was there is gone, and its rows and manifest are kept, the manifest last."""
+        ...
+
+    def rows(self) -> contextlib.AbstractContextManager[Path]:
+        """Give the path of the rows of the job at hand."""
+        ...
+
+    def open_log(self, total: int) -> ResultLog:
+        """Return the rows that are done."""
+        ...
+
+    def append(self, log: ResultLog, rows: list[tuple[int, bytes]]) -> None:
+        """Keep more of them; when this returns they are durable."""
+        ...
+
+    def publish(self, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a file, put it in the output's place at once, and remove the folder."""
+        ...
+
+
+@contextlib.contextmanager
+def open_job_folder(out: str) -> Iterator[JobFolder]:
+    """Give the folder of the job that writes `out`, for this process alone (at a URL nobody is kept out).
+
+    Raises:
+        StoreLockedError: another process works on it.
+        UsageError: the output cannot lie there.
+    """
+    if is_url(out):
+        with tempfile.TemporaryDirectory(prefix="ragkit-batch-") as scratch:
+            yield _RemoteJobFolder(out, Path(scratch))
+        return
+    local = _LocalJobFolder(out)
+    with local.locked():
+        yield local
+
+
+class _LocalJobFolder:
+    group_rows = 64
+    group_seconds = 1.0
+
+    def __init__(self, out: str) -> None:
+        self.out = out
+        self._target = Path(local_path(out)).absolute()
+        if self._target.is_dir():
+            raise UsageError(f"--out {out} is a folder; name a file")
+        self._folder = self._target.with_name(self._target.name + SUFFIX)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(lock, 64, 0).decode("ascii", "replace").strip()
+                raise StoreLockedError(
+                    f"process {owner or '?'} is working on {self.out} (its folder is {self._folder}): wait for it, "
+                    "stop it, or give another --out"
+                ) from None
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
+            try:
+                yield
+            finally:
+                if self.manifest() is None:  # nothing was begun, or all of it is done
+                    self._remove()
+        finally:
+            os.close(lock)
+
+    def output_exists(self) -> bool:
+        return self._target.exists()
+
+    def manifest(self) -> bytes | None:
+        path = self._folder / _MANIFEST
+        return path.read_bytes() if path.exists() else None
+
+    def start(self, rows: Path, manifest: bytes) -> None:
+        for name in (_MANIFEST, _RESULTS, _ROWS):
+            (self._folder / name).unlink(missing_ok=True)
+        sync_folder(self._folder)
+        write_file_atomically(self._folder / _ROWS, lambda path: _copy(rows, path))
+        write_file_atomically(self._folder / _MANIFEST, lambda path: _write(path, manifest))
+
+    @contextlib.contextmanager
+    def rows(self) -> Iterator[Path]:
+        yield self._folder / _ROWS
+
+    def open_log(self, total: int) -> ResultLog:
+        log = ResultLog(self._folder / _RESULTS, total)
+        sync_folder(self._folder)
+        return log
+
+    def append(self, log: ResultLog, rows: list[tuple[int, bytes]]) -> None:
+        log.append(rows)
+
+    def publish(self, write: Callable[[Path], None]) -> None:
+        write_file_atomically(self._target, write)
+        self._remove()
+
+    def _remove(self) -> None:
+        # Without the manifest what else is left counts for nothing; while it is there the job is published again.
+        unfinished = self._folder.glob(f"{TEMPORARY_PREFIX}*")
+        for path in (
+            self._folder / _MANIFEST,
+            *unfinished,
+            *(self._folder / name for name in (_ROWS, _RESULTS, _LOCK)),
+        ):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone already, or it holds what is not ours
+            self._folder.rmdir()
+
+
+class _RemoteJobFolder:
+    """Finished rows lie at the URL as one object a group, and in a scratch file for this process."""
+
+    group_rows = 256
+    group_seconds = 10.0
+
+    def __init__(self, out: str, scratch: Path) -> None:
+        self.out = out
+        self._scratch = scratch
+        self._files, self._target = fsspec_of(out)
+        self._folder = self._target + SUFFIX
+        self._groups = 0
+
+    def output_exists(self) -> bool:
+        return bool(self._ask(self._files.exists, self._target))
+
+    def manifest(self) -> bytes | None:
+        path = f"{self._folder}/{_MANIFEST}"
+        return bytes(self._ask(self._files.cat_file, path)) if self._ask(self._files.exists, path) else None
+
+    def start(self, rows: Path, manifest: bytes) -> None:
+        self._remove()
+        self._ask(self._files.makedirs, self._folder, exist_ok=True)
+        self._ask(self._files.put_file, str(rows), f"{self._folder}/{_ROWS}")
+        self._ask(self._files.pipe_file, f"{self._folder}/{_MANIFEST}", manifest)
+
+    @contextlib.contextmanager
+    def rows(self) -> Iterator[Path]:
+        path = self._scratch / _ROWS
+        self._ask(self._files.get_file, f"{self._folder}/{_ROWS}", str(path))
+        yield path
+
+    def open_log(self, total: int) -> ResultLog:
+        groups = sorted(self._ask(self._files.glob, f"{self._folder}/{_RESULTS}-*"))
+        with (self._scratch / _RESULTS).open("wb") as file:
+            for group in groups:
+                content = bytes(self._ask(self._files.cat_file, group))
+                file.write(content if content.endswith(b"\n") else content + b"\n")
+        self._groups = max((int(str(group).rpartition("-")[2]) for group in groups), default=-1) + 1
+        return ResultLog(self._scratch / _RESULTS, total)
+
+    def append(self, log: ResultLog, rows: list[tuple[int, bytes]]) -> None:
+        group = log.append(rows)
+        self._ask(self._files.pipe_file, f"{self._folder}/{_RESULTS}-{self._groups:08}", group)
+        self._groups += 1
+
+    def publish(self, write: Callable[[Path], None]) -> None:
+        whole = self._scratch / "output"
+        write(whole)
+        protocol = self._files.protocol
+        if _OBJECT_STORES & set((protocol,) if isinstance(protocol, str) else protocol):
+            self._ask(self._files.put_file, str(whole), self._target)
+        else:
+            self._ask(self._files.put_file, str(whole), f"{self._folder}/output")
+            self._ask(self._files.mv, f"{self._folder}/output", self._target)
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._ask(self._files.exists, self._folder):
+            ours = [f"{self._folder}/{_MANIFEST}", f"{self._folder}/{_ROWS}"]
+            ours += self._ask(self._files.glob, f"{self._folder}/{_RESULTS}-*")
+            for path in ours:
+                if self._ask(self._files.exists, path):
+                    self._ask(self._files.rm, path)
+            with contextlib.suppress(Exception):  # stores of objects have no folders; others may hold what is not ours
+                self._files.rmdir(self._folder)
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        try:
+            return call(*arguments, **named)
+        except Exception as error:  # every file system has errors of its own
+            raise JobError(
+                f"{self.out} cannot be written or read: {error}; the same command goes on with the rest"
+            ) from error
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _write(target: Path, content: bytes) -> None:
+    target.write_bytes(content)

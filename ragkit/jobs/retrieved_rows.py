@@ -1,0 +1,136 @@
+"""Rows whose chunks are retrieved in a thread of their own, a window of questions at a time, ahead of generation."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ragkit.answers.base import RankedChunk
+from ragkit.answers.options import QueryOptions, query_options
+from ragkit.answers.steps import ordered_timings, ranked, refused
+from ragkit.config import SearchMode
+from ragkit.errors import StoreError
+from ragkit.jobs.rows import QuestionRow, RowError, RowOutcome
+
+if TYPE_CHECKING:
+    from ragkit.parts import Parts
+    from ragkit.retrieval.base import FloatMatrix
+
+logger = logging.getLogger(__name__)
+
+WINDOW_ROWS = 64  # questions that are embedded in one call
+_WINDOWS_AHEAD = 2
+# What is wrong with the store or the machine is no row's fault: the job ends, and goes on when it is started again.
+NOT_OF_A_ROW = (StoreError, OSError, MemoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRow:
+    """A row whose chunks are retrieved, and what that took."""
+
+    row: QuestionRow
+    options: QueryOptions
+    hits: tuple[RankedChunk, ...]
+    generation: int
+    retrieve_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRow:
+    """A row that reads a document whole: it is answered alone, after the batch."""
+
+    row: QuestionRow
+    options: QueryOptions
+
+
+RetrievedRow = FoundRow | PagedRow | RowOutcome
+
+
+class RowRetrieval:
+    """Retrieves for rows. A context manager: leaving it ends its thread."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ragkit-batch")
+        _ = parts.retriever  # what cannot be loaded is no row's fault
+
+    def __enter__(self) -> RowRetrieval:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, rows: Iterator[QuestionRow]) -> Iterator[RetrievedRow]:
+        """Yield every row with its chunks, in order, while the thread works on the next windows."""
+        futures: deque[Future[list[RetrievedRow]]] = deque()
+        while True:
+            window = list(itertools.islice(rows, WINDOW_ROWS))
+            if window:
+                futures.append(self._pool.submit(self._window, window))
+            if not window or len(futures) > _WINDOWS_AHEAD:
+                if not futures:
+                    return
+                yield from futures.popleft().result()
+
+    def _window(self, window: Sequence[QuestionRow]) -> list[RetrievedRow]:
+        started = time.perf_counter()
+        vectors = self._embedded([row.question for row in window])
+        share = 1e3 * (time.perf_counter() - started) / len(window)
+        steps: list[RetrievedRow] = []
+        for index, row in enumerate(window):
+            if row.error is not None:
+                steps.append(RowOutcome(row, error=row.error))
+                continue
+            try:
+                steps.append(self._retrieved(row, None if vectors is None else vectors[index : index + 1], share))
+            except NOT_OF_A_ROW:
+                raise
+            except Exception as error:
+                steps.append(failed(row, error))
+        return steps
+
+    def _embedded(self, questions: list[str]) -> FloatMatrix | None:
+        """Return the vectors of the questions; None where none are needed, or where one of them cannot be embedded."""
+        if self._parts.config.retrieval.mode is SearchMode.BM25:
+            return None
+        try:
+            return self._parts.retriever.embed(questions)
+        except NOT_OF_A_ROW:
+            raise
+        except Exception as error:
+            logger.info("questions are embedded one by one: %s", error)
+            return None
+
+    def _retrieved(self, row: QuestionRow, vector: FloatMatrix | None, embed_ms: float) -> RetrievedRow:
+        from ragkit.answers.confidence import judge
+        from ragkit.request import check_question, paged_document
+
+        parts = self._parts
+        check_question(row.question)
+        options = query_options(parts, row.changes)
+        if paged_document(parts, options) is not None:
+            return PagedRow(row, options)
+        started = time.perf_counter()
+        found = parts.retriever.retrieve(
+            row.question, options.retrieval.k, options.retrieval_filters or None, vector=vector
+        )
+        hits = ranked(found.chunks)
+        retrieve_ms = embed_ms + 1e3 * (time.perf_counter() - started)
+        if not judge(row.question, hits, parts.embedder, options.answers).found:
+            laps = {"retrieve": retrieve_ms, "first_token": retrieve_ms}
+            return RowOutcome(row, refused(options, ordered_timings(laps, 0.0, retrieve_ms)))
+        return FoundRow(row, options, hits, found.generation, retrieve_ms)
+
+
+def failed(row: QuestionRow, error: Exception) -> RowOutcome:
+    """Return the outcome of a row that `error` stopped."""
+    failure = RowError.of(error)
+    if failure.code == "internal":
+        logger.warning("row %s: this is a bug in ragkit: %s", row.row_id, failure.message, exc_info=error)
+    return RowOutcome(row, error=failure)
