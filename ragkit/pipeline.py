@@ -26,6 +26,7 @@ from ragkit.types import Answer, MetadataValue, TextTokenizer
 
 if TYPE_CHECKING:
     from ragkit.generation.engine import Engine
+    from ragkit.readers.source import Findable
     from ragkit.request import AnswerStream
     from ragkit.retrieval.base import Embedder
     from ragkit.retrieval.retriever import Retriever
@@ -100,7 +101,7 @@ class Pipeline(AsyncQuestions):
 
     def ingest(
         self,
-        sources: Sequence[str | Path],
+        sources: Sequence[Findable],
         *,
         prune: bool = False,
         reembed: bool = False,
@@ -116,7 +117,8 @@ class Pipeline(AsyncQuestions):
         that fails is reported and never stops the others.
 
         Args:
-            sources: files, folders (recursive), or `-` for standard input.
+            sources: files, folders (recursive), URLs (`s3://...`, `https://...`), databases with a query
+                (`postgresql://...?query=SELECT ...`), iterables of `Document`, or `-` for standard input.
             prune: also remove what the store knows below the given folders and is no longer there.
             reembed: replace every vector when the configured embedder is not the store's.
             retry_failed: read again what failed before, unchanged.

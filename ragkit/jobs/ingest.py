@@ -17,7 +17,7 @@ from ragkit.jobs.plan import Action, IngestPlan, PlannedSource, Recipes
 from ragkit.jobs.steps import FailedPreparation, PreparedSource, SourceFacts
 from ragkit.progress import Progress
 from ragkit.reports import FailedSource, IngestReport
-from ragkit.store.base import IndexedDocument, SourceFailure, SourceUpdate, StoreReader, StoreWriter
+from ragkit.store.base import IndexedDocument, SourceFailure, SourceStatus, SourceUpdate, StoreReader, StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class _Tally:
 
     added: int = 0
     updated: int = 0
+    unchanged: int = 0
     skipped: int = 0
     chunks: int = 0
     tokens: int = 0
@@ -81,7 +82,7 @@ class Ingest:
         return IngestReport(
             added=tally.added,
             updated=tally.updated,
-            unchanged=len(plan.of(Action.UNCHANGED)),
+            unchanged=len(plan.of(Action.UNCHANGED)) + tally.unchanged,
             relinked=len(plan.of(Action.RELINK)),
             removed=len(removed),
             skipped=tally.skipped,
@@ -128,7 +129,9 @@ class Ingest:
         for item, outcome in group.outcomes:
             if outcome.facts is not None:
                 self._report_losses(item, outcome.facts)
-            if isinstance(outcome, PreparedSource):
+            if isinstance(outcome, PreparedSource) and self._is_unchanged(item, outcome.facts):
+                self._touch(item, outcome.facts)
+            elif isinstance(outcome, PreparedSource):
                 read.append(item)
                 updates.append(self._update_of(item, outcome))
                 embedded |= {one.document.doc_id: one for one in outcome.documents if isinstance(one, IndexedDocument)}
@@ -148,6 +151,24 @@ class Ingest:
         self._tally.chunks += report.rows
         self._tally.heirs.update(report.heirs)
         self._progress.advance(documents=len(read), bytes=sum(item.source.size for item in read))
+
+    def _is_unchanged(self, item: PlannedSource, facts: SourceFacts) -> bool:
+        """Return whether reading showed that nothing is new, where the place of the content could not say so."""
+        record = item.record
+        return (
+            item.source.origin is not None
+            and record is not None
+            and record.status is SourceStatus.OK
+            and record.content_sha256 == facts.content_sha256
+            and record.recipe == self._recipes.of(facts.media_type)
+        )
+
+    def _touch(self, item: PlannedSource, facts: SourceFacts) -> None:
+        source = facts.source
+        if item.record is not None and (item.record.size, item.record.mtime_ns) != (source.size, source.mtime_ns):
+            self._writer.touch(source.uri, size=source.size, mtime_ns=source.mtime_ns)
+        self._tally.unchanged += 1
+        self._progress.advance(documents=1, bytes=source.size)
 
     def _report_losses(self, item: PlannedSource, facts: SourceFacts) -> None:
         uri, rows = item.source.uri, facts.failed_rows

@@ -11,6 +11,7 @@ from pathlib import Path
 from ragkit.chunking.base import Chunker
 from ragkit.errors import ReadError
 from ragkit.readers import MediaType, Source, content_sha256
+from ragkit.readers.file_systems import is_url
 from ragkit.readers.registry import READERS, load_reader
 from ragkit.store.base import SourceRecord, SourceStatus, StoreReader
 
@@ -29,7 +30,8 @@ class Action(StrEnum):
 class PlannedSource:
     """One source and its action; `record` is what the store knows, for a relink under the old URI.
 
-    `content_sha256` is empty where the source could not be read for hashing: the reader will say why.
+    `content_sha256` is empty where the source could not be read for hashing: the reader will say why. So it is where
+    the content lies elsewhere and may have changed; what it is shows when it is read.
     """
 
     source: Source
@@ -104,20 +106,17 @@ def plan_ingest(
                 renamed.add(old.uri)
                 item = PlannedSource(source, Action.RELINK, item.content_sha256, old)
         items.append(item)
-    roots = [Path(root).resolve() for root in prune_roots]
+    roots = [root if is_url(str(root)) else Path(root).resolve() for root in prune_roots]
     gone = (uri for uri in known if uri not in discovered and uri not in renamed)
     removed = tuple(uri for uri in gone if any(_is_below(uri, root) for root in roots))
     return IngestPlan(tuple(items), removed)
 
 
 def _plan_one(source: Source, record: SourceRecord | None, recipes: Recipes, retry_failed: bool) -> PlannedSource:
-    try:
-        digest = content_sha256(source)
-    except (ReadError, OSError):
-        digest = ""
+    digest = _digest(source)
     if record is None:
         return PlannedSource(source, Action.ADD, digest)
-    same = bool(digest) and record.content_sha256 == digest and record.recipe == recipes.of(record.media_type)
+    same = _same_content(source, digest, record) and record.recipe == recipes.of(record.media_type)
     if same and record.status is SourceStatus.OK:
         return PlannedSource(source, Action.UNCHANGED, digest, record)
     if same and record.status is SourceStatus.FAILED and not retry_failed:
@@ -126,15 +125,35 @@ def _plan_one(source: Source, record: SourceRecord | None, recipes: Recipes, ret
     return PlannedSource(source, action, digest, record)
 
 
+def _digest(source: Source) -> str:
+    if source.origin is not None:
+        return ""
+    try:
+        return content_sha256(source)
+    except (ReadError, OSError):
+        return ""
+
+
+def _same_content(source: Source, digest: str, record: SourceRecord) -> bool:
+    """Return whether a source is as it was when it was last looked at."""
+    if source.origin is not None:  # its place says so, and nothing is fetched
+        return bool(source.mtime_ns) and (source.size, source.mtime_ns) == (record.size, record.mtime_ns)
+    return bool(digest) and record.content_sha256 == digest
+
+
 def _renamed_from(store: StoreReader, digest: str, recipes: Recipes, taken: set[str]) -> SourceRecord | None:
     for record in store.sources_with_content(digest):
         if record.status is not SourceStatus.OK or record.uri in taken:
+            continue
+        if "://" in record.uri:  # it lies elsewhere, and nothing here says that it is gone
             continue
         if record.recipe == recipes.of(record.media_type) and not Path(record.uri).exists():
             return record
     return None
 
 
-def _is_below(uri: str, root: Path) -> bool:
+def _is_below(uri: str, root: str | Path) -> bool:
+    if not isinstance(root, Path):
+        return uri == root or uri.startswith(root.rstrip("/") + "/")
     path = Path(uri)
     return path == root or root in path.parents

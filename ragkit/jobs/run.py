@@ -5,20 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
 from ragkit.chunking.registry import create_chunker
-from ragkit.config import PipelineConfig
-from ragkit.errors import ReadError
+from ragkit.jobs.discovery import find_sources, prune_roots
 from ragkit.jobs.executor import open_cluster, open_executor
 from ragkit.jobs.ingest import Ingest
 from ragkit.jobs.plan import Action, IngestPlan, Recipes, plan_ingest
 from ragkit.progress import Progress
-from ragkit.readers import Skipped, Source, discover
-from ragkit.readers.credentials import public_url
-from ragkit.readers.file_systems import is_url, refuse_network
 from ragkit.readers.source import Findable
 from ragkit.reports import FailedSource, IngestReport
 
@@ -44,10 +39,8 @@ def run_ingest(
     """Return what `Pipeline.ingest` returns; arguments and errors are described there."""
     started = time.perf_counter()
     config = parts.config
-    outside: list[Skipped] = []
-    broken: list[FailedSource] = []
-    found = _discovered(sources, config, outside, broken)
-    roots = _prune_roots(sources) if prune else []
+    discovery = find_sources(sources, config.ingest, offline=config.offline)
+    found, roots = discovery.sources, prune_roots(sources) if prune else []
     chunker = create_chunker(config.chunking, parts.tokenizer, parts)
     recipes = Recipes(chunker)
     if dry_run:
@@ -69,8 +62,7 @@ def run_ingest(
                 finally:
                     progress.close()
                     parts.forget_removed(ingest.heirs)
-        warnings = tuple(f"{one.uri}: {one.reason}" for one in outside)
-        report = replace(report, warnings=warnings + report.warnings, failed=(*broken, *report.failed))
+        report = replace(report, warnings=discovery.warnings + report.warnings, failed=discovery.failed + report.failed)
         if kv and not report.interrupted:
             report = _with_kv(parts, report, cluster, progress, stop)
     return replace(report, seconds=time.perf_counter() - started)
@@ -88,38 +80,6 @@ def _configure(parts: Parts, writer: StoreWriter, chunker: Chunker, *, reembed: 
         chunker_fingerprint=chunker.fingerprint,
         tokenizer_id=parts.tokenizer.tokenizer_id,
     )
-
-
-def _discovered(
-    sources: Sequence[Findable], config: PipelineConfig, outside: list[Skipped], broken: list[FailedSource]
-) -> list[Source]:
-    """Return what there is to read; what was not taken goes to `outside`, what gives documents and failed to `broken`.
-
-    Raises:
-        OfflineError: a source lies elsewhere, and nothing may be fetched.
-    """
-
-    def on_fail(name: str, error: ReadError) -> None:
-        broken.append(FailedSource(name, error.stage, error.code, str(error)))
-
-    for source in sources if config.offline else ():
-        if isinstance(source, str) and is_url(source):
-            refuse_network(source)
-    ingest = config.ingest
-    return list(
-        discover(sources, include=ingest.include, exclude=ingest.exclude, on_skip=outside.append, on_fail=on_fail)
-    )
-
-
-def _prune_roots(sources: Sequence[Findable]) -> list[str | Path]:
-    """Return the folders among the sources, here and elsewhere: what is gone from below them can be forgotten."""
-    roots: list[str | Path] = []
-    for source in sources:
-        if isinstance(source, str) and is_url(source) and not source.lower().startswith("file://"):
-            roots.append(public_url(source))
-        elif isinstance(source, str | Path) and Path(source).is_dir():
-            roots.append(source)
-    return roots
 
 
 def _with_kv(

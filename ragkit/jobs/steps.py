@@ -12,7 +12,7 @@ from ragkit.chunking.metadata import with_metadata
 from ragkit.errors import ChunkingError, ReadError, RetrievalError
 from ragkit.readers import ReadFailure, ReadResult
 from ragkit.readers.base import FailedRow
-from ragkit.readers.source import Source
+from ragkit.readers.origin import Source
 from ragkit.retrieval.base import ChunkEmbedder, FloatMatrix
 from ragkit.store.base import DocumentSpans, IndexedDocument, KnownDocument
 from ragkit.types import Chunk, Document

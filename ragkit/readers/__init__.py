@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from ragkit.readers.base import FailedRow, Reader, ReadLimits
     from ragkit.readers.llama_index import read_llama_index
     from ragkit.readers.media_type import MediaType, sniff
+    from ragkit.readers.origin import Skipped, Source
     from ragkit.readers.pool import ReaderPool
     from ragkit.readers.reading import read_documents, read_source
     from ragkit.readers.result import ReadFailure, ReadResult
-    from ragkit.readers.source import Skipped, Source, content_sha256, discover
+    from ragkit.readers.source import content_sha256, discover
+    from ragkit.readers.sql import sql_source
 
 _HOME = {
     "FailedRow": "base",
@@ -25,14 +27,15 @@ _HOME = {
     "ReadResult": "result",
     "Reader": "base",
     "ReaderPool": "pool",
-    "Skipped": "source",
-    "Source": "source",
+    "Skipped": "origin",
+    "Source": "origin",
     "content_sha256": "source",
     "discover": "source",
     "read_documents": "reading",
     "read_llama_index": "llama_index",
     "read_source": "reading",
     "sniff": "media_type",
+    "sql_source": "sql",
 }
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "read_llama_index",
     "read_source",
     "sniff",
+    "sql_source",
 ]
 
 

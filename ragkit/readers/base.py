@@ -80,6 +80,7 @@ class ParsedDocument:
         metadata: flat values.
         row: 1-based row of a table of documents, None for a file that is one document.
         warnings: one line each.
+        key: what names a row of a database for good, empty where only its number does.
     """
 
     text: str
@@ -87,6 +88,7 @@ class ParsedDocument:
     metadata: Metadata = field(default_factory=dict)
     row: int | None = None
     warnings: tuple[str, ...] = ()
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

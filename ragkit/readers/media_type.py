@@ -25,6 +25,8 @@ class MediaType(StrEnum):
     DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
     EPUB = "application/epub+zip"
     PARQUET = "application/vnd.apache.parquet"
+    ROWS = "application/x-sql-rows"  # of a database
+    GIVEN = "application/x-document"  # handed over by the caller
     OLE = "application/x-ole-storage"
     ZIP = "application/zip"
     IMAGE = "image/*"

@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from ragkit.errors import ReadError, UsageError
 from ragkit.readers.base import MB, ReadLimits
+from ragkit.readers.origin import Source
 from ragkit.readers.process import CHILD_COMMAND, ParserProcess
 from ragkit.readers.reading import read_source
 from ragkit.readers.result import ReadFailure, ReadResult
-from ragkit.readers.source import Source
 
 _AHEAD_BYTES = 64 * MB
 _AHEAD_A_WORKER = 4

@@ -11,17 +11,18 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from ragkit.config import IngestConfig
 from ragkit.errors import ReadError, UsageError
 from ragkit.readers.base import FailedRow, ParseContext, Parsed, ParsedDocument, Reader, ReadLimits
 from ragkit.readers.invisible import is_blank
 from ragkit.readers.media_type import MediaType, sniff_file
+from ragkit.readers.origin import Source
 from ragkit.readers.process import ParserProcess
 from ragkit.readers.registry import READERS, load_reader
 from ragkit.readers.result import Collected, ReadResult
-from ragkit.readers.source import Source, discover
+from ragkit.readers.source import discover
 from ragkit.readers.text import TextReader
 from ragkit.types import Document
 
@@ -63,6 +64,12 @@ def read_source(
         ReadError: its `code` and `stage` say why there are none.
     """
     context = ParseContext(limits or ReadLimits(), text_column)
+    if source.origin is not None:
+        return source.origin.read(source, context, lambda local: _read_local(local, context, process))
+    return _read_local(source, context, process)
+
+
+def _read_local(source: Source, context: ParseContext, process: ParserProcess | None) -> ReadResult:
     for _ in range(_ATTEMPTS):
         try:
             return _read_once(source, context, process)
@@ -120,7 +127,7 @@ def _read_once(source: Source, context: ParseContext, process: ParserProcess | N
 def _read_open(descriptor: int, source: Source, context: ParseContext, process: ParserProcess | None) -> ReadResult:
     if source.size == 0:
         raise ReadError("the file is empty", code="empty", stage="read")
-    media_type = sniff_file(descriptor, source.size, PurePath(source.uri).name)
+    media_type = sniff_file(descriptor, source.size, source.name)
     reader = _reader_for(media_type, descriptor, source.size)
     items: Generator[Parsed]
     if READERS[media_type].in_process and isinstance(reader, TextReader):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import IO, overload
 from ragkit.errors import ReadError
 from ragkit.readers.base import FailedRow, ParsedDocument
 from ragkit.readers.media_type import MediaType
-from ragkit.readers.source import Source
+from ragkit.readers.origin import Source
 from ragkit.types import Document, PageSpan
 
 _MAX_FAILED_ROWS = 1000
@@ -62,14 +63,20 @@ class SpilledDocuments(Sequence[Document]):
         self._held_chars = 0
         self._file: IO[bytes] | None = None
         self._offsets = array("Q")
+        self._reading = threading.Lock()
 
     def add(self, parsed: ParsedDocument) -> None:
-        """Append one document; rows of a table are named `#row=N`."""
+        """Append one document; rows of a table are named by their key as `#id=KEY`, else by number as `#row=N`."""
         uri = self._uri if parsed.row is None else f"{self._uri}#row={parsed.row}"
-        document = Document.from_text(parsed.text, uri, parsed.pages, parsed.metadata)
+        if parsed.key:
+            uri = f"{self._uri}#id={parsed.key}"
+        self.append(Document.from_text(parsed.text, uri, parsed.pages, parsed.metadata))
+
+    def append(self, document: Document) -> None:
+        """Append one document as it is."""
         if self._file is None:
             self._held.append(document)
-            self._held_chars += len(parsed.text)
+            self._held_chars += len(document.text)
             if self._held_chars > self._spill_chars and len(self._held) > 1:
                 self._file = tempfile.TemporaryFile(prefix="ragkit-rows-")  # noqa: SIM115 - lives as long as the sequence
                 for held in self._held:
@@ -96,9 +103,10 @@ class SpilledDocuments(Sequence[Document]):
         if self._file is None:
             return self._held[index]
         place = range(len(self))[index]
-        self._file.seek(self._offsets[place])
-        head = json.loads(self._file.readline())
-        text = self._file.read(head["bytes"]).decode("utf-8")
+        with self._reading:
+            self._file.seek(self._offsets[place])
+            head = json.loads(self._file.readline())
+            text = self._file.read(head["bytes"]).decode("utf-8")
         pages = tuple(PageSpan(*page) for page in head["pages"])
         return Document(head["doc_id"], head["uri"], text, pages, head["metadata"])
 

@@ -1,4 +1,4 @@
-"""Finds what is to be read: files, folders, `file://` URLs and standard input."""
+"""Finds what is to be read: files, folders, URLs, databases, documents that the caller gives, and standard input."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ragkit.errors import ReadError, UsageError
+from ragkit.readers.file_systems import is_url, scheme_of
+from ragkit.readers.given import given_sources
 from ragkit.readers.globs import PathFilter
+from ragkit.readers.origin import Skipped, Source
+from ragkit.readers.remote_file import remote_sources
+from ragkit.readers.sql import is_sql_url, sql_sources
+from ragkit.types import Document
 
 logger = logging.getLogger(__name__)
 
@@ -36,58 +41,39 @@ DEFAULT_EXCLUDE = (
 _BLOCK = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One file that can be read.
-
-    Attributes:
-        uri: absolute path as text, symbolic links kept; `stdin:` and 16 hex digits of the content for standard input.
-        path: where the bytes are, symbolic links followed.
-        size: bytes.
-        mtime_ns: time of the last change.
-        named: given by the caller, rather than found in a folder.
-    """
-
-    uri: str
-    path: Path
-    size: int
-    mtime_ns: int
-    named: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Something in a folder that was not taken, and why."""
-
-    uri: str
-    reason: str
+#: What `discover` takes: a path, a URL, `-`, or documents.
+Findable = str | Path | Document | Iterable[Document]
+Finder = Callable[[], Iterator[Source]]
 
 
 def discover(
-    sources: Sequence[str | Path],
+    sources: Sequence[Findable],
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     *,
     on_skip: Callable[[Skipped], None] | None = None,
+    on_fail: Callable[[str, ReadError], None] | None = None,
 ) -> Iterator[Source]:
-    """Yield the files that `sources` name, each once, in the order given and by name within folders.
+    """Yield the sources that `sources` name, each once, in the order given and by name within folders.
 
     Args:
-        sources: files, folders (looked into at every depth), `file://` URLs, or `-` for standard input.
+        sources: files, folders (looked into at every depth), URLs of files and folders (`file://`, and what fsspec
+            knows), URLs of databases with a `query`, documents, or `-` for standard input.
         include: glob patterns; only matching files of folders are taken (`PathFilter`).
         exclude: glob patterns; matching files and folders are left out.
         on_skip: called with each link that leaves its folder, each special file and each unreadable folder.
+        on_fail: called with a name and the error where an iterable of documents fails; what it gave before is yielded.
+            The error is raised where this is left out.
 
     Raises:
-        UsageError: a source does not exist or is no file or folder; raised before the first file is yielded.
+        UsageError: a source does not exist or is no file or folder; raised before the first one is yielded.
     """
-    checked = [_checked(source) for source in sources]
-    paths = PathFilter(include, (*DEFAULT_EXCLUDE, *exclude))
-    return _unique(checked, _Walk(paths, on_skip))
+    walk = _Walk(PathFilter(include, (*DEFAULT_EXCLUDE, *exclude)), on_skip)
+    return _unique([_finder(source, walk, on_fail) for source in sources])
 
 
 def content_sha256(source: Source) -> str:
-    """Return the hex SHA-256 of the bytes of `source`.
+    """Return the hex SHA-256 of the bytes of `source`, a local file.
 
     Raises:
         ReadError: `unreadable`.
@@ -104,11 +90,30 @@ def uri_of(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _checked(source: str | Path) -> Path | None:
-    """Return the absolute path that `source` names, None for standard input."""
+def _finder(source: Findable, walk: _Walk, on_fail: Callable[[str, ReadError], None] | None) -> Finder:
+    """Return what yields the sources of one argument; what is wrong with the argument is raised here."""
+    if isinstance(source, Document):
+        source = (source,)
+    if not isinstance(source, str | os.PathLike):
+        return partial(given_sources, source, walk.skip, on_fail)
     text = os.fspath(source)
     if text == "-":
-        return None
+        return lambda: iter((_standard_input(),))
+    if is_url(text) and not os.path.exists(text):
+        if is_sql_url(text):
+            return sql_sources(text)
+        if scheme_of(text) != "file":
+            return remote_sources(text, walk.paths, walk.skip)
+    path = _checked(text)
+    if path.is_dir():
+        return partial(walk.folder, path)
+    status = path.stat()
+    found = Source(uri_of(path), Path(os.path.realpath(path)), status.st_size, status.st_mtime_ns)
+    return lambda: iter((found,))
+
+
+def _checked(text: str) -> Path:
+    """Return the absolute path of the file or folder that `text` names."""
     path = Path(os.path.abspath(_local_path(text)))
     try:
         mode = path.stat().st_mode
@@ -123,28 +128,18 @@ def _checked(source: str | Path) -> Path | None:
 def _local_path(text: str) -> str:
     if not text:
         raise UsageError("a source is empty; give a file, a folder, or - for standard input")
-    scheme, mark, _ = text.partition("://")
-    if not mark or os.path.exists(text):
+    if not is_url(text) or os.path.exists(text):
         return text
-    if scheme.lower() != "file":
-        raise UsageError(f"cannot read {text!r}: only local files are read; download it and give its path")
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise UsageError(f"cannot read {text!r}: a file URL must name this machine, got host {parts.netloc!r}")
     return unquote(parts.path)
 
 
-def _unique(checked: Sequence[Path | None], walk: _Walk) -> Iterator[Source]:
+def _unique(finders: Sequence[Finder]) -> Iterator[Source]:
     seen: set[str] = set()
-    for path in checked:
-        if path is None:
-            found: Iterator[Source] = iter((_standard_input(),))
-        elif path.is_dir():
-            found = walk.folder(path)
-        else:
-            status = path.stat()
-            found = iter((Source(uri_of(path), Path(os.path.realpath(path)), status.st_size, status.st_mtime_ns),))
-        for source in found:
+    for find in finders:
+        for source in find():
             if source.uri not in seen:
                 seen.add(source.uri)
                 yield source
@@ -154,7 +149,7 @@ class _Walk:
     """Walks folders without leaving them: the files of a folder by name, then its folders by name."""
 
     def __init__(self, paths: PathFilter, on_skip: Callable[[Skipped], None] | None) -> None:
-        self._paths = paths
+        self.paths = paths
         self._on_skip = on_skip
 
     def folder(self, root: Path) -> Iterator[Source]:
@@ -176,15 +171,15 @@ class _Walk:
             with os.scandir(folder) as entries:
                 return sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            self._skip(folder, f"cannot be listed: {error.strerror}")
+            self._left_out(folder, f"cannot be listed: {error.strerror}")
             return []
 
     def _entry(self, entry: os.DirEntry[str], relative: str, real_root: str) -> tuple[str, str] | Source | None:
         """Return a source, a folder to look into, or None for what is left out."""
         try:
             if entry.is_dir(follow_symlinks=False):
-                return (entry.path, relative) if self._paths.takes_folder(relative) else None
-            if not self._paths.takes_file(relative):
+                return (entry.path, relative) if self.paths.takes_folder(relative) else None
+            if not self.paths.takes_file(relative):
                 return None
             target = entry.path
             if entry.is_symlink():
@@ -193,23 +188,26 @@ class _Walk:
                     return None
             status = os.stat(target, follow_symlinks=False)
         except OSError as error:
-            self._skip(entry.path, f"cannot be examined: {error.strerror}")
+            self._left_out(entry.path, f"cannot be examined: {error.strerror}")
             return None
         if not stat.S_ISREG(status.st_mode):
-            self._skip(entry.path, "is no regular file")
+            self._left_out(entry.path, "is no regular file")
             return None
         return Source(uri_of(entry.path), Path(target), status.st_size, status.st_mtime_ns, named=False)
 
     def _link_stays(self, link: str, target: str, real_root: str) -> bool:
         """Return whether a link leads to a file below the root. A folder below the root is met where it stands."""
         if os.path.commonpath((target, real_root)) != real_root:
-            self._skip(link, "is a symbolic link out of the folder")
+            self._left_out(link, "is a symbolic link out of the folder")
             return False
         return not os.path.isdir(target)
 
-    def _skip(self, path: str, reason: str) -> None:
-        skipped = Skipped(uri_of(path), reason)
-        logger.warning("skipped %s: %s", skipped.uri, reason)
+    def _left_out(self, path: str, reason: str) -> None:
+        self.skip(Skipped(uri_of(path), reason))
+
+    def skip(self, skipped: Skipped) -> None:
+        """Say that something is not taken."""
+        logger.warning("skipped %s: %s", skipped.uri, skipped.reason)
         if self._on_skip is not None:
             self._on_skip(skipped)
 

@@ -117,7 +117,8 @@ def test_a_file_url_is_a_path(tmp_path):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("https://example.org/a.html", "only local files"),
+        ("nosuch://example.org/a.html", "URL that fsspec knows"),
+        ("zip://a.txt::file:///b.zip", "chained and cached URLs are not read"),
         ("file://elsewhere/a.txt", "elsewhere"),
         ("no/such/file.txt", "no/such/file.txt"),
         ("", "empty"),
