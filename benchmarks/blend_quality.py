@@ -52,7 +52,7 @@ from ragkit.kvcache.selectors_cache_craft import CacheCraft
 from ragkit.kvcache.selectors_deviation import DeviationAtOneLayer, DeviationOf, GradualFiltering
 from ragkit.kvcache.selectors_question import QuestionAttention, TwoRounds
 from ragkit.kvcache.selectors_static import Everything, FirstTokens, NoTokens, RandomTokens
-from ragkit.kvcache.token_selection import TokenSelector
+from ragkit.kvcache.token_selection import LayerRange, TokenSelector
 from ragkit.models.chat_template import ChatTemplate
 from ragkit.models.tokenizer import ModelTokenizer
 from ragkit.types import Document, Prompt, Segment, chunk_id_of
@@ -180,12 +180,17 @@ def context_variants(contexts: Sequence[ContextKind], ratios: Sequence[float]) -
 
 
 def study(ratios: Sequence[float]) -> Iterator[Variant]:
-    """Yield the default method, without propagation, and with keys that move half as far as they might."""
+    """Yield the default method, without propagation, keys that move less, other layers' attention."""
     yield PLAIN_REUSE
     for ratio in ratios:
         yield Variant("question + propagation", QuestionAttention(), ratio)
         yield Variant("question", QuestionAttention(), ratio, NO_PROPAGATION)
-        yield Variant("question + propagation, keys by half", QuestionAttention(), ratio, Propagation(key_strength=0.5))
+        for strength in (0.5, 0.75):
+            name = f"question + propagation, keys by {strength:g}"
+            yield Variant(name, QuestionAttention(), ratio, Propagation(key_strength=strength))
+        for first, end in ((3 / 8, 5 / 8), (1 / 2, 2 / 3)):
+            selector = QuestionAttention(layers=LayerRange(first, end))
+            yield Variant(f"question + propagation, layers from {first:.3f} to {end:.3f}", selector, ratio)
 
 
 class Passages:

@@ -60,7 +60,7 @@ TINY_LENGTHS, TINY_CHUNK, TINY_CHECK = (512, 1024), 64, 256
 CPU_TOKENS, CPU_CHUNK = 4096, 256
 CPU_RATIOS = (0.15, 0.10)
 RATIO, LOW_RATIO = 0.15, 0.05
-HOST_CODECS = ("bf16", "int8", "int4", "int4+bf16")
+HOST_CODECS = ("bf16", "int8", "int4", "int4+bf16", "int4+int8")
 POOL_CODECS = ("bf16",)
 LOW_CODECS = ("int8", "int4+int8")
 # At ratio 1 the distance from full prefill may be this many times that of full prefill in two pieces, which sums in

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,10 +127,13 @@ class EncodedRows:
         return self._table_of(range(len(self._chunks)), [chunk.first_row for chunk in self._chunks])
 
     def _table_of(self, which: Sequence[int], first_rows: Sequence[int]) -> PlacementTable:
-        starts = torch.tensor([[start for start, _ in self._chunks[index].extents] for index in which])
-        starts += torch.tensor([self._bases[index] - self._firsts[index] for index in which]).unsqueeze(1)
+        # By numpy: torch wakes all cores for so few numbers, and a GPU waits for them.
+        num_layers = self._codec.layout.num_layers
+        extents = np.array([self._chunks[index].extents for index in which], dtype=np.int64).reshape(-1, num_layers, 2)
+        moved = np.array([self._bases[index] - self._firsts[index] for index in which], dtype=np.int64)
         tokens = [self._chunks[index].tokens for index in which]
-        return PlacementTable.build(first_rows, tokens, starts.T, self._device)
+        starts = torch.from_numpy(extents[:, :, 0].T + moved)
+        return PlacementTable.build(first_rows, tokens, starts, self._device)
 
     def _are_on_device(self) -> bool:
         return self._device.type != "cpu" and all(chunk.data.device == self._device for chunk in self._chunks)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import GenerationError
-from ragkit.generation.attention import PrefillAttention
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.generation.strategy import PrefillRequest, PrefillResult, PrefillStrategy
+from ragkit.kernels.rope_write_kv import rope_write_kv
+from ragkit.kernels.selected_attention import selected_attention
 from ragkit.kvcache.pool import KVPool
-from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.request_kv import RequestKV, pack_rows
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.types import Prompt
 
@@ -95,30 +96,69 @@ class AnswerScorer:
             result = strategy.prefill(self.decoder, PrefillRequest(prompt, kv, rotary, answer_tokens=ROOM_BEHIND))
             if result.warnings:
                 raise GenerationError(f"a prefill is not what was to be measured: {'; '.join(result.warnings)}")
-            kv.reserve(total)
-            first = result.logits.float()
-            followed = self._greedy(kv, rotary, first) if answer is None else tuple(answer)
-            along = torch.cat((first.unsqueeze(0), self._logits_behind(kv, rotary, followed[:-1])))
-            nll = self._nats_of(gold, kv, rotary, first) if gold else None
+            behind = _BehindPrompt(self.decoder, kv, rotary)
+        first = result.logits.float()
+        followed = _greedy(behind, first) if answer is None else tuple(answer)
+        along = torch.cat((first.unsqueeze(0), behind.logits(followed[:-1])))
+        nll = _nats_of(gold, torch.cat((first.unsqueeze(0), behind.logits(gold[:-1])))) if gold else None
         return PrefillOutcome(along, followed, nll, _recomputed_share(prompt, result))
 
-    def _greedy(self, kv: RequestKV, rotary: RotaryTable, first: Tensor) -> tuple[int, ...]:
-        tokens = [int(first.argmax())]
-        while len(tokens) < ANSWER_TOKENS:
-            tokens.append(int(self._logits_behind(kv, rotary, tokens)[-1].argmax()))
-        return tuple(tokens)
 
-    def _nats_of(self, gold: Sequence[int], kv: RequestKV, rotary: RotaryTable, first: Tensor) -> float:
-        logits = torch.cat((first.unsqueeze(0), self._logits_behind(kv, rotary, gold[:-1])))
-        targets = torch.tensor(list(gold), device=first.device).unsqueeze(1)
-        return float(-logits.log_softmax(-1).gather(1, targets).mean())
+class _BehindPrompt:
+    """Passes over tokens behind a prompt, whose keys are rotated once for all of them.
 
-    def _logits_behind(self, kv: RequestKV, rotary: RotaryTable, token_ids: Sequence[int]) -> Tensor:
-        # (tokens, vocab) fp32 after each of `token_ids`, computed behind the prompt and not kept
+    Args:
+        decoder: the model.
+        kv: the request that holds the prompt; it may end afterwards.
+        rotary: its rotary table, with `ROOM_BEHIND` positions behind the prompt.
+    """
+
+    def __init__(self, decoder: Decoder, kv: RequestKV, rotary: RotaryTable) -> None:
+        self._decoder = decoder
+        self._rotary = rotary
+        self._prompt = kv.num_tokens
+        self._start, self._positions = 0, torch.empty(0)  # of the pass that runs
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        packed = pack_rows([kv]).to(decoder.device)
+        for layer in range(decoder.config.num_layers):
+            keys, values = kv.rows(layer, packed)
+            room = (ROOM_BEHIND, *keys.shape[1:])
+            rotated = rotary.rotate(keys, packed.positions)
+            self._layers.append(
+                (torch.cat((rotated, keys.new_empty(room))), torch.cat((values, values.new_empty(room))))
+            )
+
+    def logits(self, token_ids: Sequence[int], kept: int = 0) -> Tensor:
+        """Return (tokens, vocab) fp32 after each of `token_ids`, which stand behind `kept` tokens of earlier passes."""
         if not token_ids:
-            return torch.empty((0, self.decoder.config.vocab_size), device=self.decoder.device)
-        attend = PrefillAttention(kv, rotary, kv.num_tokens, len(token_ids), self.decoder.scale)
-        return self.decoder.logits(self.decoder.run(list(token_ids), attend)).float()
+            return torch.empty((0, self._decoder.config.vocab_size), device=self._decoder.device)
+        self._start = self._prompt + kept
+        self._positions = torch.arange(self._start, self._start + len(token_ids), device=self._decoder.device)
+        return self._decoder.logits(self._decoder.run(list(token_ids), self._attend)).float()
+
+    def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        stored_keys, stored_values = self._layers[layer]
+        rope_write_kv(
+            queries, keys, values, self._positions, self._positions, self._rotary.cos, self._rotary.sin,
+            stored_keys.unsqueeze(0), stored_values.unsqueeze(0), rotate_keys=True,
+        )  # fmt: skip
+        stop = self._start + len(keys)
+        stored_keys[self._start : stop] = keys  # written un-rotated, and rotated in place after that
+        positions = self._positions.to(torch.int32)
+        scale = self._decoder.scale
+        return selected_attention(queries, stored_keys[:stop], stored_values[:stop], positions, scale=scale)
+
+
+def _greedy(behind: _BehindPrompt, first: Tensor) -> tuple[int, ...]:
+    tokens = [int(first.argmax())]
+    while len(tokens) < ANSWER_TOKENS:
+        tokens.append(int(behind.logits(tokens[-1:], kept=len(tokens) - 1)[-1].argmax()))
+    return tuple(tokens)
+
+
+def _nats_of(gold: Sequence[int], logits: Tensor) -> float:
+    targets = torch.tensor(list(gold), device=logits.device).unsqueeze(1)
+    return float(-logits.log_softmax(-1).gather(1, targets).mean())
 
 
 def distance_between(got: PrefillOutcome, reference: PrefillOutcome) -> AnswerDistance:

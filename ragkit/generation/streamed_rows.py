@@ -171,7 +171,9 @@ class StreamedChunks:
         for rows in (self._drafts, self._encoded):
             if rows is not None:
                 rows.prepare()
-        self.queue.start()
+        # The first layer is on its way while the host prepares the rest. No more than that: the small tensors that the
+        # host sends meanwhile wait behind it.
+        self.queue.start(jobs=1)
 
     @property
     def came_from_host(self) -> bool:

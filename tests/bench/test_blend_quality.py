@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ragkit.bench.answer_distance import ANSWER_TOKENS, AnswerScorer
 from ragkit.bench.blend_quality import NO_PROPAGATION, PLAIN_REUSE, BlendQuality, Variant
 from ragkit.config import BlendRows
 from ragkit.errors import GenerationError
 from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.sampling import SamplingConfig
 from ragkit.kvcache.coverage import Coverage
 from ragkit.kvcache.kv_key import ContextKind
 from ragkit.kvcache.pool import KVPool
@@ -92,6 +94,16 @@ def test_full_prefill_follows_its_own_greedy_answer(engine, scorer, prompt_of):
     assert outcome.along.shape == (ANSWER_TOKENS, engine.decoder.config.vocab_size)
     assert outcome.along.argmax(-1).tolist() == list(outcome.answer)
     assert outcome.nll is None
+
+
+def test_an_answer_that_is_followed_at_once_is_the_one_that_was_decoded(engine, scorer, prompt_of):
+    prompt = prompt_of(0)
+    found = scorer.outcome(FullPrefill(), prompt)
+    sampling = SamplingConfig(ANSWER_TOKENS, ignore_stop_tokens=True)
+    *_, finished = engine.generate(prompt, sampling)
+    assert finished.token_ids == found.answer
+    followed = scorer.outcome(FullPrefill(), prompt, answer=found.answer)
+    assert torch.allclose(followed.along, found.along, atol=1e-4)
 
 
 def test_the_gold_answers_likelihood_is_its_mean_nats(engine, scorer, prompt_of):
