@@ -27,11 +27,13 @@ class DraftTree:
         probabilities: (nodes, vocab_size), the distribution that each node was drawn from, given its parent and the
             siblings before it: without replacement these have probability 0 there. The row of a parent's first child
             is the drafter's own distribution. None where nothing was drawn: every node is certain to be proposed.
+        chances: how likely each node stands, by the drafter's estimate; None where it has none.
     """
 
     token_ids: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
     probabilities: Tensor | None = None
+    chances: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.parents):
@@ -109,6 +111,7 @@ class DraftTree:
             tuple(self.token_ids[node] for node in kept),
             tuple(place[self.parents[node]] for node in kept),
             None if self.probabilities is None else self.probabilities[kept],
+            None if self.chances is None else tuple(self.chances[node] for node in kept),
         )
 
 
