@@ -1,0 +1,340 @@
+"""Which tokens the next step of a batch computes: policy alone, without a tensor.
+
+Sarathi-Serve (OSDI 2024): a step has a token budget. Every running answer gets its token first; then prefills that have
+begun go on; then requests that wait are let in, whose prefills take what is left, in pieces. So answers never stall
+behind a long prompt, and the device has a full pass whatever the lengths are. How many run is bounded by the blocks of
+the KV pool (BatchLLM's memory-centric batching). When answers outgrow the pool, the request that was let in last gives
+its rows up and waits again, at the head; the older ones go on, so that every request ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ragkit.errors import CacheCapacityError
+from ragkit.generation.batch_entries import Entry, RequestEntry, SharedEntry, Stage, beginnings
+
+
+class BlockSupply(Protocol):
+    """The KV pool, as the scheduler sees it."""
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that the batch could have if nothing ran."""
+        ...
+
+    def free(self, wanted: int) -> int:
+        """Return how many blocks are free, once others gave up what they can spare if that is fewer than `wanted`."""
+        ...
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return how many blocks so many rows take."""
+        ...
+
+    def release(self, entry: Entry) -> None:
+        """Give the rows of an entry up."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one prefill: `start` up to `stop` of `entry.to_compute`."""
+
+    entry: Entry
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prefill ends with it."""
+        return self.stop == self.entry.to_compute
+
+
+@dataclass(slots=True)
+class BatchStep:
+    """What one step computes.
+
+    Attributes:
+        started: what gets its blocks now, common beginnings before those that list them; not who has a strategy.
+        decodes: requests that get a token, in the order in which they were let in.
+        pieces: pieces of prefills; a common beginning comes before those that list it.
+        by_strategy: requests that a strategy prefills, each in one go, before the rest of the step.
+        refused: requests that there is no room for although nothing else runs.
+    """
+
+    started: list[Entry] = field(default_factory=list)
+    decodes: list[RequestEntry] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    by_strategy: list[RequestEntry] = field(default_factory=list)
+    refused: list[RequestEntry] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count against the budget."""
+        return (
+            len(self.decodes)
+            + sum(piece.stop - piece.start for piece in self.pieces)
+            + sum(entry.cost for entry in self.by_strategy)
+        )
+
+
+class BatchScheduler:
+    """Plans one step after the other.
+
+    Args:
+        supply: the pool.
+        token_budget: most tokens of a step; only a strategy's prefill may take more, where it has the step's prefills
+            for itself.
+        max_running: most requests at a time.
+
+    Attributes:
+        preemptions: requests that had to give their rows up.
+        repeated_tokens: tokens that were computed again because of that.
+    """
+
+    def __init__(self, supply: BlockSupply, token_budget: int, max_running: int) -> None:
+        self.preemptions = 0
+        self.repeated_tokens = 0
+        self._supply = supply
+        self._budget = token_budget
+        self._max_running = min(max_running, token_budget)
+        self._waiting: deque[RequestEntry] = deque()
+        self._running: list[RequestEntry] = []  # as they were let in
+        self._prefilling: list[Entry] = []  # begun and not done, as they were begun
+        self._held: list[SharedEntry] = []
+        self._promised = 0  # blocks of this step that are not allocated yet
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not running."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are running."""
+        return len(self._running)
+
+    def add(self, entry: RequestEntry) -> None:
+        """Let a request wait behind the others. What it shares is counted on from now on.
+
+        Raises:
+            CacheCapacityError: it would not even fit alone.
+        """
+        path = beginnings(entry)
+        blocks_for, capacity = self._supply.blocks_for, self._supply.capacity
+        own = max(blocks_for(entry.prompt_tokens + entry.answer_tokens), entry.strategy_blocks)
+        if own + sum(blocks_for(one.length) for one in path) > capacity:
+            tokens = sum(one.length for one in path) + entry.prompt_tokens
+            raise CacheCapacityError(
+                f"a prompt of {tokens} tokens with an answer of up to {entry.answer_tokens} takes {own} KV blocks, and "
+                f"the pool has {capacity} for a batch: shorten either, or enlarge the pool"
+            )
+        self._waiting.append(entry)
+        _await(entry.beginning)
+
+    def step(self) -> BatchStep:
+        """Return what the next step computes; the caller computes all of it before it asks again."""
+        self._promised = 0
+        self._let_go()
+        step = BatchStep()
+        budget = self._budget - self._plan_decodes(step)
+        for entry in list(self._prefilling):
+            if budget and _is_ready(entry):
+                budget -= self._plan_piece(step, entry, budget)
+        self._admit(step, budget)
+        if not self._running and self._waiting:  # there is no room, and nobody who could make any
+            refused = self._waiting.popleft()
+            refused.stage = Stage.ENDED
+            _await_no_more(refused.beginning)
+            step.refused.append(refused)
+        return step
+
+    def started_answer(self, entry: RequestEntry, blocks: int | None = None) -> None:
+        """Note that the prefill of a request is done and gave a token.
+
+        Args:
+            entry: the request.
+            blocks: how many its strategy really took.
+        """
+        entry.generated += 1
+        entry.stage = Stage.DECODE
+        if blocks is not None:
+            entry.blocks = blocks
+
+    def prefilled_by_strategy(self, entry: RequestEntry, blocks: int) -> None:
+        """Note that a strategy is done with the prompt of a request whose answer so far has to be computed again."""
+        entry.computed = entry.prompt_tokens
+        entry.blocks = blocks
+        self._prefilling.append(entry)
+
+    def end(self, entry: RequestEntry) -> None:
+        """Note that a request is over, however it ended; its rows are given up."""
+        self._running.remove(entry)
+        if entry in self._prefilling:
+            self._prefilling.remove(entry)
+        entry.stage = Stage.ENDED
+        self._supply.release(entry)
+        self._detach(entry)
+
+    def preempt(self, entry: RequestEntry) -> None:
+        """Have a request give its rows up and wait at the head."""
+        self.preemptions += 1
+        self.repeated_tokens += entry.computed - entry.replayed
+        self._running.remove(entry)
+        if entry in self._prefilling:
+            self._prefilling.remove(entry)
+        self._supply.release(entry)
+        self._detach(entry)
+        entry.blocks = entry.computed = entry.replayed = 0
+        entry.stage = Stage.WAITING
+        self._waiting.appendleft(entry)
+        _await(entry.beginning)
+
+    def close(self) -> None:
+        """Give all rows up."""
+        for entry in [*self._running]:
+            self.end(entry)
+        for shared in self._held[::-1]:
+            self._release_shared(shared)
+        self._waiting.clear()
+
+    def _plan_decodes(self, step: BatchStep) -> int:
+        for entry in list(self._running):
+            if entry.stage is not Stage.DECODE:  # or has given way to an older one in this very step
+                continue
+            missing = self._supply.blocks_for(entry.rows) - entry.blocks
+            while missing > 0 and not self._take(missing):
+                if self._drop_idle(()) or self._preempt_younger(entry):
+                    continue
+                self.preempt(entry)
+                break
+            else:
+                entry.blocks += max(missing, 0)
+                step.decodes.append(entry)
+        return len(step.decodes)
+
+    def _plan_piece(self, step: BatchStep, entry: Entry, budget: int) -> int:
+        count = min(entry.to_compute - entry.computed, budget)
+        step.pieces.append(Piece(entry, entry.computed, entry.computed + count))
+        entry.computed += count
+        if entry.computed == entry.to_compute:
+            self._prefilling.remove(entry)
+        return count
+
+    def _admit(self, step: BatchStep, budget: int) -> None:
+        while budget > 0 and self._waiting and len(self._running) < self._max_running:
+            entry = self._waiting[0]
+            if entry.cost > budget and (step.pieces or step.by_strategy):
+                return
+            missing = [one for one in beginnings(entry) if not one.is_held]
+            if not self._make_room(entry, missing):
+                return
+            self._waiting.popleft()
+            self._running.append(entry)
+            entry.stage = Stage.PREFILL
+            entry.replayed = entry.generated
+            self.repeated_tokens += entry.replayed
+            if entry.cost:
+                step.by_strategy.append(entry)
+                budget -= entry.cost
+                continue
+            for one in [*missing, entry]:
+                step.started.append(one)
+                self._prefilling.append(one)
+                if budget and _is_ready(one):
+                    budget -= self._plan_piece(step, one, budget)
+
+    def _make_room(self, entry: RequestEntry, missing: list[SharedEntry]) -> bool:
+        """Promise the blocks that a request and what it lists need; those of idle beginnings go for them."""
+        blocks_for = self._supply.blocks_for
+        own = max(blocks_for(entry.prompt_tokens + max(entry.generated, 1)), entry.strategy_blocks)
+        shared = sum(blocks_for(one.length) for one in missing)
+        # Answers that are running will want to grow: a block for each, or the newcomer is sent away again.
+        spare = len(self._running)
+        path = beginnings(entry)
+        while not self._take(own + shared, spare):
+            if not self._drop_idle(path):
+                return False
+        entry.blocks = own
+        for one in missing:
+            one.is_held = True
+            self.repeated_tokens += one.given_up
+            self._held.append(one)
+            _list(one.parent)
+        _list(entry.beginning)
+        return True
+
+    def _take(self, count: int, spare: int = 0) -> bool:
+        wanted = self._promised + count + spare
+        if self._supply.free(wanted) < wanted:
+            return False
+        self._promised += count
+        return True
+
+    def _preempt_younger(self, entry: RequestEntry) -> bool:
+        youngest = self._running[-1]
+        if youngest is entry:
+            return False
+        self.preempt(youngest)
+        return True
+
+    def _drop_idle(self, kept: list[SharedEntry] | tuple[()]) -> bool:
+        """Give up the beginning that is needed last among those that nobody lists now; it is computed again then."""
+        idle = [one for one in self._held if not one.users and one not in kept]
+        if not idle:
+            return False
+        last = max(idle, key=lambda one: one.key)
+        self._release_shared(last)
+        return True
+
+    def _let_go(self) -> None:
+        """Give up the beginnings that nobody will list any more; who lists them holds their blocks on."""
+        for one in [*self._held]:
+            if not one.awaited and one.computed == one.length:
+                self._release_shared(one)
+
+    def _release_shared(self, one: SharedEntry) -> None:
+        self._held.remove(one)
+        if one in self._prefilling:
+            self._prefilling.remove(one)
+        self._supply.release(one)
+        one.is_held, one.computed, one.given_up = False, 0, one.computed
+        if one.parent is not None:
+            one.parent.users -= 1
+            if one.awaited:
+                _await(one.parent)
+
+    def _detach(self, entry: RequestEntry) -> None:
+        if entry.beginning is not None:
+            entry.beginning.users -= 1
+
+
+def _is_ready(entry: Entry) -> bool:
+    """Return whether the rows that an entry lists are written; a beginning that was let go was."""
+    return all(one.computed == one.length for one in beginnings(entry) if one.is_held)
+
+
+def _await(one: SharedEntry | None) -> None:
+    """Note that somebody will list a beginning; while it is not there, it will list its parent itself."""
+    if one is None:
+        return
+    one.awaited += 1
+    if one.awaited == 1 and not one.is_held:
+        _await(one.parent)
+
+
+def _await_no_more(one: SharedEntry | None) -> None:
+    if one is None:
+        return
+    one.awaited -= 1
+    if not one.awaited and not one.is_held:
+        _await_no_more(one.parent)
+
+
+def _list(one: SharedEntry | None) -> None:
+    """Note that somebody lists a beginning that is held."""
+    if one is not None:
+        one.awaited -= 1
+        one.users += 1
