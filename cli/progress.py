@@ -67,7 +67,7 @@ class Meter:
         if self.hits or self.misses:
             parts.append(f"{self.hits / (self.hits + self.misses):.0%} of chunk KV found")
         if 0 < self.fraction < 1:
-            parts.append(f"ETA {_clock_text(seconds / self.fraction - seconds)}")
+            parts.append(f"ETA {clock_text(seconds / self.fraction - seconds)}")
         return ", ".join(parts)
 
 
@@ -148,7 +148,8 @@ class BarProgress:
             self._bars = self._task = None
 
 
-def _clock_text(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
+    """Return a time for people: `1:02:03`, or `2:03` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

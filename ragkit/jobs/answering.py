@@ -58,7 +58,7 @@ def answer_many(
         StoreError: the store cannot be read.
         RagkitError: a model cannot be loaded, or the batch cannot go on.
     """
-    yield from _Answering(parts, generator or _batch_engine(parts), stop or Event()).run(iter(rows))
+    yield from _Answering(parts, generator or batch_generator(parts), stop or Event()).run(iter(rows))
 
 
 class _Answering:
@@ -170,7 +170,8 @@ class _Requests:
         self.source_ended = True
 
 
-def _batch_engine(parts: Parts) -> BatchGenerator:
+def batch_generator(parts: Parts) -> BatchGenerator:
+    """Return what generates for many requests with the engine of `parts`."""
     engine = parts.engine  # first: it imports torch
     from ragkit.jobs.one_by_one import OneByOne
 
