@@ -263,8 +263,10 @@ class Pipeline(AsyncQuestions):
         Raises:
             UsageError: a URI is unknown; nothing was removed.
         """
+        from ragkit.readers.file_systems import stored_name
+
         known = {record.uri for record in self.store.sources()}
-        names = [uri if uri in known else str(Path(uri).absolute()) for uri in uris]
+        names = [uri if uri in known else stored_name(uri) for uri in uris]
         try:
             with self.store.writer(lock_timeout_s=self.config.ingest.lock_timeout_s) as writer:
                 return writer.remove(names, erase=erase)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ragkit.readers.base import FailedRow, Reader, ReadLimits
-    from ragkit.readers.llama_index import read_llama_index
+    from ragkit.readers.llama_index import read_llama_index, read_llama_index_store
     from ragkit.readers.media_type import MediaType, sniff
     from ragkit.readers.origin import Skipped, Source
     from ragkit.readers.pool import ReaderPool
@@ -33,6 +33,7 @@ _HOME = {
     "discover": "source",
     "read_documents": "reading",
     "read_llama_index": "llama_index",
+    "read_llama_index_store": "llama_index",
     "read_source": "reading",
     "sniff": "media_type",
     "sql_source": "sql",
@@ -52,6 +53,7 @@ __all__ = [
     "discover",
     "read_documents",
     "read_llama_index",
+    "read_llama_index_store",
     "read_source",
     "sniff",
     "sql_source",

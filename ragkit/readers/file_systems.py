@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -30,6 +31,11 @@ def is_url(text: str) -> bool:
 def scheme_of(url: str) -> str:
     """Return the scheme of a URL in lower case."""
     return url.partition("://")[0].lower()
+
+
+def stored_name(source: str) -> str:
+    """Return the URI that a file or URL has in a store: the absolute path, or the URL without credentials."""
+    return public_url(source) if is_url(source) else os.path.abspath(source)
 
 
 def refuse_network(url: str) -> None:

@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -117,11 +118,18 @@ def stamp_of(about: Mapping[str, Any]) -> int:
     """Return a number that changes with the object's content, by what its store says; 0 where it says nothing."""
     folded = {key.casefold(): value for key, value in about.items()}
     for names in (_VERSIONS, _TIMES):
-        said = {name: str(folded[name]) for name in names if folded.get(name)}
+        said = {name: _text(folded[name]) for name in names if folded.get(name)}
         if said:
             digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
             return int.from_bytes(digest[:7])  # fits SQLite's integers, and never by chance 0
     return 0
+
+
+def _text(value: object) -> str:
+    """Return what a store said as text; some give a time as a number in lists and as an object for one file."""
+    if isinstance(value, datetime):
+        value = value.timestamp()
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
 
 
 def _below(url: str, root: str, files: Any, paths: PathFilter, on_skip: Callable[[Skipped], None]) -> Iterator[Source]:

@@ -85,7 +85,6 @@ class SqlQuery:
 
         Raises:
             ReadError: the database cannot be asked, or gives nothing.
-            MissingExtraError: SQLAlchemy, or the driver that it needs, is not installed.
         """
         collected = Collected(source.uri, context.limits.max_total_bytes, context.limits.max_documents)
         digest = _RowDigest()
@@ -99,8 +98,6 @@ class SqlQuery:
                     collected.warn(item.message)
         except ReadError as error:
             raise ReadError(f"{source.uri}: {error}", code=error.code, stage="read") from error
-        except (UsageError, MissingExtraError):
-            raise
         except Exception as error:  # every driver has errors of its own
             message = without_credentials(_first_line(error), self.url)
             raise ReadError(f"{source.uri}: {message}", code="unreadable", stage="read") from safe_cause(
@@ -121,20 +118,9 @@ class SqlQuery:
         )
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
-        from sqlalchemy.pool import NullPool
-
-        create_engine, url = _sqlalchemy(self.url)
-        try:
-            engine = create_engine(url, poolclass=NullPool)
-        except ImportError as error:
-            raise MissingExtraError(
-                f"{public_url(self.url)} needs a driver: {without_credentials(str(error), self.url)}; install it, or "
-                "name another in the URL (postgresql+psycopg://, mysql+pymysql://, ...)",
-                name=error.name,
-            ) from error
         # The text goes to the driver as it is: neither colons nor per cents stand for parameters.
         options = {"stream_results": True, "yield_per": _ROWS_AT_ONCE, "no_parameters": True}
-        with engine.connect().execution_options(**options) as connection:
+        with _engine(self.url).connect().execution_options(**options) as connection:
             result = connection.exec_driver_sql(self.query)
             if not result.returns_rows:
                 raise ReadError("the query gives no rows: it must be a SELECT", code="unsupported", stage="read")
@@ -147,24 +133,24 @@ def sql_sources(text: str) -> Callable[[], Iterator[Source]]:
 
     Raises:
         UsageError: the URL is malformed, or has no query.
-        MissingExtraError: SQLAlchemy is not installed.
+        MissingExtraError: SQLAlchemy, or the driver that it needs, is not installed.
     """
-    _, url = _sqlalchemy(text, with_query=True)
+    url = _parsed(text)
     query = url.query.get("query")
     if not isinstance(query, str) or not query.strip():
         raise UsageError(
             f"{public_url(text)!r} names nothing to read: add ?query=SELECT ... to it, or give --sql beside it"
         )
     bare = url.difference_update_query(["query"]).render_as_string(hide_password=False)
+    _engine(bare)  # a missing driver or file is said now; nothing is connected to
     stored = public_url(sql_source(bare, " ".join(query.split())))
     source = Source(stored, Path(), 0, 0, origin=SqlQuery(bare, query))
     return lambda: iter((source,))
 
 
-def _sqlalchemy(text: str, *, with_query: bool = False) -> tuple[Any, Any]:
-    """Return SQLAlchemy's `create_engine` and the parsed URL; a SQLite file is opened where it is, and only read."""
+def _parsed(text: str) -> Any:
+    """Return SQLAlchemy's form of a URL; the file of a SQLite database has its whole path."""
     try:
-        from sqlalchemy import create_engine
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
     except ImportError as error:
@@ -180,15 +166,38 @@ def _sqlalchemy(text: str, *, with_query: bool = False) -> tuple[Any, Any]:
     name, plus, driver = url.drivername.partition("+")
     if name == "postgres":  # what libpq and many services write
         url = url.set(drivername=f"postgresql{plus}{driver}")
-    if name != "sqlite" or url.database in (None, "", ":memory:") or str(url.database).startswith("file:"):
-        return create_engine, url
-    path = os.path.abspath(str(url.database))
-    if not os.path.isfile(path):
-        raise UsageError(f"there is no database {path!r}")
-    if with_query:
-        return create_engine, url.set(database=path)
-    read_only = url.set(database=f"file:{quote(path)}")
-    return create_engine, read_only.update_query_dict({"mode": "ro", "uri": "true"})
+    if _is_sqlite_file(url):
+        url = url.set(database=os.path.abspath(str(url.database)))
+    return url
+
+
+def _engine(text: str) -> Any:
+    """Return an engine that is not connected yet; the file of a SQLite database is only read, and never made."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    url = _parsed(text)
+    if _is_sqlite_file(url):
+        if not os.path.isfile(url.database):
+            raise UsageError(f"there is no database {url.database!r}")
+        url = url.set(database=f"file:{quote(url.database)}").update_query_dict({"mode": "ro", "uri": "true"})
+    try:
+        return create_engine(url, poolclass=NullPool)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{public_url(text)} needs a driver: {without_credentials(str(error), text)}; install it, or name another "
+            "in the URL (postgresql+psycopg://, mysql+pymysql://, ...)",
+            name=error.name,
+        ) from error
+    except Exception as error:
+        raise UsageError(
+            f"{public_url(text)!r} cannot be used: {without_credentials(_first_line(error), text)}"
+        ) from safe_cause(error, text)
+
+
+def _is_sqlite_file(url: Any) -> bool:
+    database = str(url.database or "")
+    return url.drivername.partition("+")[0] == "sqlite" and database not in ("", ":memory:") and database[:5] != "file:"
 
 
 def _documents(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from uuid import uuid4
 
 import pytest
 
 from ragkit.errors import ReadError, UsageError
-from ragkit.readers import read_llama_index
+from ragkit.readers import read_llama_index, read_llama_index_store
 
 
 @dataclass
@@ -74,7 +75,7 @@ def test_a_reader_that_fails_is_a_read_error():
             raise RuntimeError("no network")
 
     with pytest.raises(ReadError, match="Broken failed: RuntimeError: no network") as caught:
-        read_llama_index(Broken())
+        list(read_llama_index(Broken()))
     assert caught.value.code == "crash"
 
 
@@ -94,3 +95,68 @@ def test_the_real_directory_reader_works(tmp_path):
     documents = list(read_llama_index(core.SimpleDirectoryReader(str(tmp_path))))
     assert [document.text for document in documents] == ["hello from a file"]
     assert documents[0].uri == str(tmp_path / "a.txt")
+
+
+def test_a_lazy_reader_is_drawn_from_one_document_at_a_time():
+    class Lazy(Double):
+        def lazy_load_data(self, **arguments):
+            for number in range(1000):
+                drawn.append(number)
+                yield Item(f"text {number}", {}, f"id-{number}")
+
+    drawn = []
+    documents = read_llama_index(Lazy())
+    assert next(documents).text == "text 0"
+    assert len(drawn) < 5
+
+
+def test_a_reader_that_refuses_to_be_lazy_loads_everything():
+    class Refusing(Double):
+        def lazy_load_data(self, **arguments):
+            raise NotImplementedError
+
+    class Other(Double):
+        def lazy_load_data(self, path):
+            raise AssertionError("is not called")
+
+    for kind in (Refusing, Other):
+        assert [document.text for document in read_llama_index(kind(Item("x")), {"query": "q"})] == ["x"]
+
+
+def test_documents_without_a_place_have_the_same_uri_each_time():
+    def load():
+        return list(read_llama_index(Double(Item("one", {}, str(uuid4())), Item("two", {}, "given"))))
+
+    first, second = load(), load()
+    assert [document.uri for document in first] == [document.uri for document in second]
+    assert [document.uri for document in first] == [f"llama-index:{first[0].doc_id}", "llama-index:given"]
+
+
+def test_nodes_of_a_document_store_keep_the_ids_of_the_store():
+    class Store:
+        docs = {"a": Item("first", {"file_path": "/x.md", "n": 1}), "b": Item(" "), "c": Item("last")}  # noqa: RUF012
+
+    documents = list(read_llama_index_store(Store()))
+    assert [(document.uri, document.text) for document in documents] == [
+        ("llama-index:a", "first"),
+        ("llama-index:c", "last"),
+    ]
+    assert documents[0].metadata == {"file_path": "/x.md", "n": 1}
+
+
+def test_something_without_docs_is_refused():
+    with pytest.raises(UsageError, match="has docs, got int"):
+        read_llama_index_store(7)
+
+
+def test_a_real_document_store_works():
+    pytest.importorskip("llama_index.core", reason="llama-index-core is not installed")
+    from llama_index.core.schema import Document
+    from llama_index.core.storage.docstore import SimpleDocumentStore
+
+    store = SimpleDocumentStore()
+    store.add_documents([Document(text="hello", id_="one"), Document(text="there", id_="two")])
+    assert {document.uri: document.text for document in read_llama_index_store(store)} == {
+        "llama-index:one": "hello",
+        "llama-index:two": "there",
+    }
