@@ -40,7 +40,7 @@ class Propagation:
     """
 
     sigma: float = 96.0
-    key_strength: float = 1.0
+    key_strength: float = 0.5
     value_strength: float = 1.0
     by_evidence: bool = False
 
