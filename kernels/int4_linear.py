@@ -132,10 +132,10 @@ def int4_linear(rows: Tensor, weight: Int4Weight, *, backend: Backend | None = N
     if out.numel() == 0:
         return out
     if tokens <= _LANE_ROWS:
-        block, together = 8, min(next_power_of_2(groups), 64 // words)
+        block, together = 8, min(next_power_of_2(groups), 128 // words)
         _lanes_kernel[(ceil_div(features, block),)](
             rows, weight.codes, weight.scales, weight.zeros, out, features, groups, rows.stride(0),
-            BLOCK=block, TOGETHER=together, WORDS=words, HAS_SECOND=tokens == 2, num_warps=2,
+            BLOCK=block, TOGETHER=together, WORDS=words, HAS_SECOND=tokens == 2, num_warps=4,
         )  # fmt: skip
         return out
     block = 64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,6 +11,14 @@ from torch.nn import functional
 # oneDNN chooses its blocking for this many rows; blocks for many rows measured no worse for one row.
 _PACKED_FOR_ROWS = 256
 _PACKABLE = (torch.float32, torch.bfloat16)
+
+
+class Linear(Protocol):
+    """`x -> x weight^T + bias`, however the weights are kept."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return (tokens, out) for `rows` (tokens, in)."""
+        ...
 
 
 class Projection:

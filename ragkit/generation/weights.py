@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import ModelError
-from ragkit.generation.projection import Projection
+from ragkit.generation.projection import Linear, Projection
 from ragkit.models.model_config import ModelConfig
+
+MakeLinear = Callable[[Tensor, Tensor | None], Linear]  # of weights (out, in) and a bias (out,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +23,13 @@ class LayerWeights:
     """One layer. `qkv` gives queries, keys and values behind each other, `gate_up` the gate and what it gates."""
 
     input_norm: Tensor
-    qkv: Projection
+    qkv: Linear
     query_norm: Tensor | None
     key_norm: Tensor | None
-    output: Projection
+    output: Linear
     feed_forward_norm: Tensor
-    gate_up: Projection
-    down: Projection
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,13 @@ class DecoderWeights:
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
-    head: Projection
+    head: Linear
 
 
-def load_weights(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
-    """Return the weights in the safetensors files of `folder`, as `dtype` on `device`.
+def load_weights(
+    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, project: MakeLinear = Projection
+) -> DecoderWeights:
+    """Return the weights in the safetensors files of `folder`, as `dtype` on `device`; `project` keeps the products'.
 
     Raises:
         ModelError: a file or a tensor is missing, damaged or of another shape than the config says.
@@ -65,11 +69,13 @@ def load_weights(folder: Path, config: ModelConfig, device: torch.device, dtype:
                 raise ModelError(f"{name} in {folder} cannot be read: {error}") from error
             return loaded.to(device=device, dtype=dtype)
 
-        return assemble_weights(tensor, config)
+        return assemble_weights(tensor, config, project)
 
 
-def assemble_weights(tensor: Callable[[str], Tensor], config: ModelConfig) -> DecoderWeights:
-    """Return fused weights, each taken by `tensor` under its Hugging Face name.
+def assemble_weights(
+    tensor: Callable[[str], Tensor], config: ModelConfig, project: MakeLinear = Projection
+) -> DecoderWeights:
+    """Return fused weights, each taken by `tensor` under its Hugging Face name; `project` keeps those of products.
 
     Raises:
         ModelError: a tensor has another shape than `config` says.
@@ -93,16 +99,16 @@ def assemble_weights(tensor: Callable[[str], Tensor], config: ModelConfig) -> De
         gate_up = [shaped(f"{feed_forward}.{part}_proj.weight", inner, hidden) for part in ("gate", "up")]
         return LayerWeights(
             input_norm=shaped(f"{at}.input_layernorm.weight", hidden),
-            qkv=Projection(torch.cat(qkv), torch.cat(biases) if biases else None),
+            qkv=project(torch.cat(qkv), torch.cat(biases) if biases else None),
             query_norm=shaped(f"{attention}.q_norm.weight", head_dim) if config.qk_norm else None,
             key_norm=shaped(f"{attention}.k_norm.weight", head_dim) if config.qk_norm else None,
-            output=Projection(
+            output=project(
                 shaped(f"{attention}.o_proj.weight", hidden, q_size),
                 shaped(f"{attention}.o_proj.bias", hidden) if config.output_bias else None,
             ),
             feed_forward_norm=shaped(f"{at}.post_attention_layernorm.weight", hidden),
-            gate_up=Projection(torch.cat(gate_up)),
-            down=Projection(shaped(f"{feed_forward}.down_proj.weight", hidden, inner)),
+            gate_up=project(torch.cat(gate_up), None),
+            down=project(shaped(f"{feed_forward}.down_proj.weight", hidden, inner), None),
         )
 
     embedding = shaped("model.embed_tokens.weight", config.vocab_size, hidden)
@@ -110,7 +116,9 @@ def assemble_weights(tensor: Callable[[str], Tensor], config: ModelConfig) -> De
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_layers)),
         final_norm=shaped("model.norm.weight", hidden),
-        head=Projection(embedding if config.tied_embeddings else shaped("lm_head.weight", config.vocab_size, hidden)),
+        head=project(
+            embedding if config.tied_embeddings else shaped("lm_head.weight", config.vocab_size, hidden), None
+        ),
     )
 
 

@@ -1,0 +1,86 @@
+"""A decoder's copy with weights of 4 bits: less true, and several times less to read a step, which suits a drafter.
+
+Norms, biases and the embedding stay as they are. What is rounded are the products, the vocabulary's included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ragkit.errors import KernelInputError
+from ragkit.generation.decoder import Decoder
+from ragkit.generation.projection import Linear, Projection
+from ragkit.generation.weights import load_weights
+from ragkit.kernels.int4_linear import MOST_ROWS, Int4Weight, int4_linear, quantize_int4
+
+_CPU_FEATURES = 16  # torch's product on a CPU takes multiples of this
+
+
+class Int4Projection:
+    """`x -> x weight^T + bias` with weights of 4 bits.
+
+    On a GPU `int4_linear` reads the codes; more rows than it takes are multiplied by the weights as numbers. On a CPU
+    it is torch's own product, whose scales are in the dtype of the rows.
+    """
+
+    __slots__ = ("_bias", "_on_cpu", "_weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._bias = bias
+        self._weight = quantize_int4(weight)
+        on_cpu = weight.device.type == "cpu" and weight.shape[0] % _CPU_FEATURES == 0
+        self._on_cpu = _PackedForCPU(self._weight, weight.dtype) if on_cpu else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, their scales and zeros."""
+        return self._weight.nbytes
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return (tokens, out) for `rows` (tokens, in)."""
+        if self._on_cpu is not None:
+            product = self._on_cpu(rows)
+        elif len(rows) > MOST_ROWS:
+            return functional.linear(rows, self._weight.numbers(rows.dtype), self._bias)
+        else:
+            product = int4_linear(rows, self._weight)
+        return product if self._bias is None else product + self._bias
+
+
+class _PackedForCPU:
+    """The same weights as torch's product on a CPU takes them: (code - 8) * scale + zero."""
+
+    def __init__(self, weight: Int4Weight, dtype: torch.dtype) -> None:
+        self._group = weight.group
+        self._codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.unpacked(), 1)
+        scales = weight.scales.float()
+        self._scales = torch.stack((scales, weight.zeros.float() + 8 * scales), dim=-1).to(dtype).contiguous()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows.contiguous(), self._codes, self._group, self._scales
+        )
+        return product
+
+
+def int4_linear_of(weight: Tensor, bias: Tensor | None) -> Linear:
+    """Return the product with weights of 4 bits, or in their own type where no group of columns divides them."""
+    try:
+        return Int4Projection(weight, bias)
+    except KernelInputError:
+        return Projection(weight, bias)
+
+
+def int4_copy(decoder: Decoder, folder: Path) -> Decoder:
+    """Return `decoder` with weights of 4 bits, read anew from its `folder`; the embedding is shared.
+
+    Raises:
+        ModelError: the files are missing, damaged or another model's.
+    """
+    weights = load_weights(folder, decoder.config, decoder.device, decoder.dtype, int4_linear_of)
+    return Decoder(decoder.config, dataclasses.replace(weights, embedding=decoder.weights.embedding))
