@@ -61,6 +61,7 @@ def gather_pages(
     sin: Tensor,
     *,
     dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(keys, values)`, both (listed * block_size, kv_heads, head_dim) of `dtype`, keys rotated.
@@ -70,18 +71,28 @@ def gather_pages(
         lists: what is copied.
         cos, sin: (positions, head_dim / 2) fp32; the caller answers for it that no listed row stands beyond.
         dtype: of the result.
+        out: where to write, instead of new tensors; contiguous, and with fewer rows where the last page is not full.
         backend: an implementation to insist on.
 
     Raises:
         KernelInputError: shapes do not fit.
     """
     check_page_lists(key_pool, value_pool, lists, cos, sin)
-    if resolve_backend(cos, backend) is Backend.TORCH:
-        return gather_pages_torch(key_pool, value_pool, lists, cos, sin, dtype=dtype)
     listed = lists.pages.shape[1]
     _, block_size, kv_heads, head_dim = key_pool.shape
     size = (listed * block_size, kv_heads, head_dim)
-    keys, values = (torch.empty(size, dtype=dtype, device=cos.device) for _ in range(2))
+    if out is not None:
+        _check_target(out, size, dtype)
+    if resolve_backend(cos, backend) is Backend.TORCH:
+        packed = gather_pages_torch(key_pool, value_pool, lists, cos, sin, dtype=dtype)
+        if out is None:
+            return packed
+        for target, part in zip(out, packed, strict=True):
+            target.copy_(part[: len(target)])
+        return out
+    if out is None:
+        out = torch.empty(size, dtype=dtype, device=cos.device), torch.empty(size, dtype=dtype, device=cos.device)
+    keys, values = out
     if keys.numel() == 0:
         return keys, values
     bits, key_group, channel_group = stored_as(key_pool, value_pool)
@@ -89,7 +100,7 @@ def gather_pages(
     _gather_pages_kernel[(listed * (block_size // rows), kv_heads)](
         keys, values, *parts_of(key_pool), *parts_of(value_pool), lists.pages, lists.positions,
         lists.pages if lists.blocks is None else lists.blocks, cos, sin,
-        *list_strides(lists),
+        *list_strides(lists), len(keys),
         KV_HEADS=kv_heads, HALF=head_dim // 2, HALF_PADDED=max(16, next_power_of_2(head_dim // 2)),
         BLOCK_SIZE=block_size, ROWS=rows, BITS=bits, KEY_GROUP=key_group, CHANNEL_GROUP=channel_group,
         HAS_BLOCKS=lists.blocks is not None, num_warps=max(1, min(8, rows // 8)),
@@ -137,6 +148,16 @@ def check_page_lists(key_pool: Blocks, value_pool: Blocks, lists: PageLists, cos
             raise KernelInputError(f"cos and sin must be (positions, {head_dim // 2}), got {tuple(table.shape)}")
 
 
+def _check_target(out: tuple[Tensor, Tensor], size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for part in out:
+        fits = part.dim() == 3 and part.shape[1:] == size[1:] and len(part) <= size[0]
+        if not fits or part.dtype != dtype or not part.is_contiguous() or len(part) != len(out[0]):
+            raise KernelInputError(
+                f"out must be two of (at most {size[0]}, {size[1]}, {size[2]}) {dtype}, contiguous, got "
+                f"{tuple(part.shape)} {part.dtype}"
+            )
+
+
 def _check_stored_alike(key_pool: Blocks, value_pool: Blocks) -> None:
     if isinstance(key_pool, QuantizedBlocks) and isinstance(value_pool, QuantizedBlocks):
         fits = (key_pool.bits, key_pool.channel_group, value_pool.row_group) == (value_pool.bits, 1, 1)
@@ -175,10 +196,10 @@ def _rows(pool: Blocks, slots: Tensor, heads: slice) -> Tensor:
 
 
 # Sizes that differ from call to call are not specialised: no request waits for another compilation.
-@launched(do_not_specialize=("stride_list", "stride_position"))
+@launched(do_not_specialize=("stride_list", "stride_position", "out_rows"))
 def _gather_pages_kernel(
     out_key_ptr, out_value_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
-    page_ptr, page_position_ptr, block_ptr, cos_ptr, sin_ptr, stride_list, stride_position,
+    page_ptr, page_position_ptr, block_ptr, cos_ptr, sin_ptr, stride_list, stride_position, out_rows,
     KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr, CHANNEL_GROUP: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
@@ -207,7 +228,8 @@ def _gather_pages_kernel(
         HALF, HALF_PADDED, BITS, CHANNEL_GROUP, False, NUMBER,
     )  # fmt: skip
     out_at = (((entry * BLOCK_SIZE + row).to(tl.int64) * KV_HEADS + kv_head) * (2 * HALF))[:, None]
-    tl.store(out_key_ptr + out_at + half[None, :], first, mask=(half < HALF)[None, :])
-    tl.store(out_key_ptr + out_at + HALF + half[None, :], second, mask=(half < HALF)[None, :])
+    has_room = (entry * BLOCK_SIZE + row < out_rows)[:, None]
+    tl.store(out_key_ptr + out_at + half[None, :], first, mask=has_room & (half < HALF)[None, :])
+    tl.store(out_key_ptr + out_at + HALF + half[None, :], second, mask=has_room & (half < HALF)[None, :])
     channel, is_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
-    tl.store(out_value_ptr + out_at + channel[None, :], value, mask=is_channel[None, :])
+    tl.store(out_value_ptr + out_at + channel[None, :], value, mask=has_room & is_channel[None, :])

@@ -6,6 +6,7 @@
 
 Over all pages the softmax of these logits is the attention that each page receives from a query that sees everything,
 so nothing stands for the keys and nothing is overlooked. Keys are numbers, or codes that become numbers in registers.
+Of a long document only some pages may be looked at: they are listed on the device, for all key heads or for each.
 
 Source: scores of all tokens, normalised over them: TokenSelect, arXiv 2411.02886, section 4. Cost: reads the keys once;
 bandwidth bound while tokens * q_heads / kv_heads is at most about 64.
@@ -26,24 +27,29 @@ _LOG2_E = 1.4426950408889634  # the kernel works with powers of two
 _TORCH_PAGES = 256  # pages whose keys the torch definition holds in fp32 at a time
 
 
-def page_log_sums(queries: Tensor, keys: Blocks, *, scale: float, backend: Backend | None = None) -> Tensor:
-    """Return (tokens, q_heads, pages) fp32.
+def page_log_sums(
+    queries: Tensor, keys: Blocks, *, scale: float, listed: Tensor | None = None, backend: Backend | None = None
+) -> Tensor:
+    """Return (tokens, q_heads, pages) fp32, of all pages or of the listed ones.
 
     Args:
         queries: (tokens, q_heads, head_dim); heads of a token contiguous, tokens at any stride.
         keys: (pages, page_size, kv_heads, head_dim), contiguous; numbers, or codes of which the rows of a page share
             scales channel by channel.
         scale: factor on the products.
+        listed: (1 or kv_heads, pages) int32 on the device: pages that are looked at, by all key heads or by each; the
+            caller answers for it that they are there.
         backend: an implementation to insist on.
 
     Raises:
         KernelInputError: shapes do not fit.
     """
-    row_group = _check_inputs(queries, keys)
+    row_group = _check_inputs(queries, keys, listed)
     if resolve_backend(queries, backend) is Backend.TORCH:
-        return page_log_sums_torch(queries, keys, scale=scale)
+        return page_log_sums_torch(queries, keys, scale=scale, listed=listed)
     tokens, q_heads, head_dim = queries.shape
     pages, page_size, kv_heads, _ = keys.shape
+    pages = pages if listed is None else listed.shape[1]
     out = torch.empty((tokens, q_heads, pages), dtype=torch.float32, device=queries.device)
     if out.numel() == 0:
         return out
@@ -54,20 +60,23 @@ def page_log_sums(queries: Tensor, keys: Blocks, *, scale: float, backend: Backe
     at_once = max(1, min(pages, pages * tiles // (8 * processors)))  # pages that a program reads one after another
     rows = min(32 if queries.dtype != torch.float32 else 16, row_group)
     _page_log_sums_kernel[(ceil_div(packed, pairs), kv_heads, ceil_div(pages, at_once))](
-        queries, *parts_of(keys), out, scale * _LOG2_E, packed, pages, at_once, queries.stride(0),
+        queries, *parts_of(keys), out if listed is None else listed, out, scale * _LOG2_E, packed, pages, at_once,
+        queries.stride(0), 0 if listed is None or len(listed) == 1 else pages,
         GROUP=q_heads // kv_heads, PAIRS=pairs, KV_HEADS=kv_heads, HALF=head_dim // 2,
         HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), PAGE_SIZE=page_size, ROWS=rows,
-        BITS=keys.bits if isinstance(keys, QuantizedBlocks) else 0, KEY_GROUP=row_group,
+        BITS=keys.bits if isinstance(keys, QuantizedBlocks) else 0, KEY_GROUP=row_group, IS_LISTED=listed is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=8 if queries.dtype == torch.float32 else 4, num_stages=2,
     )  # fmt: skip
     return out
 
 
-def page_log_sums_torch(queries: Tensor, keys: Blocks, *, scale: float) -> Tensor:
+def page_log_sums_torch(queries: Tensor, keys: Blocks, *, scale: float, listed: Tensor | None = None) -> Tensor:
     """Return what `page_log_sums` returns: the definition, in fp32, some pages at a time."""
     tokens, q_heads, _ = queries.shape
     pages, page_size, kv_heads, _ = keys.shape
+    if listed is not None:
+        return _log_sums_of_listed(queries, keys, scale, listed)
     out = torch.empty((tokens, q_heads, pages), dtype=torch.float32, device=queries.device)
     grouped = queries.float().unflatten(1, (kv_heads, q_heads // kv_heads))
     for start in range(0, pages, _TORCH_PAGES):
@@ -78,7 +87,19 @@ def page_log_sums_torch(queries: Tensor, keys: Blocks, *, scale: float) -> Tenso
     return out
 
 
-def _check_inputs(queries: Tensor, keys: Blocks) -> int:
+def _log_sums_of_listed(queries: Tensor, keys: Blocks, scale: float, listed: Tensor) -> Tensor:
+    page_size, kv_heads = keys.shape[1:3]
+    grouped = queries.float().unflatten(1, (kv_heads, -1))
+    of_heads = []
+    for head, pages in enumerate(listed.long().expand(kv_heads, -1)):
+        rows = (pages.unsqueeze(1) * page_size + torch.arange(page_size, device=pages.device)).flatten()
+        some = keys.rows(rows) if isinstance(keys, QuantizedBlocks) else keys.flatten(0, 1)[rows].float()
+        of_heads.append(grouped[:, head] @ some[:, head].T * scale)
+    logits: Tensor = torch.cat(of_heads, dim=1).unflatten(2, (-1, page_size)).logsumexp(dim=3)
+    return logits
+
+
+def _check_inputs(queries: Tensor, keys: Blocks, listed: Tensor | None) -> int:
     """Return how many rows share a scale, or are in a page of numbers."""
     if queries.dim() != 3 or (queries.numel() and queries.stride()[1:] != (queries.shape[2], 1)):
         raise KernelInputError(f"queries must be (tokens, heads, head_dim), got {tuple(queries.shape)}")
@@ -92,6 +113,12 @@ def _check_inputs(queries: Tensor, keys: Blocks) -> int:
     page_size, kv_heads = keys.shape[1:3]
     if kv_heads == 0 or q_heads % kv_heads:
         raise KernelInputError(f"{q_heads} query heads cannot share {kv_heads} key heads")
+    if listed is not None:
+        fits = listed.dim() == 2 and listed.shape[0] in (1, kv_heads)
+        if not fits or listed.dtype != torch.int32 or not listed.is_contiguous():
+            raise KernelInputError(
+                f"listed must be (1 or {kv_heads}, pages) int32, contiguous, got {tuple(listed.shape)} {listed.dtype}"
+            )
     row_group: int = keys.row_group if isinstance(keys, QuantizedBlocks) else page_size
     if page_size & (page_size - 1) or row_group & (row_group - 1) or row_group < 16:
         raise KernelInputError(
@@ -101,11 +128,13 @@ def _check_inputs(queries: Tensor, keys: Blocks) -> int:
 
 
 # Sizes that differ from call to call are not specialised: no request waits for another compilation.
-@launched(do_not_specialize=("packed", "pages", "at_once"))
+@launched(do_not_specialize=("packed", "pages", "at_once", "stride_list"))
 def _page_log_sums_kernel(
-    query_ptr, key_ptr, scale_ptr, zero_ptr, out_ptr, scale_log2, packed, pages, at_once, stride_qt,
+    query_ptr, key_ptr, scale_ptr, zero_ptr, list_ptr, out_ptr, scale_log2, packed, pages, at_once, stride_qt,
+    stride_list,
     GROUP: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr, UPCAST: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
+    IS_LISTED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program takes PAIRS queries (heads within tokens) of one key head through some neighbouring pages.
     NUMBER: tl.constexpr = query_ptr.dtype.element_ty
@@ -125,12 +154,15 @@ def _page_log_sums_kernel(
 
     first_page = tl.program_id(2) * at_once
     for page in tl.range(first_page, tl.minimum(first_page + at_once, pages)):
+        block = page
+        if IS_LISTED:
+            block = tl.load(list_ptr + kv_head * stride_list + page)
         highest = tl.full((PAIRS,), float("-inf"), tl.float32)
         total = tl.zeros((PAIRS,), tl.float32)
         for part in tl.static_range(PAGE_SIZE // ROWS):
             row = part * ROWS + tl.arange(0, ROWS)
-            row_at = (page * PAGE_SIZE + row).to(tl.int64) * KV_HEADS + kv_head
-            group = page * (PAGE_SIZE // KEY_GROUP) + part * ROWS // KEY_GROUP
+            row_at = (block * PAGE_SIZE + row).to(tl.int64) * KV_HEADS + kv_head
+            group = block * (PAGE_SIZE // KEY_GROUP) + part * ROWS // KEY_GROUP
             # Keys stay as they lie: a turn by nothing.
             key_first, key_second = load_rotated_keys(
                 key_ptr, scale_ptr, zero_ptr, key_ptr, row_at, group * KV_HEADS + kv_head, row_at, 1.0, 0.0,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -12,6 +13,8 @@ from ragkit.kvcache.page_grid import PageGrid
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
 from ragkit.kvcache.page_summary_records import PageSummaryRecords
+
+ReadRows: TypeAlias = Callable[[int, range], Iterable[PageRows]]
 
 
 class DocumentSummaries:
@@ -52,13 +55,13 @@ class DocumentSummaries:
                 for summaries in self._of.values():
                     self._records.write(summaries, section, first, stop)
 
-    def of(self, selector: PageSelector, windows: int, read: Callable[[int, int], PageRows]) -> PageSummaries:
+    def of(self, selector: PageSelector, windows: int, read: ReadRows) -> PageSummaries:
         """Return what `selector` keeps of the first `windows` windows, made from the pages where it is new.
 
         Args:
             selector: what summarises.
             windows: those that are there.
-            read: gives the rows of a layer and a window.
+            read: gives the rows of a layer and some neighbouring windows, piece by piece.
         """
         found = self._of.get(selector.selector_id)
         if found is not None:
@@ -86,9 +89,7 @@ class DocumentSummaries:
         """
         self._records.flush()
 
-    def _fill(
-        self, made: PageSummaries, section: range, windows: int, read: Callable[[int, int], PageRows]
-    ) -> None:  # fmt: skip
+    def _fill(self, made: PageSummaries, section: range, windows: int, read: ReadRows) -> None:
         """Add the pages of a section, as far as they are there, from what is stored of it or from the pages."""
         if section.start >= windows:
             return
@@ -96,8 +97,8 @@ class DocumentSummaries:
         whole = section.stop <= windows
         if whole and made.is_closed and self._records.restore(made, section, stop - first, self._device):
             return
-        for window in range(section.start, min(section.stop, windows)):
-            for layer in range(self._num_layers):
-                made.append(layer, read(layer, window))
+        for layer in range(self._num_layers):
+            for rows in read(layer, range(section.start, min(section.stop, windows))):
+                made.append(layer, rows)
         if whole:
             self._records.write(made, section, first, stop)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -253,7 +253,7 @@ class KVPages:
         Raises:
             KVCacheError: the selector needs what was not stored, or a page is damaged and cannot be computed again.
         """
-        return self._summaries.of(selector, self.num_windows, self._window_keys)
+        return self._summaries.of(selector, self.num_windows, self._keys_of)
 
     def use(self, since: KVUse | None = None) -> KVUse:
         """Return what was used so far, or since an earlier call.
@@ -304,10 +304,16 @@ class KVPages:
             raise
         self._num_checked = self.num_windows
 
-    def _window_keys(self, layer: int, window: int) -> PageRows:
+    def _keys_of(self, layer: int, windows: range) -> Iterator[PageRows]:
         if self._is_only_resident:
             assert self.resident is not None, "as asked"
-            return PageRows(self.resident.keys(layer, self.grid.pages_of(window)))
+            pages = range(self.grid.first_page(windows.start), self.grid.first_page(windows.stop))
+            yield PageRows(self.resident.keys(layer, pages))
+            return
+        for window in windows:
+            yield self._window_keys(layer, window)
+
+    def _window_keys(self, layer: int, window: int) -> PageRows:
         while True:
             try:
                 return self._decoded_keys(layer, self._windows.piece(layer, window))

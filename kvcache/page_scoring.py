@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ragkit.config import PageVote
+from ragkit.kernels.backend import Backend, resolve_backend
 from ragkit.kernels.page_scores import KeyBounds, Pooling, page_scores
 from ragkit.kvcache.page_selector import Election, pool_votes
 
@@ -20,7 +21,7 @@ def score_vectors(queries: Tensor, vectors: Tensor, election: Election) -> Tenso
         vectors: (pages, parts, kv_heads, head_dim); query heads of one key head are neighbours.
         election: how voters share a choice.
     """
-    if queries.is_cuda:
+    if resolve_backend(queries) is Backend.TRITON:
         return _by_kernel(queries, vectors, election)
     products = head_products(queries, vectors.flatten(0, 1)) * election.scale
     return pool_votes(products.unflatten(2, vectors.shape[:2]).amax(dim=3), election)
@@ -34,7 +35,7 @@ def score_bounds(queries: Tensor, bounds: KeyBounds, election: Election) -> Tens
         bounds: (pages, parts, kv_heads, head_dim) each.
         election: how voters share a choice.
     """
-    if queries.is_cuda:
+    if resolve_backend(queries) is Backend.TRITON:
         return _by_kernel(queries, bounds, election)
     wide = queries.float()
     highest = head_products(wide.clamp(min=0), bounds.upper.flatten(0, 1))

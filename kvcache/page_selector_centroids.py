@@ -55,21 +55,21 @@ class Centroids:
     def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
         """Return (groups, pages) fp32."""
         size = self.group_pages
-        groups = torch.arange(first // size, -(-stop // size), device=queries.device)
-        pages = torch.arange(first, stop, device=queries.device)
-        logits = torch.full((*queries.shape[:2], len(pages)), -_PRUNED, device=queries.device)
+        begin, end = first // size, -(-stop // size)
+        groups = torch.arange(begin, end, device=queries.device)
+        # Pages of whole groups, those beside the ones that are asked for among them; how many never depends on scores.
+        logits = torch.full((*queries.shape[:2], end - begin, size), -_PRUNED, device=queries.device)
+        kept = groups
         if self._levels > 1:
-            groups, of_groups = self._kept(queries, summary, groups, election)
-            logits += of_groups[..., pages // size - first // size]
+            kept, of_groups = self._kept(queries, summary, groups, election)
+            logits += of_groups.unsqueeze(3)
         counts, fine = summary[0], summary[1]
-        place = torch.full((int(pages[-1]) // size + 1,), -1, device=queries.device)
-        place[groups] = torch.arange(len(groups), device=queries.device)
-        within = place[pages // size]
-        kept = within >= 0
-        products = _by_group(queries, fine[groups], election.scale)  # (queries, q_heads, groups, centroids)
-        rows = _by_query_head(counts[pages[kept]], queries.shape[1])  # (q_heads, pages, centroids)
-        logits[..., kept] = _log_weight(products[:, :, within[kept]], rows)
-        return pool_votes(logits, election)
+        pages = (kept.unsqueeze(1) * size + torch.arange(size, device=queries.device)).clamp(max=len(counts) - 1)
+        products = _by_group(queries, fine[kept], election.scale)  # (queries, q_heads, groups, centroids)
+        rows = _by_query_head(counts[pages.flatten()], queries.shape[1])  # (q_heads, pages, centroids)
+        weights = _log_weight(products.unsqueeze(3), rows.unflatten(1, pages.shape))
+        logits.index_copy_(2, kept - begin, weights)
+        return pool_votes(logits.flatten(2)[..., first - begin * size : stop - begin * size], election)
 
     def _kept(
         self, queries: Tensor, summary: tuple[Tensor, ...], groups: Tensor, election: Election

@@ -20,8 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ragkit.kernels.backend import Backend, resolve_backend
 from ragkit.kernels.dequantize_kv import dequantize_kv
+from ragkit.kernels.page_log_sums import page_log_sums
 from ragkit.kernels.quantize_kv import QuantizedHeads, quantize_kv
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache.page_scoring import head_products
 from ragkit.kvcache.page_selector import Election, PageRows, Takes, pool_votes
 
@@ -52,6 +55,10 @@ class SoftVote:
 
     def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
         """Return (groups, pages) fp32."""
+        if resolve_backend(queries) is Backend.TRITON:
+            codes, scales, zeros = (part[first:stop] for part in summary)
+            keys = QuantizedBlocks(codes, scales, zeros, self.bits)
+            return pool_votes(page_log_sums(queries, keys, scale=election.scale), election)
         logits = []
         for start in range(first, stop, _PAGES_AT_ONCE):
             part = slice(start, min(start + _PAGES_AT_ONCE, stop))

@@ -5,11 +5,10 @@ other in their order, as if nothing lay between them (LongHeads, arXiv 2402.1068
 clamped they all stand at one place, a local window before the first query (InfLLM, arXiv 2402.04617). With every page
 chosen the re-indexed positions are the true ones, and this is full attention.
 
-A selector finds pages by what it keeps of them; of `found_times` as many as are wanted those stay whose keys the
-queries would attend to most. How many rows a layer attends to is the same for every choice. So the rows of its pages,
-turned to where they stand, lie in a buffer of fixed size, own rows behind them, and a choice replaces the rows of pages
-alone. Where the whole document lies on the device, a choice and what follows from it stay there, and the host waits for
-nothing.
+How many rows a layer attends to is the same for every choice. So the rows of its pages, turned to where they stand, lie
+in a buffer of fixed size, own rows behind them, and a choice replaces the rows of pages alone: steps that keep their
+pages neither turn nor decode a row again. Where the whole document lies on the device, a choice and what follows from
+it stay there, and the host waits for nothing.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ragkit.generation.page_choices import PageChoices
 from ragkit.generation.page_lists import PageLayout
 from ragkit.generation.page_options import PageOptions
-from ragkit.kernels.gather_pages import PageLists, gather_pages
-from ragkit.kernels.page_top_k import page_top_k
+from ragkit.generation.page_rows import page_source
+from ragkit.kernels.backend import Backend, ceil_div, resolve_backend
+from ragkit.kernels.gather_pages import PageLists
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kernels.selected_attention import selected_attention
+from ragkit.kernels.selected_pages_attention import MOST_PAIRS, selected_pages_attention
 from ragkit.kvcache.kv_pages import KVPages
-from ragkit.kvcache.page_scoring import head_products
-from ragkit.kvcache.page_selector import Election, Takes, pool_votes
 from ragkit.kvcache.page_window import WindowRows
 from ragkit.kvcache.rope import RotaryTable
 
-_VOTERS = 8  # means of neighbouring queries that choose for a whole window
-_MOST_VOTERS = 64  # up to here every query of a question votes
+_ROW_BLOCK = 64  # rows of the buffer that attention of few queries takes as one page
 
 
 class PageAttention:
@@ -50,12 +49,11 @@ class PageAttention:
         scale: factor on the scores.
         num_tokens: tokens of the document that stand before, whole windows of it or all.
         own_tokens: most tokens of all passes together.
-        keep_rows: whether to keep the rows of the pass in `rows`, for the document.
+        keep_rows: whether to keep the rows of the one pass in `rows`, for the document.
 
     Attributes:
         layout: which pages can be chosen, and where they stand.
-        chosen: (groups, pages) int64 of each layer, the pages that its last choice found.
-        times_chosen: (pages of the document,) int64, how often each page was chosen.
+        choices: which pages each layer attends to.
         rows: what the last pass gives for each layer.
     """
 
@@ -71,25 +69,26 @@ class PageAttention:
         keep_rows: bool = False,
     ) -> None:
         self.layout = PageLayout.of(num_tokens, options)
+        self._source = page_source(pages, self.layout, options, rotary)
+        self.choices = PageChoices(
+            pages, self.layout, options, rotary, scale, self._source, for_window=keep_rows
+        )  # fmt: skip
+        self.rows: list[WindowRows] = []
         self._pages = pages
         self._options = options
         self._rotary = rotary
         self._scale = scale
-        self._own_tokens = own_tokens
         self._keep_rows = keep_rows
         self._device = pages.device
-        is_scored = options.selector.takes is Takes.BEST and self.layout.num_chosen < self.layout.num_candidates
-        self._summaries = pages.summaries(options.selector) if is_scored else None
-        num_layers = pages.num_layers
-        self.chosen: list[Tensor] = [torch.empty(0)] * num_layers
-        self.times_chosen = torch.zeros(max(1, self.layout.end), dtype=torch.int64, device=self._device)
-        self.rows: list[WindowRows] = []
-        self._seen: list[_SeenRows | None] = [None] * num_layers
-        self._choosers: list[Tensor | None] = [None] * num_layers  # the mean queries that made the choices
+        self._rows_taken = ceil_div(self.layout.num_rows + own_tokens, _ROW_BLOCK) * _ROW_BLOCK
+        self._seen: list[_SeenRows | None] = [None] * pages.num_layers
+        self._shared: _SeenRows | None = None
+        self._choosers: list[Tensor | None] = [None] * pages.num_layers  # the mean queries that made the choices
         self._unturned = torch.empty(0)  # where keys are written before they are turned; nobody reads it
         self._chooses = True
         self._done = 0
-        self._own = torch.empty(0, dtype=torch.int64)
+        self._own = self._positions = self._slots = self._last_rows = torch.empty(0, dtype=torch.int64)
+        self._blocks = _BufferBlocks.of(self._rows_taken, rotary)
 
     @property
     def lock(self) -> threading.RLock:
@@ -114,6 +113,9 @@ class PageAttention:
     def begin_at(self, own: Tensor, *, choose: bool) -> None:
         """Begin a pass whose tokens stand at `own` (tokens,) int64 among the own ones, known on the device alone."""
         self._own = own
+        self._positions = own + self.layout.start
+        self._slots = own + self.layout.num_rows
+        self._last_rows = self._slots.int()
         self._chooses = choose
         self.rows = []
 
@@ -122,44 +124,52 @@ class PageAttention:
         seen = self._seen[layer]
         if seen is None or (self._chooses and not self._stays(layer, queries)):
             seen = seen or self._room(keys)
-            self._choose(layer, queries)
-            self._load(seen, *self._page_rows(layer))
-        kept = (keys.clone(), values.clone()) if self._keep_rows else None
-        slots = self._own + self.layout.num_rows
+            listed = self.choices.choose(layer, queries)
+            count = self.layout.num_rows
+            self._source.load(layer, listed, seen.keys[:count], seen.values[:count])
+        kept = keys.clone() if self._keep_rows else None
         rope_write_kv(
-            queries, keys, values, self._own + self.layout.start, slots, self._rotary.cos, self._rotary.sin,
+            queries, keys, values, self._positions, self._slots, self._rotary.cos, self._rotary.sin,
             self._unturned, seen.values.unsqueeze(0), rotate_keys=True,
         )  # fmt: skip
-        seen.keys.index_copy_(0, slots, keys)
+        seen.keys.index_copy_(0, self._slots, keys)
         if kept is None:
             self._seen[layer] = seen
-            return self._attend(queries, seen, slots)
+            return self._attend(queries, seen)
         # The rows of a window go to the document, and nobody asks behind them again.
+        received = None
         if self._pages.codec.with_received:
             out, received = attention_and_received(queries, *self._view(seen), self._scale)
         else:
-            out, received = self._attend(queries, seen, slots), None
-        self.rows.append(WindowRows(*kept, received))
+            out = self._attend(queries, seen)
+        self.rows.append(WindowRows(kept, values, received))
         return out
 
-    def _attend(self, queries: Tensor, seen: _SeenRows, slots: Tensor) -> Tensor:
-        if len(queries) == 1 and self._device.type == "cpu":
+    def _attend(self, queries: Tensor, seen: _SeenRows) -> Tensor:
+        if resolve_backend(queries) is Backend.TRITON:
+            if len(queries) * queries.shape[1] // seen.keys.shape[1] <= MOST_PAIRS:
+                keys, values = (part.unflatten(0, (-1, _ROW_BLOCK)) for part in seen)
+                return selected_pages_attention(
+                    queries, keys, values, self._blocks.lists, self._last_rows, self._blocks.cos, self._blocks.sin,
+                    scale=self._scale,
+                )  # fmt: skip
+        elif len(queries) == 1:
             return _attend_one(queries, *self._view(seen), self._scale)
-        return selected_attention(queries, seen.keys, seen.values, slots.int(), scale=self._scale)
+        return selected_attention(queries, seen.keys, seen.values, self._last_rows, scale=self._scale)
 
     def _view(self, seen: _SeenRows) -> tuple[Tensor, Tensor]:
         length = self.layout.num_rows + int(self._own[-1]) + 1
         return seen.keys[:length], seen.values[:length]
 
     def _room(self, rows: Tensor) -> _SeenRows:
-        shape = (self.layout.num_rows + self._own_tokens, *rows.shape[1:])
+        """Return room for a layer's rows; while a window is read all layers take turns in the same."""
+        if self._keep_rows and self._shared is not None:
+            return self._shared
+        shape = (self._rows_taken, *rows.shape[1:])
         if self._unturned.shape[1:] != shape:
             self._unturned = rows.new_empty((1, *shape))
-        return _SeenRows(rows.new_empty(shape), rows.new_empty(shape))
-
-    def _load(self, seen: _SeenRows, keys: Tensor, values: Tensor) -> None:
-        count = self.layout.num_rows
-        seen.keys[:count], seen.values[:count] = keys[:count], values[:count]
+        self._shared = _SeenRows(rows.new_empty(shape), rows.new_empty(shape))
+        return self._shared
 
     def _stays(self, layer: int, queries: Tensor) -> bool:
         """Return whether the queries are like those that made the layer's choice (TokenSelect's selection cache)."""
@@ -173,88 +183,33 @@ class PageAttention:
         self._choosers[layer] = mean
         return False
 
-    def _choose(self, layer: int, queries: Tensor) -> None:
-        options, layout = self._options, self.layout
-        if self._summaries is None:
-            pages = torch.arange(layout.first, layout.first + layout.num_chosen, device=self._device)
-            self.chosen[layer] = pages.unsqueeze(0)
-        elif layer % options.layer_interval:
-            self.chosen[layer] = self.chosen[layer - 1]
-            return
-        else:
-            turned = self._turned_alike(_voters(queries, self._keep_rows))
-            groups = self._pages.codec.layout.layers[layer].num_kv_heads if options.per_key_head else 1
-            election = Election(options.vote, groups, self._scale)
-            # Sinks and the local window are scored as well, although they need not be chosen: a head that looks there
-            # gives little of its weight to others, and so has little say among them.
-            scores = options.selector.score(turned, self._summaries.of(layer), 0, layout.end, election)
-            best, _ = page_top_k(scores[:, layout.first : layout.stop].contiguous(), layout.num_found)
-            found = best.long() + layout.first
-            is_enough = layout.num_found == layout.num_chosen
-            self.chosen[layer] = found if is_enough else self._best_of(layer, turned, found, election)
-        flat = self.chosen[layer].flatten()
-        self.times_chosen.index_add_(0, flat, torch.ones_like(flat))
-
-    def _best_of(self, layer: int, turned: Tensor, found: Tensor, election: Election) -> Tensor:
-        """Return (groups, num_chosen) int64: those of the pages `found` that the voters would attend to most."""
-        layout = self.layout
-        keys = self._keys(layer, layout.listed(found))
-        products = head_products(turned, keys) * self._scale
-        logits = products.view(*products.shape[:2], -1, layout.page_size).logsumexp(dim=3)
-        scores = pool_votes(logits, election)[:, layout.first : layout.first + layout.num_found]
-        best, _ = page_top_k(scores.contiguous(), layout.num_chosen)
-        return found.gather(1, best.long())
-
-    def _keys(self, layer: int, listed: Tensor) -> Tensor:
-        """Return the keys (rows, kv_heads, head_dim) of pages, as if all stood at position 0."""
-        if self._pages.resident is None:
-            return _rows_of(self._pages.cache.pool.keys[layer], self._blocks(layer, listed))
-        everywhere = PageLists(listed.int(), torch.full_like(listed[:1], -1, dtype=torch.int32))
-        keys, values = self._pages.resident.blocks(layer)
-        cos, sin = self._rotary.cos, self._rotary.sin
-        return gather_pages(keys, values, everywhere, cos, sin, dtype=self._pages.codec.layout.dtype)[0]
-
-    def _turned_alike(self, queries: Tensor) -> Tensor:
-        """Return the queries as they stand while pages are scored, all at one distance."""
-        at = self._options.score_distance
-        cos, sin = (part[at].to(queries.dtype) for part in (self._rotary.cos, self._rotary.sin))
-        first, second = queries.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-    def _page_rows(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the rows of a layer's pages (rows, kv_heads, head_dim), keys turned to where they stand."""
-        listed = self.layout.listed(self.chosen[layer])
-        if self._pages.resident is None:
-            return self._brought(layer, listed)
-        lists = PageLists(listed.int(), self.layout.page_positions(listed, self._options).int())
-        keys, values = self._pages.resident.blocks(layer)
-        cos, sin = self._rotary.cos, self._rotary.sin
-        return gather_pages(keys, values, lists, cos, sin, dtype=self._pages.codec.layout.dtype)
-
-    def _brought(self, layer: int, listed: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what `_page_rows` does with pages of the cache, brought where they are missing."""
-        at, pool = self._blocks(layer, listed), self._pages.cache.pool
-        keys, values = (_rows_of(part[layer], at) for part in (pool.keys, pool.values))
-        positions = self.layout.row_positions(listed, self._options)
-        if len(positions) == 1:
-            return self._rotary.rotate(keys, positions[0]), values
-        heads = [self._rotary.rotate(keys[:, head : head + 1], own) for head, own in enumerate(positions)]
-        return torch.cat(heads, dim=1), values
-
-    def _blocks(self, layer: int, listed: Tensor) -> Tensor:
-        """Return (groups, listed) int64, the cache's blocks of pages, brought where they are missing."""
-        wanted = listed.unique().tolist()
-        block_of = torch.zeros(max(1, self.layout.end), dtype=torch.int64)
-        block_of[wanted] = self._pages.bring(layer, wanted)
-        self._pages.prefetch((layer + 1) % self._pages.num_layers, wanted)
-        return block_of[listed.cpu()].to(self._device)
-
 
 class _SeenRows(NamedTuple):
     """Keys, turned, and values (rows, kv_heads, head_dim) that one layer attends to: of pages, and behind them own."""
 
     keys: Tensor
     values: Tensor
+
+
+class _BufferBlocks(NamedTuple):
+    """The buffer as pages that stand where they are: for attention of few queries, split over them.
+
+    Attributes:
+        lists: all blocks of the buffer, in order.
+        cos, sin: a turn by nothing: keys in the buffer are turned already.
+    """
+
+    lists: PageLists
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, rows: int, rotary: RotaryTable) -> _BufferBlocks:
+        device, half = rotary.cos.device, rotary.cos.shape[1]
+        blocks = torch.arange(rows // _ROW_BLOCK, dtype=torch.int32, device=device).unsqueeze(0)
+        still = torch.full_like(blocks, -1)
+        cos, sin = torch.ones((1, half), device=device), torch.zeros((1, half), device=device)
+        return cls(PageLists(blocks, still), cos, sin)
 
 
 def attention_and_received(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -285,24 +240,3 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> 
     stored, content = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
     attended = functional.scaled_dot_product_attention(grouped, stored, content, scale=scale)
     return attended[0].flatten(0, 1).unsqueeze(0)
-
-
-def _rows_of(blocks: Tensor, at: Tensor) -> Tensor:
-    """Return (rows, kv_heads, head_dim): the rows of the blocks `at` (groups, listed), each group of heads its own."""
-    if len(at) == 1:
-        return blocks[at[0]].flatten(0, 1)
-    heads = torch.arange(len(at), device=at.device)
-    return blocks.permute(2, 0, 1, 3)[heads.unsqueeze(1), at].flatten(1, 2).transpose(0, 1)
-
-
-def _voters(queries: Tensor, is_window: bool) -> Tensor:
-    """Return the queries that choose: all of a short pass, else means of neighbours."""
-    most = _VOTERS if is_window else _MOST_VOTERS
-    if len(queries) <= most:
-        return queries
-    parts = torch.arange(len(queries), device=queries.device) * most // len(queries)
-    means = queries.new_zeros((most, *queries.shape[1:]), dtype=torch.float32).index_add_(0, parts, queries.float())
-    counts = torch.zeros(most, device=queries.device).index_add_(
-        0, parts, torch.ones(len(queries), device=parts.device)
-    )
-    return (means / counts.view(-1, 1, 1)).to(queries.dtype)

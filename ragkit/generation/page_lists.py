@@ -53,6 +53,11 @@ class PageLayout:
         """Pages between the sinks and the local window."""
         return self.stop - self.first
 
+    @property
+    def num_listed(self) -> int:
+        """Pages that are attended to."""
+        return self.first + self.num_chosen + self.end - self.stop
+
     def listed(self, chosen: Tensor) -> Tensor:
         """Return (groups, pages) int64, all pages that are attended to, for (groups, num_chosen) chosen ones."""
         groups = len(chosen)

@@ -111,7 +111,7 @@ class PagedAnswer:
         return decoder.logits(activations.rows(slice(-1, None)))[0]
 
     def _note(self, attend: PageAttention) -> None:
-        counts = attend.times_chosen.cpu()
+        counts = attend.choices.times_chosen.cpu()
         pages = counts.nonzero().flatten()
         self.times_chosen.update(dict(zip(pages.tolist(), counts[pages].tolist(), strict=True)))
         self.choices += int(counts.sum()) // max(1, attend.layout.num_chosen)

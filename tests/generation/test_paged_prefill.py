@@ -10,6 +10,7 @@ from ragkit.errors import CacheCapacityError, GenerationError, KVCacheError
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.page_decode import PageSteps
 from ragkit.generation.page_options import PageOptions
+from ragkit.generation.page_rows import page_source
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.kvcache.kv_pages import KVPages
@@ -142,14 +143,14 @@ def test_the_pages_whose_rows_weigh_most_are_chosen(llama):
     pages, prefill = read(llama, TOKENS[:300], options)
     attend = prefill.attention(pages, 20)
     queries = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(4))
-    attend._choose(0, queries)
+    attend.choices.choose(0, queries)
     distance = torch.tensor([options.local_tokens])
     turned = RotaryCache(llama).table(300, 300).rotate(queries, distance)[0]
     keys = pages.cache.pool.keys[0][pages.bring(0, range(38))].mean(dim=1)  # (pages, kv_heads, head_dim)
     logits = torch.einsum("hgd,phd->hgp", turned.unflatten(0, (2, 3)), keys) * llama.scale
     # The heads' weights are those of all pages, although the first and the last two cannot be chosen.
     best = logits.softmax(-1).sum((0, 1))[1:36].topk(4).indices.sort().values + 1
-    assert attend.chosen[0].tolist() == [best.tolist()]
+    assert attend.choices.chosen(0).tolist() == [best.tolist()]
 
 
 def test_a_head_that_looks_at_the_sinks_has_no_say_among_other_pages(llama):
@@ -167,7 +168,7 @@ def test_a_head_that_looks_at_the_sinks_has_no_say_among_other_pages(llama):
     with torch.inference_mode():
         attend.begin(2, choose=True)
         llama.run([5, 6], attend)
-    assert [chosen.tolist() for chosen in attend.chosen] == [[[20]]] * 3
+    assert [attend.choices.chosen(layer).tolist() for layer in range(3)] == [[[20]]] * 3
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -181,8 +182,8 @@ def test_of_the_pages_found_those_stay_that_would_be_attended_to_most(llama, per
         exact = replace(SoftVote(), bits=8) if selector == "soft-vote" else make_page_selector(selector)
         changed = replace(options, selector=exact, found_times=times)
         attend = PagedPrefill(llama, RotaryCache(llama), changed).attention(pages, 4)
-        attend._choose(0, queries)
-        chosen.append(attend.chosen[0].tolist())
+        attend.choices.choose(0, queries)
+        chosen.append(attend.choices.chosen(0).tolist())
     assert chosen[1] == chosen[2]
     assert chosen[0] != chosen[2]
 
@@ -195,8 +196,9 @@ def test_key_heads_that_choose_for_themselves_attend_to_pages_of_their_own(llama
     with torch.inference_mode():
         attend.begin(9, choose=True)
         llama.run(QUESTION, attend)
-    assert all(chosen.shape == (2, 3) for chosen in attend.chosen)
-    assert any(not torch.equal(*chosen) for chosen in attend.chosen)
+    chosen = [attend.choices.chosen(layer) for layer in range(3)]
+    assert all(one.shape == (2, 3) for one in chosen)
+    assert any(not torch.equal(*one) for one in chosen)
 
 
 def test_key_heads_with_pages_of_their_own_equal_full_prefill_where_all_fit(llama):
@@ -209,11 +211,13 @@ def test_one_choice_for_all_heads_is_that_of_each_head_where_they_agree(llama):
     pages, prefill = read(llama, TOKENS[:300])
     attend = prefill.attention(pages, 20)
     for positions in (PagePositions.REINDEXED, PagePositions.CLAMPED):
-        attend._options = replace(SMALL, positions=positions)
+        source = page_source(
+            pages, attend.layout, replace(SMALL, positions=positions), RotaryCache(llama).table(99, 99)
+        )
         rows = []
         for chosen in (torch.tensor([[3, 8, 20]]), torch.tensor([[3, 8, 20], [3, 8, 20]])):
-            attend.chosen[1] = chosen
-            rows.append(attend._page_rows(1))
+            rows.append(torch.zeros(2, attend.layout.num_rows, 2, 8).unbind())
+            source.load(1, attend.layout.listed(chosen).int(), *rows[-1])
         for mine, others in zip(*rows, strict=True):
             torch.testing.assert_close(mine, others)
 
@@ -225,8 +229,9 @@ def test_layers_between_share_the_choice_of_the_layer_before(llama):
     with torch.inference_mode():
         attend.begin(9, choose=True)
         llama.run(QUESTION, attend)
-    assert torch.equal(attend.chosen[0], attend.chosen[1])
-    assert not torch.equal(attend.chosen[1], attend.chosen[2])
+    chosen = [attend.choices.chosen(layer) for layer in range(3)]
+    assert torch.equal(chosen[0], chosen[1])
+    assert not torch.equal(chosen[1], chosen[2])
 
 
 def test_a_pass_that_keeps_its_pages_sees_the_rows_of_the_passes_before(llama):
@@ -252,7 +257,7 @@ def test_a_choice_stays_while_queries_are_alike(llama):
             for token in (5, 5, 5):
                 attend.begin(1, choose=True)
                 llama.run([token], attend)
-        choices.append(int(attend.times_chosen.sum()) // 3)
+        choices.append(int(attend.choices.times_chosen.sum()) // 3)
     assert choices[0] == 9
     assert choices[1] < 9
 

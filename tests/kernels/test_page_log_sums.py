@@ -65,6 +65,21 @@ def test_the_softmax_over_pages_is_the_attention_that_they_receive(backend, devi
 
 
 @pytest.mark.parametrize("backend", list(Backend))
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("lists", [[[6, 0, 6, 3]], [[5, 1], [2, 2]]])
+def test_listed_pages_have_the_logits_that_they_have_among_all(lists, bits, backend, device, rng):
+    queries, keys = _inputs(3, 7, 4, 2, 16, torch.float32, device, rng)
+    if bits:
+        parts = quantize_kv(keys.flatten(0, 1), bits=bits, token_group=16, channel_group=1)
+        keys = QuantizedBlocks(*(part.unflatten(0, (7, -1)).contiguous() for part in parts), bits)
+    listed = torch.tensor(lists, dtype=torch.int32, device=device)
+    some = page_log_sums(queries, keys, scale=0.5, listed=listed, backend=backend)
+    every = page_log_sums(queries, keys, scale=0.5, backend=backend).unflatten(1, (2, 2))
+    expected = [every[:, head][..., pages] for head, pages in enumerate(listed.long().expand(2, -1))]
+    assert_matches(some, torch.cat(expected, dim=1), reduced=4)
+
+
+@pytest.mark.parametrize("backend", list(Backend))
 def test_large_products_do_not_overflow(backend, device, rng):
     queries, keys = _inputs(1, 3, 4, 2, 16, torch.float32, device, rng)
     assert bool(page_log_sums(queries * 1e4, keys, scale=1.0, backend=backend).isfinite().all())
@@ -84,3 +99,6 @@ def test_inputs_that_do_not_fit_are_refused(device, rng):
     ):
         with pytest.raises(KernelInputError, match=message):
             page_log_sums(wrong_queries, wrong_keys, scale=1.0)
+    for listed in (torch.zeros(3, 4, dtype=torch.int32), torch.zeros(1, 4)):
+        with pytest.raises(KernelInputError, match=r"listed must be \(1 or 2, pages\) int32"):
+            page_log_sums(queries, keys, scale=1.0, listed=listed.to(device))

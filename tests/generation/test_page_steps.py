@@ -1,0 +1,194 @@
+"""The path of a GPU, its kernels interpreted: what a decoding step launches, and that it never asks the device."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ragkit.config import PagePositions
+from ragkit.errors import KVCacheError
+from ragkit.generation.page_decode import PageSteps
+from ragkit.generation.page_options import PageOptions
+from ragkit.generation.paged_prefill import PagedPrefill
+from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.kernels.backend import Backend
+from ragkit.kernels.launched import LaunchedKernel
+from ragkit.kvcache.page_selectors import make_page_selector
+from ragkit.kvcache.page_window import WindowRows
+
+from .conftest import decoder_of, hf_model
+from .test_paged_prefill import QUESTION, TOKENS, logits_over, pages_of, read
+
+OPTIONS = PageOptions(
+    make_page_selector("min-max"), page_size=16, sink_pages=1, local_pages=1, budget_pages=2, found_times=2,
+    window_tokens=32,
+)  # fmt: skip
+KERNELS = (
+    "ragkit.generation.page_attention", "ragkit.kvcache.page_scoring", "ragkit.kvcache.page_selector_soft_vote",
+    "ragkit.kernels.gather_pages", "ragkit.kernels.page_log_sums", "ragkit.kernels.page_scores",
+    "ragkit.kernels.page_top_k", "ragkit.kernels.rope_write_kv", "ragkit.kernels.selected_attention",
+    "ragkit.kernels.selected_pages_attention",
+)  # fmt: skip
+SELECTORS = ["mean-key", "min-max", "soft-vote", "centroids", "centroids-2"]
+ASKS_THE_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return decoder_of(hf_model("llama", num_hidden_layers=2))
+
+
+@pytest.fixture
+def be_a_gpu(monkeypatch):
+    """Have attention over pages take its kernels from now on, and look at no number, as it does on a GPU."""
+
+    def be() -> None:
+        for module in KERNELS:
+            monkeypatch.setattr(f"{module}.resolve_backend", lambda tensor, backend=None: backend or Backend.TRITON)
+        for module in ("selected_attention", "selected_pages_attention"):
+            monkeypatch.setattr(f"ragkit.kernels.{module}._check_inputs", lambda *arguments: None)
+
+    return be
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of all kernels of ours that are launched."""
+    names = []
+    launch = LaunchedKernel._launch
+
+    def noted(self, grid, *arguments, **constants):
+        names.append(self.source.fn.__name__ if hasattr(self.source, "fn") else self.source.__name__)
+        launch(self, grid, *arguments, **constants)
+
+    monkeypatch.setattr(LaunchedKernel, "_launch", noted)
+    return names
+
+
+class Watched(TorchDispatchMode):
+    """Counts torch's operations that launch something, and refuses those that wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        assert name not in ASKS_THE_DEVICE, f"{name} waits for the device"
+        if name == "index" or name == "index_put_":
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "a mask waits for the device"
+        if not function.is_view and name not in ("empty", "new_empty", "empty_like", "detach"):
+            self.launched[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def steps_over(decoder, pages, prefill, tokens=3, interval=8):
+    attend = prefill.attention(pages, len(QUESTION) + tokens)
+    attend.begin(len(QUESTION), choose=True)
+    decoder.run(torch.tensor(QUESTION), attend)
+    return attend, PageSteps(decoder, attend, interval, len(QUESTION), None)
+
+
+@pytest.mark.parametrize(
+    ("codec", "per_key_head", "positions"),
+    [
+        ("fp32", False, PagePositions.REINDEXED), ("int8", True, PagePositions.REINDEXED),
+        ("int4", False, PagePositions.CLAMPED), ("int4", True, PagePositions.TRUE),
+    ],
+)  # fmt: skip
+def test_the_kernels_answer_as_the_cpu_does(llama, be_a_gpu, codec, per_key_head, positions):
+    options = replace(OPTIONS, per_key_head=per_key_head, positions=positions)
+    pages, prefill = read(llama, TOKENS[:137], options, codec=codec, resident=True)
+    expected = logits_over(llama, pages, prefill, then=(5,))
+    be_a_gpu()
+    torch.testing.assert_close(logits_over(llama, pages, prefill, then=(5,)), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_every_selector_answers_by_its_kernels_as_on_the_cpu(llama, be_a_gpu, selector):
+    options = replace(OPTIONS, selector=make_page_selector(selector))
+    pages, prefill = read(llama, TOKENS[:137], options, codec="int8", resident=True)
+    expected = logits_over(llama, pages, prefill, then=())
+    be_a_gpu()
+    torch.testing.assert_close(logits_over(llama, pages, prefill, then=()), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_step_that_chooses_never_waits_for_the_device(llama, be_a_gpu, selector):
+    options = replace(OPTIONS, selector=make_page_selector(selector))
+    pages, prefill = read(llama, TOKENS[:137], options, codec="int8", resident=True)
+    be_a_gpu()
+    with torch.inference_mode():
+        _, steps = steps_over(llama, pages, prefill)
+        with Watched():
+            steps.step([], [5])
+            steps.step([], [6])
+
+
+def test_a_step_that_keeps_its_pages_launches_the_rotation_and_attention_alone(llama, be_a_gpu, launches):
+    pages, prefill = read(llama, TOKENS[:137], OPTIONS, codec="int8", resident=True)
+    be_a_gpu()
+    with torch.inference_mode():
+        attend, steps = steps_over(llama, pages, prefill)
+        steps.step([], [5])
+        launches.clear()
+        with Watched() as watched:
+            steps.step([], [6])
+    assert attend.stays_on_device
+    of_pages = [name for name in launches if name not in ("_add_rms_norm_kernel", "_silu_mul_kernel")]
+    assert Counter(of_pages) == {"_rope_write_kv_kernel": 2, "_few_queries_kernel": 2, "_merge_splits_kernel": 2}
+    assert watched.launched["index_copy_"] == 2
+
+
+def test_a_step_that_chooses_launches_six_more_kernels_a_layer(llama, be_a_gpu, launches):
+    pages, prefill = read(llama, TOKENS[:137], OPTIONS, codec="int8", resident=True)
+    be_a_gpu()
+    with torch.inference_mode():
+        _, steps = steps_over(llama, pages, prefill)
+        launches.clear()
+        steps.step([], [5])
+        choosing = Counter(launches)
+        launches.clear()
+        steps.step([], [5])
+        choosing -= Counter(launches)
+    assert choosing == {
+        "_voter_scores_kernel": 2, "_page_votes_kernel": 2, "_page_top_k_kernel": 4, "_page_log_sums_kernel": 2,
+        "_gather_pages_kernel": 2,
+    }  # fmt: skip
+
+
+def test_layers_that_share_a_choice_score_no_page(llama, be_a_gpu, launches):
+    options = replace(OPTIONS, layer_interval=2)
+    pages, prefill = read(llama, TOKENS[:137], options, codec="int8", resident=True)
+    be_a_gpu()
+    with torch.inference_mode():
+        _, steps = steps_over(llama, pages, prefill)
+        launches.clear()
+        steps.step([], [5])
+    count = Counter(launches)
+    assert (count["_voter_scores_kernel"], count["_gather_pages_kernel"]) == (1, 2)
+
+
+def test_reading_a_window_never_waits_for_the_device(llama, be_a_gpu):
+    pages = pages_of(llama, TOKENS[:136], OPTIONS, codec="int4", resident=True)
+    prefill = PagedPrefill(llama, RotaryCache(llama), OPTIONS)
+    with torch.inference_mode():
+        for window in range(3):
+            pages.append(prefill._rows(pages, window))
+        be_a_gpu()
+        with Watched():
+            pages.append(prefill._rows(pages, 3))
+        pages.append(prefill._rows(pages, 4))
+        pages.flush()
+    assert pages.is_complete
+
+
+def test_what_cannot_be_encoded_on_the_device_is_noticed_before_reading_ends(llama):
+    pages = pages_of(llama, TOKENS[:64], OPTIONS, codec="int8", resident=True)
+    rows = [WindowRows(torch.full((32, 2, 8), torch.nan), torch.full((32, 2, 8), torch.nan)) for _ in range(2)]
+    pages.append(rows)
+    with pytest.raises(KVCacheError, match="not finite or too large"):
+        pages.flush()
+    assert pages.num_windows == 0
