@@ -1,0 +1,454 @@
+"""How fast a document of up to a million tokens is read into pages, and how fast tokens are generated over them.
+
+On a GPU: the shape of Llama 3 8B in bf16 with random weights. Pages are filled with random codes, because neither
+scores nor attention take longer for other numbers.
+
+    python benchmarks/pages_speed.py
+    python benchmarks/pages_speed.py --whole-prefill            # reads all of the million tokens, a minute or more
+    python benchmarks/pages_speed.py --tiny --device cpu        # a tiny model and short documents, to try the script
+
+Decoding: one CUDA graph replays a step that chooses pages, another one that keeps them; a token costs one of the first
+and `interval` - 1 of the second, over `interval`. `attention` is what the same graphs take without the model around it:
+choosing, attending, and writing the token's row; `selection` is what a choosing step takes more than the other.
+Full attention runs over the same KV with the same kernel, every page listed, and over one layer as bf16 numbers with
+torch's SDPA; the faster one is what is compared with. Reading: windows at three places of the document, the time for
+all of it from a straight line between them, because a window's choice reads what is kept of all pages before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from prefill_decode import SHAPE_8B, ceilings
+from report import markdown_table, write_result
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ragkit.config import PagesConfig
+from ragkit.generation.decoder import Decoder
+from ragkit.generation.dense_steps import GraphRecorder
+from ragkit.generation.page_attention import PageAttention
+from ragkit.generation.page_options import PageOptions
+from ragkit.generation.paged_prefill import PagedPrefill
+from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.generation.weights import assemble_weights
+from ragkit.kernels.gather_pages import PageLists
+from ragkit.kernels.selected_pages_attention import selected_pages_attention
+from ragkit.kvcache.chunk_kv import ChunkRef
+from ragkit.kvcache.kv_key import KVKey
+from ragkit.kvcache.kv_pages import KVPages
+from ragkit.kvcache.page_cache import PageCache
+from ragkit.kvcache.page_codec import PageCodec
+from ragkit.kvcache.page_memory import PageMemory
+from ragkit.kvcache.page_records import PageRecords
+from ragkit.kvcache.resident_pages import ResidentPages
+from ragkit.models.model_config import model_config
+
+QUESTION, RUNS, READ_WINDOWS = 32, 20, 16
+BUDGET_ROWS = 4096  # rows attended to in the row about one layer's kernel
+
+COLUMNS = {
+    "tokens": "Tokens", "codec": "Pages", "gb": "GB of pages", "step_ms": "ms a token", "attention_ms": "attention",
+    "selection_ms": "selection", "selection_share": "share of the step", "times_8k": "times the shortest",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: the model's shape, the documents, and the longest one's codec."""
+
+    shape: Mapping[str, float]
+    lengths: tuple[int, ...]
+    compared: int
+    dtype: torch.dtype
+    config: PagesConfig
+
+
+LARGE = Sizes(
+    SHAPE_8B, (8192, 131072, 524288, 1048576), 524288, torch.bfloat16, PagesConfig(codec="int4", gpu_mb=1 << 20)
+)
+TINY = Sizes(
+    {**SHAPE_8B, "vocab_size": 500, "hidden_size": 128, "intermediate_size": 200, "num_hidden_layers": 2,
+     "num_attention_heads": 4, "num_key_value_heads": 2},
+    (2048, 4096), 4096, torch.float32,
+    PagesConfig(codec="int4", budget_tokens=512, local_tokens=256, window_tokens=256, gpu_mb=1 << 20),
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="a tiny random model and short documents")
+    parser.add_argument("--lengths", type=int, nargs="*", help="tokens of the documents")
+    parser.add_argument("--interval", type=int, help="tokens that share a choice [default: pages.interval]")
+    parser.add_argument("--layer-interval", type=int, help="layers that do [default: pages.layer_interval]")
+    parser.add_argument("--selector", help="[default: pages.selector]")
+    parser.add_argument("--skip-prefill", action="store_true", help="decoding alone")
+    parser.add_argument("--whole-prefill", action="store_true", help="read the longest document from end to end")
+    arguments = parser.parse_args()
+    sizes = TINY if arguments.tiny else LARGE
+    changes = {
+        "interval": arguments.interval,
+        "layer_interval": arguments.layer_interval,
+        "selector": arguments.selector,
+    }
+    config = replace(sizes.config, **{name: value for name, value in changes.items() if value is not None})
+    sizes = replace(sizes, config=config, lengths=tuple(arguments.lengths or sizes.lengths))
+    with torch.inference_mode():
+        result = Bench(sizes, torch.device(arguments.device)).result(
+            with_prefill=not arguments.skip_prefill, whole=arguments.whole_prefill
+        )
+    print(markdown_table(result["decode"], COLUMNS))
+    for name in ("against_full", "one_layer", "prefill"):
+        if result.get(name):
+            print(f"\n{name}:", ", ".join(f"{key} {_shown(value)}" for key, value in result[name].items()))
+    if not arguments.tiny:
+        print(f"\nraw numbers: {write_result('pages_speed', result)}")
+
+
+class Bench:
+    """The model, and documents of it that are made and let go one after the other."""
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        self.sizes = sizes
+        self.device = device
+        self.decoder = random_decoder(sizes, device)
+        self.options = PageOptions.of(sizes.config)
+        self.prefill = PagedPrefill(self.decoder, RotaryCache(self.decoder), self.options)
+
+    def result(self, *, with_prefill: bool, whole: bool) -> dict[str, Any]:
+        """Return all figures."""
+        sizes = self.sizes
+        result: dict[str, Any] = {"pages": {key: str(value) for key, value in vars_of(sizes.config).items()}}
+        if self.device.type == "cuda":
+            result["ceilings"] = ceilings(self.device)
+        result["decode"] = [self.decoding(length, sizes.config.codec) for length in sizes.lengths]
+        for row in result["decode"]:
+            row["times_8k"] = row["step_ms"] / result["decode"][0]["step_ms"]
+        result["against_full"] = self.against_full(sizes.compared)
+        result["one_layer"] = self.one_layer(sizes.lengths[0])
+        if with_prefill:
+            result["prefill"] = self.whole_reading(sizes.lengths[-1]) if whole else self.reading(sizes.lengths[-1])
+        return result
+
+    def decoding(self, tokens: int, codec: str) -> dict[str, Any]:
+        """Return what a token over a document takes, and what of that is for pages."""
+        pages = self.filled(tokens, codec)
+        attend = self.asked(pages)
+        steps, own = self.measured_steps(attend), self.measured_attention(attend)
+        interval = self.options.interval
+        row = {
+            "tokens": tokens, "codec": codec, "gb": pages.resident.nbytes / 1e9,
+            "kept_gb": pages.summaries(self.options.selector).nbytes / 1e9, "interval": interval,
+            "choosing_step_ms": steps[True], "keeping_step_ms": steps[False],
+            "step_ms": amortised(steps, interval), "attention_ms": amortised(own, interval),
+            "selection_ms": (steps[True] - steps[False]) / interval,
+            "own_choosing_ms": own[True], "own_keeping_ms": own[False], "peak_gb": self.peak(),
+        }  # fmt: skip
+        row["selection_share"] = row["selection_ms"] / row["step_ms"]
+        print({name: _shown(value) for name, value in row.items()}, flush=True)
+        return row
+
+    def against_full(self, tokens: int) -> dict[str, Any]:
+        """Return how a step compares with one that attends to every page, stored as int8."""
+        result = self.over_int8(tokens)
+        self.free()
+        if self.device.type == "cuda":
+            result["sdpa_bf16_layer_ms"] = self.sdpa_layer(tokens)
+            full_ms = result["full_attention_ms"]
+            best = min(full_ms, result["sdpa_bf16_layer_ms"] * self.decoder.config.num_layers)
+            result["attention_speed_up"] = best / result["attention_ms"]
+            result["step_speed_up"] = (result["full_step_ms"] - full_ms + best) / result["step_ms"]
+        print({name: _shown(value) for name, value in result.items()}, flush=True)
+        return result
+
+    def over_int8(self, tokens: int) -> dict[str, Any]:
+        """Return what both steps take, and how fast the kernel reads pages."""
+        pages = self.filled(tokens, "int8")
+        attend = self.asked(pages)
+        steps, own = self.measured_steps(attend), self.measured_attention(attend)
+        full = FullAttention(pages, self.decoder.scale, self.prefill)
+        token = torch.zeros(1, dtype=torch.int64, device=self.device)
+        with_full = self.time(lambda: self.decoder.logits(self.decoder.run(token, full)))
+        full_ms = self.time(lambda: self.over_layers(full))
+        layer_bytes = pages.resident.nbytes / pages.num_layers
+        kernel_ms = self.time(lambda: full(0, *self.heads()))
+        interval = self.options.interval
+        return {
+            "tokens": tokens, "step_ms": amortised(steps, interval), "attention_ms": amortised(own, interval),
+            "full_step_ms": with_full, "full_attention_ms": full_ms,
+            "attention_speed_up": full_ms / amortised(own, interval),
+            "step_speed_up": with_full / amortised(steps, interval),
+            "attend_gb_per_s": layer_bytes / kernel_ms / 1e6, "attend_read_mb": layer_bytes / 1e6,
+        }  # fmt: skip
+
+    def one_layer(self, tokens: int) -> dict[str, float]:
+        """Return microseconds of one layer's attention over `BUDGET_ROWS` rows of pages, at batch 1."""
+        around = self.options.sink_pages + self.options.local_pages
+        budget = max(1, min(BUDGET_ROWS, tokens) // self.options.page_size - around)
+        prefill = PagedPrefill(self.decoder, RotaryCache(self.decoder), replace(self.options, budget_pages=budget))
+        pages = self.filled(tokens, self.sizes.config.codec)
+        attend = self.asked(pages, prefill)
+        attend.begin_at(torch.full((1,), QUESTION, device=self.device), choose=False)
+        layers = self.decoder.config.num_layers
+        queries = self.heads()[0].contiguous()
+        seen = [attend._seen[layer] for layer in range(layers)]
+        alone = self.time(lambda: [attend._attend(queries, one) for one in seen])
+        return {
+            "rows": attend.layout.num_rows, "attend_us": 1e3 * alone / layers,
+            "with_row_written_us": 1e3 * self.time(lambda: self.over_layers(attend)) / layers,
+        }  # fmt: skip
+
+    def reading(self, tokens: int) -> dict[str, float]:
+        """Return what reading a document takes, from windows at its beginning, its middle and its end."""
+        self.free()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        window = self.options.window_tokens
+        count = min(READ_WINDOWS, tokens // window // 4)
+        last = tokens // window - count
+        rates = {}
+        resident = ResidentPages(self.codec(self.sizes.config.codec), tokens // self.options.page_size, self.device)
+        fill(resident, self.decoder)
+        for first in (0, last // 2, last):
+            pages = self.document(tokens, self.sizes.config.codec, resident)
+            pages.num_windows = pages._num_resident = pages._num_checked = first
+            pages.summaries(self.options.selector)
+            self.read_windows(pages, 2)
+            self.synchronise()
+            started = time.perf_counter()
+            self.read_windows(pages, count - 2)
+            self.synchronise()
+            rates[first * window] = 1e3 * (time.perf_counter() - started) / (count - 2)
+            del pages
+            self.free()
+        begin, middle, end = rates.values()
+        return {
+            "tokens": tokens, "window_tokens": window, "first_windows_ms": begin, "middle_windows_ms": middle,
+            "last_windows_ms": end, "seconds": (begin + 2 * middle + end) / 4 * (tokens / window) / 1e3,
+            "is_extrapolated": True, "peak_gb": self.peak(),
+        }  # fmt: skip
+
+    def whole_reading(self, tokens: int) -> dict[str, float]:
+        """Return what reading a document from end to end takes."""
+        self.free()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        pages = self.document(tokens, self.sizes.config.codec)
+        started = time.perf_counter()
+        self.prefill.read(pages)
+        self.synchronise()
+        return {
+            "tokens": tokens, "seconds": time.perf_counter() - started, "is_extrapolated": False,
+            "peak_gb": self.peak(),
+        }  # fmt: skip
+
+    def read_windows(self, pages: KVPages, count: int) -> None:
+        """Read the next windows of a document."""
+        for _ in range(count):
+            pages.append(self.prefill._rows(pages, pages.num_windows))
+
+    def measured_steps(self, attend: PageAttention) -> dict[bool, float]:
+        """Return ms of a step that chooses and of one that keeps."""
+        token = torch.zeros(1, dtype=torch.int64, device=self.device)
+        own = torch.full((1,), QUESTION, dtype=torch.int64, device=self.device)
+
+        def step(chooses: bool) -> None:
+            attend.begin_at(own, choose=chooses)
+            self.decoder.logits(self.decoder.run(token, attend))
+
+        return {chooses: self.time(lambda chooses=chooses: step(chooses)) for chooses in (True, False)}
+
+    def measured_attention(self, attend: PageAttention) -> dict[bool, float]:
+        """Return the same of the attention of all layers alone."""
+        own = torch.full((1,), QUESTION, dtype=torch.int64, device=self.device)
+
+        def step(chooses: bool) -> None:
+            attend.begin_at(own, choose=chooses)
+            self.over_layers(attend)
+
+        return {chooses: self.time(lambda chooses=chooses: step(chooses)) for chooses in (True, False)}
+
+    def over_layers(self, attend: Callable[..., Tensor]) -> None:
+        """Attend with one token in every layer."""
+        heads = self.heads()
+        for layer in range(self.decoder.config.num_layers):
+            attend(layer, *heads)
+
+    def heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of one token."""
+        config = self.decoder.config
+        shapes = (config.num_q_heads, config.num_kv_heads, config.num_kv_heads)
+        return tuple(  # type: ignore[return-value]
+            torch.ones((1, heads, config.head_dim), dtype=self.sizes.dtype, device=self.device) for heads in shapes
+        )
+
+    def sdpa_layer(self, tokens: int) -> float:
+        """Return ms of torch's SDPA of one token over one layer's KV as numbers, keys turned already."""
+        config = self.decoder.config
+        queries = torch.randn((1, config.num_q_heads, 1, config.head_dim), device=self.device, dtype=torch.bfloat16)
+        keys, values = torch.randn(
+            (2, 1, config.num_kv_heads, tokens, config.head_dim), device=self.device, dtype=torch.bfloat16
+        )
+        return self.time(lambda: scaled_dot_product_attention(queries, keys, values, enable_gqa=True))
+
+    def asked(self, pages: KVPages, prefill: PagedPrefill | None = None) -> PageAttention:
+        """Return the attention behind a question."""
+        attend = (prefill or self.prefill).attention(pages, QUESTION + 2)
+        attend.begin(QUESTION, choose=True)
+        self.decoder.run(torch.zeros(QUESTION, dtype=torch.int64, device=self.device), attend)
+        return attend
+
+    def filled(self, tokens: int, codec: str) -> KVPages:
+        """Return a document that was never read: its pages hold random codes."""
+        self.free()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        pages = self.document(tokens, codec)
+        fill(pages.resident, self.decoder)
+        pages.num_windows = pages._num_resident = pages._num_checked = len(pages.refs)
+        return pages
+
+    def document(self, tokens: int, codec: str, resident: ResidentPages | None = None) -> KVPages:
+        """Return a document of which nothing was read."""
+        options, layout = self.options, self.decoder.layout
+        page_codec = self.codec(codec)
+        ids = (
+            tuple(range(options.window_tokens))
+            if self.decoder.config.vocab_size > options.window_tokens
+            else ((1,) * options.window_tokens)
+        )
+        refs = [ChunkRef(KVKey(f"{index:064x}"), ids, "") for index in range(tokens // options.window_tokens)]
+        if resident is None:
+            resident = ResidentPages(page_codec, tokens // options.page_size, self.device)
+        cache = PageCache(layout, options.page_size, 1, 0, self.device)
+        records = PageRecords(None, page_codec.codec_id, self.decoder.config.num_layers)
+        return KVPages(page_codec, refs, options.window_tokens, cache, PageMemory(1 << 20), records, resident)
+
+    def codec(self, name: str) -> PageCodec:
+        """Return the codec of pages."""
+        return PageCodec(name, self.decoder.layout, self.options.page_size)
+
+    def time(self, work: Callable[[], object]) -> float:
+        """Return ms of `work`, as a CUDA graph on a GPU: the median of `RUNS`."""
+        if self.device.type != "cuda":
+            work()
+            started = time.perf_counter()
+            work()
+            return 1e3 * (time.perf_counter() - started)
+        recorder = GraphRecorder(self.device)
+        recorder.begin()
+        replay = recorder.record(lambda: work() and None)
+        recorder.end()
+        if recorder._failed:
+            raise SystemExit("a CUDA graph could not be recorded")
+        took = []
+        for _ in range(RUNS):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            stop.record()
+            stop.synchronize()
+            took.append(start.elapsed_time(stop))
+        return sorted(took)[RUNS // 2]
+
+    def synchronise(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak(self) -> float:
+        """Return the most GB that were in use on a GPU."""
+        return torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0
+
+    def free(self) -> None:
+        """Give back what nobody holds."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class FullAttention:
+    """Attention of one token over every page of a document, by the kernel that attends to listed pages."""
+
+    def __init__(self, pages: KVPages, scale: float, prefill: PagedPrefill) -> None:
+        device, size = pages.device, pages.page_size
+        listed = torch.arange(pages.num_pages, dtype=torch.int32, device=device).unsqueeze(0)
+        self._lists = PageLists(listed, listed * size)
+        self._last = torch.full((1,), pages.num_tokens - 1, dtype=torch.int32, device=device)
+        self._rotary = prefill._rotary._build(pages.num_tokens, 0)
+        self._pages = pages
+        self._scale = scale
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Return the attention output."""
+        key_blocks, value_blocks = self._pages.resident.blocks(layer)
+        return selected_pages_attention(
+            queries, key_blocks, value_blocks, self._lists, self._last, self._rotary.cos, self._rotary.sin,
+            scale=self._scale,
+        )  # fmt: skip
+
+
+def random_decoder(sizes: Sizes, device: torch.device) -> Decoder:
+    """Return a model with random weights."""
+    config = model_config({"model_type": "llama", "rms_norm_eps": 1e-5, "architectures": ["LlamaForCausalLM"],
+                           "tie_word_embeddings": False, "hidden_act": "silu", **sizes.shape})  # fmt: skip
+    torch.manual_seed(0)
+    shapes = weight_shapes(sizes.shape)
+
+    def tensor(name: str) -> Tensor:
+        kind = name.split(".")[-2]
+        shape = shapes[kind]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=sizes.dtype, device=device)
+        return torch.randn(shape, dtype=sizes.dtype, device=device) * 0.02
+
+    return Decoder(config, assemble_weights(tensor, config))
+
+
+def weight_shapes(shape: Mapping[str, float]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every kind of weight."""
+    hidden, inner, vocab = int(shape["hidden_size"]), int(shape["intermediate_size"]), int(shape["vocab_size"])
+    kv = hidden * int(shape["num_key_value_heads"]) // int(shape["num_attention_heads"])
+    return {
+        "q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden),
+        "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
+        "embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden), "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,), "norm": (hidden,),
+    }  # fmt: skip
+
+
+def fill(resident: ResidentPages, decoder: Decoder) -> None:
+    """Put random codes of numbers around zero into every page."""
+    for layer in range(decoder.config.num_layers):
+        for blocks in resident.blocks(layer):
+            if isinstance(blocks, Tensor):
+                blocks.normal_()
+                continue
+            blocks.codes.random_(0, 256)
+            most = 2**blocks.bits - 1
+            blocks.scales.fill_(4.0 / most)
+            blocks.zeros.fill_(-2.0)
+
+
+def amortised(took: Mapping[bool, float], interval: int) -> float:
+    """Return what a token takes where one of `interval` chooses."""
+    return (took[True] + (interval - 1) * took[False]) / interval
+
+
+def vars_of(config: PagesConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def _shown(value: Any) -> Any:
+    return round(value, 4) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
