@@ -10,14 +10,14 @@ from typing import Annotated
 import typer
 
 from ragkit import __version__
-from ragkit.cli import batch, bench, chunk, config, doctor, eval, ingest, models, query, search, store
+from ragkit.cli import batch, bench, chunk, config, doctor, eval, export, ingest, models, query, search, store
 from ragkit.cli.common import root
 from ragkit.cli.errors import ExitCode, debugging, failure_of
 from ragkit.cli.output import discard_stdout, json_text, printable
 from ragkit.cli.signals import Interrupted, interruptible
 
 #: One module a command group; each has `register(app)`. The order is that of the help.
-COMMAND_GROUPS = (ingest, query, search, batch, chunk, store, bench, eval, models, config, doctor)
+COMMAND_GROUPS = (ingest, query, search, batch, chunk, store, export, bench, eval, models, config, doctor)
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 partly done, 4 store locked, damaged or full, 130/143 stopped."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,11 @@ def register(app: typer.Typer) -> None:
 def ingest(
     session: Session,
     sources: Annotated[
-        list[str] | None, typer.Argument(metavar="SOURCE", help="Files, folders, or - for stdin.")
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Files, folders, URLs (s3://, gs://, https://, postgresql://...?query=), - for stdin.",
+        ),
     ] = None,
     chunker: Annotated[
         str | None, typer.Option("--chunker", metavar="NAME", help=f"How documents are cut: {CHUNKER_NAMES}.")
@@ -46,6 +51,13 @@ def ingest(
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Leave matching files out. Repeatable.")
+    ] = None,
+    sql: Annotated[
+        str | None,
+        typer.Option("--sql", metavar="QUERY", help="Read the rows of a query: columns id, text, and metadata."),
+    ] = None,
+    sql_url: Annotated[
+        str | None, typer.Option("--sql-url", metavar="URL", help="The database that --sql asks. [env: RAGKIT_SQL_URL]")
     ] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Forget documents whose files are gone.")] = False,
     reembed: Annotated[
@@ -66,8 +78,9 @@ def ingest(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> None:
     """Read, cut, embed and index documents. Unchanged files are skipped; edited ones are replaced."""
+    sources = [*(sources or []), *_sql_sources(sql, sql_url)]
     if not sources and not reembed and not kv:
-        raise UsageError("ingest needs at least one SOURCE: a file, a folder, or - for stdin")
+        raise UsageError("ingest needs at least one SOURCE: a file, a folder, a URL, or - for stdin")
     settings = session.settings(
         {
             "chunking.chunker": flag(chunker, "--chunker"),
@@ -88,7 +101,7 @@ def ingest(
     try:
         with finishing_first(on_stop) as request, session.open(settings, create=True) as pipeline:
             report = pipeline.ingest(
-                sources or [],
+                sources,
                 prune=prune,
                 reembed=reembed,
                 retry_failed=retry_failed,
@@ -104,6 +117,20 @@ def ingest(
         raise typer.Exit(request.exit_code)
     if report.failed:
         raise typer.Exit(ExitCode.PARTLY_DONE)
+
+
+def _sql_sources(query: str | None, url: str | None) -> list[str]:
+    """Return the source that `--sql` and `--sql-url` name; the environment keeps passwords out of process lists."""
+    if query is None:
+        if url is not None:
+            raise UsageError("--sql-url names a database, and --sql QUERY what to read from it: give both")
+        return []
+    url = url or os.environ.get("RAGKIT_SQL_URL")
+    if not url:
+        raise UsageError("--sql asks a database: name it with --sql-url URL, or in RAGKIT_SQL_URL")
+    from ragkit.readers import sql_source
+
+    return [sql_source(url, query)]
 
 
 def report_json(report: IngestReport) -> dict[str, Any]:

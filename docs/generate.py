@@ -53,6 +53,7 @@ Keys may be added, never renamed. Character offsets are half-open and count Unic
 | `ls` | `sources`: [{`uri`, `status`, `documents`, `chunks`, `bytes`, `sha256`, `media_type`, `reader`, `failure`}] |
 | `rm` | `removed`: [uri], `erased` |
 | `status` | `store`, `generation`, `sources`, `failed`, `damaged`, `documents`, `chunks`, `tokens`, `segments`, `bytes_on_disk`, `embedder`, `dim`, `chunker`, `format_version`, `kv`: {`chunks`, `bytes_by_tier`, `codec`, `estimated_bytes`, `page_bytes`}, `failed_sources`: as in `ls` |
+| `export` | `target`, `kind`: `chunks` or `documents`, `rows`, `bytes`, `generation` |
 | `gc` | `bytes_freed`, `removed_files`, `rewritten_segments`, `pending_files` |
 | `verify` | `generation`, `documents`, `chunks`, `bytes_read`, `problems`: [{`part`, `name`, `message`, `remedy`, `uris`}], `marked`: [uri] |
 | `bench blend` | `benchmark`, `date`, `model`, `settings`, `speed`: [{`prefill`, `kv_from`, `ratio`, `tokens`, `text`, `first_logits_ms`, `compute_ms`, `load_ms`, `select_ms`, `recompute_ms`, `overlapped_ms`, `times_full`, `samples_ms`}], `check`: {`tokens`, `gap`, `noise`}, `quality`: [{`variant`, `prompts`, `recomputed`, `kl_first`, `recovered_first`: {`value`, `low`, `high`}, `kl_mean`, `recovered_mean`, `agrees_first`, `nll`, `recovered_nll`, `nll_moved`, `recovered_nll_moved`, `largest_logit_difference`}], `distances`: the same by prompt and variant, `quality_from`, `quality_tokens`, `notes`, `seconds`, `interrupted`, `plots`: [path], `machine`, `versions`; shares are of 1 |

@@ -19,7 +19,7 @@ from ragkit.config import PipelineConfig, SearchMode, Strategy
 from ragkit.errors import StoreError, StoreMissingError
 from ragkit.parts import Parts
 from ragkit.progress import Progress, Silent
-from ragkit.reports import IngestReport, KVStatus, SearchResult
+from ragkit.reports import ExportReport, IngestReport, KVStatus, SearchResult
 from ragkit.store import Store
 from ragkit.store.base import GcReport, SourceRecord, StoreCounts, StoreMeta, VerifyReport
 from ragkit.types import Answer, MetadataValue, TextTokenizer
@@ -277,6 +277,17 @@ class Pipeline(AsyncQuestions):
         """Return what the store was built with, and how much it holds."""
         with self.store.snapshot():
             return self.store.meta, self.store.counts()
+
+    def export(self, target: str | Path, *, kind: str = "chunks", vectors: bool = False) -> ExportReport:
+        """Write the `chunks` or `documents` of the store as a Parquet file, at a path or an fsspec URL.
+
+        Raises:
+            UsageError: there is no such kind, or the place cannot be written to.
+            JobError: the file could not be brought to its place; an older one there is as it was.
+        """
+        from ragkit.export import export_store
+
+        return export_store(self.store, target, kind, vectors=vectors)
 
     def kv_status(self) -> KVStatus:
         """Return how much chunk KV is stored, and how much it would be for all chunks. No model is loaded."""

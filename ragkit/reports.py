@@ -77,6 +77,17 @@ class IngestReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export wrote: where, `chunks` or `documents`, how many, bytes, and the store's generation."""
+
+    target: str
+    kind: str
+    rows: int
+    bytes: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Hit:
     """One search result with its text and place; `metadata` holds the chunk's `heading_path` and `table_header`."""
 

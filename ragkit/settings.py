@@ -27,7 +27,15 @@ DEFAULT_STORE = Path(".ragkit")
 
 #: Variables that are not settings: data of benchmarks, debugging, fault injection, folders, the build.
 RESERVED_VARIABLES = frozenset(
-    {"RAGKIT_DATA", "RAGKIT_DEBUG", "RAGKIT_CRASH_AT", "RAGKIT_ENOSPC_AT", "RAGKIT_HOME", "RAGKIT_VENV"}
+    {
+        "RAGKIT_DATA",
+        "RAGKIT_DEBUG",
+        "RAGKIT_CRASH_AT",
+        "RAGKIT_ENOSPC_AT",
+        "RAGKIT_HOME",
+        "RAGKIT_SQL_URL",
+        "RAGKIT_VENV",
+    }
 )
 _PREFIX = "RAGKIT_"
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")

@@ -44,6 +44,7 @@ LEVELS = (
         "integrations",
         "async_questions",
         "async_stream",
+        "export",
     ),
     ("cli",),
 )

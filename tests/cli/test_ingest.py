@@ -176,3 +176,30 @@ def test_a_process_that_is_signalled_exits_as_shells_expect(tmp_path: Path, numb
     assert process.returncode == exit_code
     assert time.monotonic() - started < 10
     assert err == "error: stopped by a signal; nothing is half done, run the same command again\n"
+
+
+def test_a_query_of_a_database_is_a_source(run, world):
+    run("ingest", "docs", "--sql", "SELECT id, text FROM notes", "--sql-url", "sqlite:///notes.db")
+    assert world.calls[0][1]["sources"] == ["docs", "sqlite:///notes.db?query=SELECT+id%2C+text+FROM+notes"]
+
+
+def test_the_database_may_stand_in_the_environment(run, world, monkeypatch):
+    monkeypatch.setenv("RAGKIT_SQL_URL", "postgresql://bob:hunter2@db/d")
+    result = run("ingest", "--sql", "SELECT 1 AS text")
+    assert world.calls[0][1]["sources"] == ["postgresql://bob:hunter2@db/d?query=SELECT+1+AS+text"]
+    assert "hunter2" not in result.out + result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--sql", "SELECT 1"), "name it with --sql-url URL, or in RAGKIT_SQL_URL"),
+        (("--sql-url", "sqlite:///x"), "give both"),
+        (("--sql", "SELECT 1", "--sql-url", "ftp://u:hunter2@h"), "'ftp://h' names no database"),
+    ],
+)
+def test_half_a_database_is_refused(run, arguments, said):
+    result = run("ingest", *arguments)
+    assert result.code == 2
+    assert said in result.err
+    assert "hunter2" not in result.err

@@ -9,7 +9,7 @@ from typing import Any
 
 from ragkit.config import PipelineConfig
 from ragkit.errors import StoreMissingError
-from ragkit.reports import Hit, IngestReport, KVStatus, SearchResult
+from ragkit.reports import ExportReport, Hit, IngestReport, KVStatus, SearchResult
 from ragkit.store.base import (
     GcReport,
     Problem,
@@ -163,6 +163,10 @@ class FakePipeline:
     def status(self) -> tuple[StoreMeta, StoreCounts]:
         meta = StoreMeta(1, "s" * 32, "unicode61", "minilm@12", 384, "recursive", "f", "t")
         return meta, StoreCounts(7, 2, 1, 0, 1, 1234, 300_000, 3, 4_500_000)
+
+    def export(self, target: str, *, kind: str, vectors: bool) -> ExportReport:
+        self.world.note("export", {"target": target, "kind": kind, "vectors": vectors})
+        return ExportReport(target, kind, 40, 12_345, 7)
 
     def kv_status(self) -> KVStatus:
         return KVStatus(1000, {"disk": 2_500_000_000}, "bf16", 3_100_000_000)
