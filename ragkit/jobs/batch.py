@@ -7,17 +7,12 @@ the process, the same command goes on with the rows that are not.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import tempfile
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
+from dataclasses import dataclass
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ragkit.answers.options import QuestionChanges
 from ragkit.errors import JobError, UsageError
@@ -25,17 +20,15 @@ from ragkit.jobs.answer_rows import output_kind, row_bytes, write_rows
 from ragkit.jobs.batch_manifest import differences, manifest_of, read_manifest, row_differences
 from ragkit.jobs.batch_report import BatchReport, Tally
 from ragkit.jobs.job_folder import JobFolder, open_job_folder
-from ragkit.jobs.question_files import open_questions
-from ragkit.jobs.question_rows import RowReader, duplicate_ids, id_hash
 from ragkit.jobs.result_log import ResultLog
-from ragkit.jobs.rows import QuestionRow, RowOutcome, RowShape
+from ragkit.jobs.rows import QuestionRow, RowOutcome
+from ragkit.jobs.spooled_rows import SpooledRows, spooled_rows
+from ragkit.jobs_config import ExecutorName
 from ragkit.progress import Progress, Silent
 from ragkit.types import MetadataValue
 
 if TYPE_CHECKING:
     from ragkit.parts import Parts
-
-_NAMED_IDS = 5
 
 #: Answers rows, as `answer_many` does; whatever runs a batch is one of these.
 AnswerRows = Callable[[Iterable[QuestionRow]], Iterator[RowOutcome]]
@@ -60,18 +53,10 @@ class BatchJob:
     filter: Mapping[str, MetadataValue] | None = None
     document: str | None = None
 
-
-@dataclass(slots=True)
-class SpooledRows:
-    """The rows of a job in a file, one JSON a line, and what was noticed while they were read."""
-
-    path: Path
-    count: int
-    sha256: str
-    warnings: list[str] = field(default_factory=list)
-
-    def __iter__(self) -> Iterator[QuestionRow]:
-        return read_rows(self.path)
+    def rows(self, kind: str) -> contextlib.AbstractContextManager[SpooledRows]:
+        """Give the rows, to be answered in an output of this kind; errors as of `spooled_rows`."""
+        defaults = QuestionChanges(filter=self.filter, document=self.document)
+        return spooled_rows(self.questions, defaults, self.limit, kind)
 
 
 def run_batch(
@@ -89,7 +74,7 @@ def run_batch(
     kind = output_kind(job.out)
     started = time.perf_counter()
     _ = parts.store
-    with open_job_folder(job.out) as folder, spooled_rows(job, kind) as rows:
+    with open_job_folder(job.out) as folder, job.rows(kind) as rows:
         warnings = rows.warnings + _begin_or_go_on(parts, job, folder, rows, kind)
         log = folder.open_log(rows.count)
         with contextlib.closing(log):
@@ -122,7 +107,11 @@ def run_batch(
 
 
 def open_answers(parts: Parts, stop: Event) -> AnswerRows:
-    """Return what answers rows over `parts`, until `stop` is set."""
+    """Return what answers rows over `parts`, here or on Ray, until `stop` is set."""
+    if parts.config.jobs.engine is ExecutorName.RAY:
+        from ragkit.jobs.ray_answering import answer_on_ray
+
+        return lambda rows: answer_on_ray(parts, rows, stop)
     from ragkit.jobs.answering import answer_many
 
     return lambda rows: answer_many(parts, rows, stop=stop)
@@ -196,53 +185,3 @@ def _begin_or_go_on(parts: Parts, job: BatchJob, folder: JobFolder, rows: Spoole
     return [
         f"the store changed since the job was begun (generation {then}, now {current}): earlier rows saw it as it was"
     ]
-
-
-@contextlib.contextmanager
-def spooled_rows(job: BatchJob, kind: str = "jsonl") -> Iterator[SpooledRows]:
-    """Give the rows of the job, each read and checked once.
-
-    Raises:
-        UsageError: an id comes twice, there are no rows, or they cannot be answered in an output of this kind.
-    """
-    reader = RowReader(QuestionChanges(filter=job.filter, document=job.document))
-    with tempfile.TemporaryDirectory(prefix="ragkit-rows-") as scratch, open_questions(job.questions) as questions:
-        path = Path(scratch) / "rows.jsonl"
-        digest, hashes, openai = hashlib.sha256(), array("Q"), 0
-        with path.open("wb") as file:
-            for row in islice(reader.rows(questions.records()), job.limit):
-                line = json.dumps(row.to_json(), sort_keys=True).encode() + b"\n"
-                file.write(line)
-                digest.update(line)
-                hashes.append(id_hash(row.row_id))
-                openai += row.shape is RowShape.OPENAI
-        if not hashes:
-            raise UsageError(f"{questions.name} holds no rows")
-        _refuse_duplicates(path, hashes)
-        if openai and kind == "parquet":
-            raise UsageError("OpenAI batch lines are answered in their own shape, in JSON Lines: give --out FILE.jsonl")
-        warnings = [f"{questions.name}: {remark}" for remark in (*questions.remarks, *reader.remarks())]
-        warnings += [f"{count:,} lines ask for the model {name}" for name, count in reader.other_models.items()]
-        yield SpooledRows(path, len(hashes), digest.hexdigest(), warnings)
-
-
-def read_rows(path: Path) -> Iterator[QuestionRow]:
-    """Yield the rows of a spool."""
-    with path.open("rb") as file:
-        for line in file:
-            yield QuestionRow.from_json(json.loads(line))
-
-
-def _refuse_duplicates(path: Path, hashes: array[int]) -> None:
-    import numpy as np
-
-    values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
-    repeated = {int(value) for value in values[counts > 1]}
-    found: dict[str, Any] = duplicate_ids(read_rows(path), repeated) if repeated else {}
-    if found:
-        named = (
-            f"{row_id!r} (rows {', '.join(str(number + 1) for number in numbers[:_NAMED_IDS])})"
-            for row_id, numbers in islice(found.items(), _NAMED_IDS)
-        )
-        more = f" and {len(found) - _NAMED_IDS:,} more" if len(found) > _NAMED_IDS else ""
-        raise UsageError(f"ids must differ, and these come more than once: {', '.join(named)}{more}")

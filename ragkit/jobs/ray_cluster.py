@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from ragkit.jobs_config import JobsConfig
 
 # What jobs hold in Ray's object store at once is bounded, so a started cluster needs no third of the machine's memory.
 _OBJECT_STORE_BYTES = 512 << 20
+_CONNECT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,23 @@ def import_ray() -> ModuleType:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # workers of no GPU may still see that there is none
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # Ray prints to stdout, where our results go
     try:
         import ray
     except ImportError as error:
         raise MissingExtraError("--engine ray needs Ray: pip install 'ragkit[ray]'") from error
+    _obey_environment()
     return ray  # type: ignore[no-any-return]
+
+
+def _obey_environment() -> None:
+    """Have Ray read its settings again where the program imported it before the environment was set."""
+    from ray._raylet import AuthenticationMode, Config, get_authentication_mode
+
+    if os.environ["RAY_AUTH_MODE"].lower() == "token" and get_authentication_mode() != AuthenticationMode.TOKEN:
+        Config.initialize("")
+        if get_authentication_mode() != AuthenticationMode.TOKEN:
+            raise JobError("Ray was imported without authentication: set RAY_AUTH_MODE=token before the program starts")
 
 
 class RayCluster:
@@ -106,6 +120,7 @@ class RayCluster:
     def _connect(self, address: str) -> None:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if address:
+            _refuse_silent(address)
             options["address"] = address
         else:
             _give_token()
@@ -122,6 +137,20 @@ class RayCluster:
                 f"{where}: {reason}; check --ray-address, and that RAY_AUTH_TOKEN (or the file that "
                 "RAY_AUTH_TOKEN_PATH names) is the cluster's token"
             ) from error
+
+
+def _refuse_silent(address: str) -> None:
+    """Raise `JobError` where nothing answers at an address: Ray would end the process after a while."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
+            return
+    except (OSError, ValueError, OverflowError) as error:
+        raise JobError(
+            f"the Ray cluster at {address!r} cannot be used: {error}; --ray-address takes HOST:PORT of its head node"
+        ) from error
 
 
 def _give_token() -> None:

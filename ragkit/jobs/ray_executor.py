@@ -79,12 +79,7 @@ class RayExecutor:
     """
 
     def __init__(self, parts: Parts, chunker: Chunker, cluster: RayCluster) -> None:
-        given = parts.given
-        if given:
-            raise UsageError(
-                f"--engine ray loads models in its workers by their names, and the pipeline was handed its own "
-                f"{' and '.join(given)}: name a model folder in the configuration instead"
-            )
+        refuse_given(parts)
         self._parts = parts
         self._cluster = cluster
         self._wanted = WorkerIdentity("", chunker.fingerprint, parts.chunk_embedder.embedder_id)
@@ -145,6 +140,15 @@ class RayExecutor:
                     f"the Ray worker on {identity.node} has another {name} ({got}) than this machine ({wanted}): "
                     "install the same ragkit and the same models on every node"
                 )
+
+
+def refuse_given(parts: Parts) -> None:
+    """Raise `UsageError` where a model was handed to the pipeline, which workers cannot load by its name."""
+    if parts.given:
+        raise UsageError(
+            "--engine ray loads models in its workers by their names, and the pipeline was handed its own "
+            f"{' and '.join(parts.given)}: name a model folder in the configuration instead"
+        )
 
 
 def worker_config(config: PipelineConfig, gpus: float) -> PipelineConfig:

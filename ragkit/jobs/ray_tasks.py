@@ -238,7 +238,9 @@ class TaskRunner:
             for one in runs:
                 self._begin(one)
         else:
-            is_oom = isinstance(error, self._ray.exceptions.OutOfMemoryError) or "OOM" in str(error)
+            # An actor that Ray's memory monitor has killed died like any other, and only its message says so.
+            oom = self._ray.exceptions.OutOfMemoryError
+            is_oom = isinstance(error, oom) or "running low on memory" in str(error)
             how = "ran out of memory" if is_oom else "died"
             message = f"{run.attempts} workers in a row {how} at it"
             run.result, run.is_done = run.task.failed(step, "oom" if is_oom else "crash", message), True

@@ -21,7 +21,7 @@ from ragkit.settings import forbid_network
 
 if TYPE_CHECKING:
     from ragkit.chunking.base import Chunker
-    from ragkit.readers.source import Source
+    from ragkit.readers.origin import Source
     from ragkit.types import Chunk
 
 
@@ -32,6 +32,8 @@ class WorkerIdentity:
     node: str
     chunker: str = ""
     embedder_id: str = ""
+    generator: str = ""
+    generation: int = -1
 
 
 class RayWorker:

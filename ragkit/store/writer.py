@@ -27,7 +27,7 @@ from ragkit.store.records import (
 )
 from ragkit.store.rows import SegmentRow, to_sql
 from ragkit.store.schema import set_meta
-from ragkit.store.segments import write_vector_segment
+from ragkit.store.segments import segment_path, write_vector_segment
 from ragkit.store.snapshots import WRITER_LOCK, read_meta
 from ragkit.store.transactions import Transactions
 from ragkit.types import Metadata, MetadataValue
@@ -198,6 +198,15 @@ class Writer:
         with self._transactions.open(same_generation=True) as changes:
             derived.put_kv(changes, segment, entries)
         return segment.sha256
+
+    def record_kv(self, segment: SegmentRow, entries: Sequence[KVEntry]) -> None:
+        """Record a KV segment that another process has written into the store's folder, and where its chunks lie."""
+        path = segment_path(self._folder, segment.sha256, segment.kind)
+        with translated(self._folder):
+            if path.stat().st_size != segment.bytes:
+                raise StoreError(f"the segment {path.name} does not have the {segment.bytes} bytes that were written")
+        with self._transactions.open(same_generation=True) as changes:
+            derived.put_kv(changes, segment, entries)
 
     def remove_kv(self, keys: Sequence[str]) -> None:
         """Forget KV entries; a segment goes with its last one."""

@@ -1,0 +1,129 @@
+"""Rows of a batch, answered in the workers of a Ray cluster: shards of rows on workers with an engine each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from ragkit.config import PipelineConfig
+from ragkit.errors import JobError
+from ragkit.jobs.answering import BatchGenerator, answer_many, batch_generator
+from ragkit.jobs.executor import StopRequested, Watch
+from ragkit.jobs.ray_cluster import RayCluster
+from ragkit.jobs.ray_executor import refuse_given, worker_config
+from ragkit.jobs.ray_pool import ActorPool
+from ragkit.jobs.ray_tasks import Call, Steps, TaskRunner
+from ragkit.jobs.ray_worker import WorkerIdentity, limit_threads
+from ragkit.jobs.rows import QuestionRow, RowError, RowOutcome
+from ragkit.parts import Parts
+from ragkit.progress import Silent
+from ragkit.settings import forbid_network
+
+if TYPE_CHECKING:
+    from ragkit.store import Store
+
+SHARD_ROWS = 64  # what a lost worker costs, and what a worker's engine may batch
+
+
+class RayAnswerer:
+    """Answers rows with an engine of its own, one shard at a time; it only reads the store.
+
+    Args:
+        config: which models, and how.
+        folder: the store's, or a copy of it in the same place.
+        threads: how many a model may use.
+    """
+
+    def __init__(self, config: PipelineConfig, folder: str, threads: int) -> None:
+        if config.offline:
+            forbid_network(os.environ)
+        self._parts = Parts(Path(folder), config)
+        self._threads = threads
+        self._generator: BatchGenerator | None = None
+
+    def start(self) -> WorkerIdentity:
+        """Load the models and return who this is.
+
+        Raises:
+            StoreMissingError: the store is not here.
+        """
+        limit_threads(self._threads)
+        store: Store = self._parts.store
+        _ = self._parts.retriever
+        self._generator = batch_generator(self._parts)
+        return WorkerIdentity(os.uname().nodename, generation=store.generation)
+
+    def answer(self, rows: Sequence[QuestionRow]) -> list[RowOutcome]:
+        """Return what becomes of each row, in their order."""
+        outcomes = {one.row.number: one for one in answer_many(self._parts, rows, generator=self._generator)}
+        return [outcomes[row.number] for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class _RowShard:
+    """Rows that one worker answers together: a `Task` of the runner."""
+
+    rows: Sequence[QuestionRow]
+
+    def steps(self) -> Steps[list[RowOutcome]]:
+        outcomes: list[RowOutcome] = yield Call("answer", "answer", (self.rows,))
+        return outcomes
+
+    def parts(self) -> Sequence[_RowShard]:
+        return [_RowShard([row]) for row in self.rows] if len(self.rows) > 1 else []
+
+    def failed(self, step: str, code: str, message: str) -> list[RowOutcome]:
+        return [RowOutcome(row, error=RowError(code, message)) for row in self.rows]
+
+
+def answer_on_ray(parts: Parts, rows: Iterable[QuestionRow], stop: Event) -> Iterator[RowOutcome]:
+    """Yield what becomes of every row once, until `stop` is set.
+
+    A row that keeps killing its workers fails alone.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        UsageError: a model was handed to the pipeline.
+        JobError: the cluster cannot be used, or a worker has another state of the store.
+    """
+    refuse_given(parts)
+    with RayCluster(parts.config.jobs) as cluster:
+        cluster.connect()
+        pool = _pool(parts, cluster)
+        runner = TaskRunner(cluster.ray, {"answer": pool}, Watch(Silent(), stop).check)
+        try:
+            for outcomes in runner.run(_shards(rows)):
+                yield from outcomes
+        except StopRequested:
+            return
+        finally:
+            pool.close()
+
+
+def _pool(parts: Parts, cluster: RayCluster) -> ActorPool:
+    generation = parts.store.generation
+
+    def check(identity: WorkerIdentity) -> None:
+        if identity.generation != generation:
+            raise JobError(
+                f"the store on {identity.node} is of generation {identity.generation}, and here it is of {generation}: "
+                f"copy {parts.folder.resolve()} there again"
+            )
+
+    gpus = cluster.gpus(parts.config.device)
+    cpus = 1.0 if gpus else cluster.worker_cpus
+    arguments = (worker_config(parts.config, gpus), str(parts.folder.resolve()), max(1, int(cpus)))
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": 1 if gpus else 0}
+    size = gpus or max(1, cluster.room())
+    return ActorPool(cluster.ray, "answering", size, RayAnswerer, arguments, options, check)
+
+
+def _shards(rows: Iterable[QuestionRow]) -> Iterator[_RowShard]:
+    coming = iter(rows)
+    while shard := list(islice(coming, SHARD_ROWS)):
+        yield _RowShard(shard)
