@@ -12,10 +12,11 @@ from ragkit.config import Strategy
 from ragkit.errors import RagkitError
 from ragkit.jobs.answer_rows import output_kind
 from ragkit.jobs.answering import BatchGenerator, batch_generator
-from ragkit.jobs.batch import BatchJob, SpooledRows, spooled_rows
+from ragkit.jobs.batch import BatchJob
 from ragkit.jobs.kv_status import read_kv_status
 from ragkit.jobs.retrieved_rows import FoundRow, PagedRow, RowRetrieval
 from ragkit.jobs.rows import QuestionRow, RowOutcome
+from ragkit.jobs.spooled_rows import SpooledRows
 
 if TYPE_CHECKING:
     from ragkit.parts import Parts
@@ -63,7 +64,7 @@ def estimate_batch(parts: Parts, job: BatchJob, generator: BatchGenerator | None
     Raises:
         UsageError: the job could not be begun either.
     """
-    with spooled_rows(job, output_kind(job.out)) as rows:
+    with job.rows(output_kind(job.out)) as rows:
         bad = sum(row.error is not None for row in rows)
         sample = list(_spread(rows, rows.count, SAMPLED_ROWS))
         outcomes, retrieve_ms = _retrieved(parts, sample)
