@@ -162,6 +162,27 @@ class KVUse:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftUse:
+    """What drafting did for one answer.
+
+    Attributes:
+        mode: none where nothing was drafted; exact: the answer is what the model alone gives, or has its distribution;
+            transfer: the model was moved towards the drafter, and so was the answer.
+        drafter: what proposed tokens: self, lookup or a model's name.
+        drafted, accepted: tokens that were proposed and verified, and how many of them stood.
+        steps: passes of the model after the prompt's; each brings the tokens that stood, and one more.
+        ms_per_step: mean milliseconds of such a pass, drafting included.
+    """
+
+    mode: str = "none"
+    drafter: str = ""
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    ms_per_step: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class AttendedSpan:
     """A stretch of a document that an answer attended to because it was found among all others.
 
@@ -195,6 +216,7 @@ class Answer:
         warnings: one line each; every fallback shows up here.
         kv: where the KV of the chunks came from.
         attended: where a document was answered from its pages, those of them that were found, most often first.
+        draft: what drafting did.
     """
 
     text: str
@@ -208,6 +230,7 @@ class Answer:
     warnings: tuple[str, ...] = ()
     kv: KVUse = field(default_factory=KVUse)
     attended: tuple[AttendedSpan, ...] = ()
+    draft: DraftUse = field(default_factory=DraftUse)
 
 
 @runtime_checkable

@@ -48,6 +48,11 @@ class DraftSession(Protocol):
         """Measured milliseconds of one more token of depth, forgotten exponentially; 0 before the first."""
         ...
 
+    @property
+    def step_share(self) -> float:
+        """The same in plain steps of the target, by the bytes that both read; 0 where no model runs."""
+        ...
+
     def accept(self, token_ids: Sequence[int]) -> None:
         """Note the tokens that follow those noted before, whoever proposed them."""
         ...
@@ -72,6 +77,11 @@ class Drafter(Protocol):
     @property
     def has_probabilities(self) -> bool:
         """Whether its trees tell the distributions that tokens were drawn from, where they were drawn."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Paths that it proposes beside each other at most, each token of depth costing as many nodes."""
         ...
 
     def begin(self, context: DraftContext) -> DraftSession:

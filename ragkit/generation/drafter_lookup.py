@@ -8,7 +8,6 @@ worth how much is learned from every token of the answer, drafted or not.
 from __future__ import annotations
 
 import heapq
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +39,11 @@ class LookupDrafter:
         """Nothing is drawn."""
         return False
 
+    @property
+    def width(self) -> int:
+        """Trees tell the chances of their nodes, which decide."""
+        return 1
+
     def begin(self, context: DraftContext) -> LookupSession:
         """Return the state of one request: its prompt's segments, indexed in time proportional to their tokens."""
         return LookupSession(context.prompt)
@@ -67,13 +71,16 @@ class LookupSession:
         levels = len(_PRIOR)
         self._hits = [chance * _PRIOR_WEIGHT for chance in _PRIOR]
         self._tries = [_PRIOR_WEIGHT] * levels
-        self._spent_ms = 0.0
-        self._proposals = 0
 
     @property
     def step_ms(self) -> float:
-        """Mean milliseconds of a proposal."""
-        return self._spent_ms / max(1, self._proposals)
+        """Nothing: a proposal takes microseconds, whatever its depth."""
+        return 0.0
+
+    @property
+    def step_share(self) -> float:
+        """No model runs."""
+        return 0.0
 
     @property
     def match_length(self) -> int:
@@ -105,7 +112,6 @@ class LookupSession:
 
     def propose(self, budget: DraftBudget) -> DraftTree:
         """Return the continuations of the match, each parent before its children and the likelier nodes first."""
-        started = time.perf_counter()
         token_ids: list[int] = []
         parents: list[int] = []
         chances: list[float] = []
@@ -122,8 +128,6 @@ class LookupSession:
             chances.append(-negative)
             if length - self._length < budget.depth:
                 order = self._expand(waiting, order, node, state, length, -negative)
-        self._spent_ms += (time.perf_counter() - started) * 1e3
-        self._proposals += 1
         return DraftTree(tuple(token_ids), tuple(parents), chances=tuple(chances))
 
     def _expand(

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,17 +17,21 @@ from ragkit.errors import GenerationError
 from ragkit.generation.admission import Admission
 from ragkit.generation.attention import StandaloneAttention
 from ragkit.generation.contiguous_decode import ContiguousDecodeRunner
+from ragkit.generation.contiguous_verify import ContiguousVerifier
 from ragkit.generation.decode import decode
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.decode_state import StepRunner
 from ragkit.generation.decoder import Decoder
+from ragkit.generation.draft_control import MeasuredCosts
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.placement import kv_tokens_that_fit, resolve_device, resolve_dtype
 from ragkit.generation.prompt import PromptBuilder
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.generation.sampling import SamplingConfig
+from ragkit.generation.speculative_decode import Drafting, SpeculativeRequest, speculative_decode
 from ragkit.generation.steps import Finished, GenerationStep
 from ragkit.generation.strategy import PrefillRequest, PrefillStrategy
+from ragkit.generation.verification import Verifier
 from ragkit.kvcache.coverage import Ratio
 from ragkit.kvcache.pool import BLOCK_SIZE, KVPool
 from ragkit.kvcache.request_kv import RequestKV
@@ -35,7 +40,7 @@ from ragkit.models.fingerprint import weights_stamp
 from ragkit.models.resolve import resolve
 from ragkit.models.tokenizer import ModelTokenizer
 from ragkit.progress import Progress
-from ragkit.types import CausalOutput, Prompt, TokenUsage
+from ragkit.types import CausalOutput, DraftUse, Prompt, TokenUsage
 
 _LOSS_ROWS = 512  # rows of logits held at once while losses are computed
 _KEPT_BUILDERS = 8  # rendering and tokenising the chat template takes milliseconds
@@ -78,6 +83,7 @@ class Engine:
         self.rotary = RotaryCache(decoder)
         self._builders: dict[str, PromptBuilder] = {}
         self._building = threading.Lock()
+        self._draft_costs = MeasuredCosts()
         self._runner: StepRunner = (
             DecodeRunner(decoder, self.pool) if decoder.device.type == "cuda" else ContiguousDecodeRunner(decoder)
         )
@@ -144,11 +150,13 @@ class Engine:
         sampling: SamplingConfig | None = None,
         strategy: str | PrefillStrategy = "full",
         ratio: Ratio | None = None,
+        drafting: Drafting | None = None,
     ) -> Iterator[GenerationStep]:
         """Yield a `GeneratedToken` a token, and `Finished` at the end.
 
         `strategy` is one of `strategies` by name, or any other. `ratio` is the part of reused tokens that is
         recomputed, or what that must cover, for strategies that reuse; None is the strategy's own.
+        `drafting` has several tokens verified in one pass; None generates them one by one.
         `sampling.max_new_tokens` is cut to what the window leaves. The request's blocks are free again when the
         iterator ends or is closed.
 
@@ -156,8 +164,8 @@ class Engine:
             GenerationError: the prompt is empty or fills the window, or the strategy is unknown.
             CacheCapacityError: the pool has too few free blocks.
         """
-        sampling = self._within_window(prompt, sampling or SamplingConfig())
-        chosen = self._strategy(strategy) if isinstance(strategy, str) else strategy
+        sampling = self.within_window(prompt, sampling or SamplingConfig())
+        chosen = self.strategy(strategy) if isinstance(strategy, str) else strategy
         started = time.perf_counter()
         total = len(prompt) + sampling.max_new_tokens
         # Rows of chunks that are shared, or recomputed beside them, fill their last block only in part.
@@ -168,15 +176,14 @@ class Engine:
             prefilled = chosen.prefill(self.decoder, request)
             kv.reserve(total)
             stops = frozenset(self.decoder.config.stop_token_ids) | frozenset(sampling.stop_token_ids)
-            tokens = decode(
-                self._runner,
-                kv,
-                rotary,
-                prefilled.logits,
-                sampling,
-                frozenset() if sampling.ignore_stop_tokens else stops,
-                self.tokenizer,
-            )
+            stops = frozenset() if sampling.ignore_stop_tokens else stops
+            drafted = None if drafting is None else self.speculative_request(drafting, prompt, sampling, stops)
+            if drafted is None:
+                tokens = decode(self._runner, kv, rotary, prefilled.logits, sampling, stops, self.tokenizer)
+            else:
+                tokens = speculative_decode(
+                    drafted, self._runner, self.verifier, kv, rotary, prefilled.logits, self.tokenizer
+                )
             timings = {"prefill": (time.perf_counter() - started) * 1e3, **prefilled.timings_ms}
             while True:
                 try:
@@ -192,7 +199,26 @@ class Engine:
         timings["total"] = (time.perf_counter() - started) * 1e3
         timings.setdefault("first_token", timings["total"])
         usage = TokenUsage(len(prompt), prefilled.reused, prefilled.recomputed, len(ended.token_ids))
-        yield Finished(ended.piece, ended.reason, ended.token_ids, usage, timings, prefilled.kv, prefilled.warnings)
+        yield Finished(
+            ended.piece, ended.reason, ended.token_ids, usage, timings, prefilled.kv, prefilled.warnings,
+            DraftUse() if drafted is None else drafted.use(),
+        )  # fmt: skip
+
+    @property
+    def step_runner(self) -> StepRunner:
+        """What runs steps in which every request decodes one token."""
+        return self._runner
+
+    @cached_property
+    def verifier(self) -> Verifier:
+        """What verifies drafted tokens, over the states of the engine's decoding steps."""
+        return ContiguousVerifier(self.decoder)
+
+    def speculative_request(
+        self, drafting: Drafting, prompt: Prompt, sampling: SamplingConfig, stop_token_ids: frozenset[int]
+    ) -> SpeculativeRequest:
+        """Return the state of a request that is drafted, whose drafts' lengths follow what passes cost here."""
+        return SpeculativeRequest(drafting, prompt, sampling, stop_token_ids, self._draft_costs)
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]] = ()) -> CausalOutput:
@@ -216,7 +242,12 @@ class Engine:
         ]
         return torch.cat(losses) if losses else torch.empty(0, device=self.decoder.device)
 
-    def _strategy(self, name: str) -> PrefillStrategy:
+    def strategy(self, name: str) -> PrefillStrategy:
+        """Return one of `strategies`.
+
+        Raises:
+            GenerationError: there is none of that name.
+        """
         if name not in self._strategies:
             raise GenerationError(f"there is no prefill strategy {name!r}; there are {', '.join(self._strategies)}")
         return self._strategies[name]
@@ -229,7 +260,12 @@ class Engine:
             raise GenerationError(f"a pass takes 1 to {self.max_context} tokens, earlier ones included, got {total}")
         return StandaloneAttention(self.rotary.table(total, total), self.decoder.scale, past, keep=keep)
 
-    def _within_window(self, prompt: Prompt, sampling: SamplingConfig) -> SamplingConfig:
+    def within_window(self, prompt: Prompt, sampling: SamplingConfig) -> SamplingConfig:
+        """Return `sampling` with the answer cut to what the window leaves behind `prompt`.
+
+        Raises:
+            GenerationError: the prompt is empty or fills the window.
+        """
         room = self.max_context - len(prompt)
         if len(prompt) == 0 or room < 1:
             raise GenerationError(

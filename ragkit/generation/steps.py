@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ragkit.types import KVUse, TokenUsage
+from ragkit.types import DraftUse, KVUse, TokenUsage
 
 
 class FinishReason(StrEnum):
@@ -41,6 +41,7 @@ class Finished:
         timings_ms: prefill, first_token (from the call to the first token) and total, and the strategy's own.
         kv: where reused KV came from.
         warnings: what was not done as configured, and why.
+        draft: what drafting did.
     """
 
     piece: str
@@ -50,6 +51,7 @@ class Finished:
     timings_ms: Mapping[str, float]
     kv: KVUse = field(default_factory=KVUse)
     warnings: tuple[str, ...] = ()
+    draft: DraftUse = field(default_factory=DraftUse)
 
 
 GenerationStep = GeneratedToken | Finished

@@ -1,0 +1,261 @@
+"""The decoding loop with drafts: propose, verify in one pass, accept, and go on behind what stood.
+
+It takes the place of `ragkit.generation.decode`, and gives the same steps: the stream, stop tokens, the limit of tokens
+and the rows that are left behind are those of plain decoding, whatever was drafted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ragkit.errors import ConfigError
+from ragkit.generation.acceptance import Acceptance, Transfer
+from ragkit.generation.decode import Decoded
+from ragkit.generation.decode_state import DecodeState, StepRunner
+from ragkit.generation.draft_control import Costs, DraftController, DraftLimits, NominalCosts
+from ragkit.generation.draft_tree import DraftTree
+from ragkit.generation.drafter import DraftBudget, DraftContext, Drafter, DraftSession
+from ragkit.generation.sampling import SamplingConfig
+from ragkit.generation.steps import FinishReason, GeneratedToken
+from ragkit.generation.text_stream import TextStream
+from ragkit.generation.verification import Verifier
+from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.rope import RotaryTable
+from ragkit.setting_names import DraftMode
+from ragkit.types import DraftUse, Prompt, TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How an answer is drafted.
+
+    Attributes:
+        drafter: what proposes tokens.
+        transfer: the mode `transfer`, which needs a drafter with probabilities; None is `exact`.
+        limits: bounds of one draft.
+        retrieve: called with the tokens of the answer so far where acceptance falls; returns a prompt with other
+            chunks to draft from, or None where there is none.
+    """
+
+    drafter: Drafter
+    transfer: Transfer | None = None
+    limits: DraftLimits = field(default_factory=DraftLimits)
+    retrieve: Callable[[Sequence[int]], Prompt | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.transfer is not None and not self.drafter.has_probabilities:
+            raise ConfigError(
+                f"transfer moves the model towards its drafter's distribution, and {self.drafter.name} has none: draft "
+                "with self or a model, or leave the mode exact"
+            )
+
+    @property
+    def mode(self) -> DraftMode:
+        """What it may do to the answer."""
+        return DraftMode.EXACT if self.transfer is None else DraftMode.TRANSFER
+
+
+class SpeculativeRequest:
+    """One request while it decodes with drafts.
+
+    Args:
+        drafting: how.
+        prompt: the whole prompt.
+        sampling: how tokens are chosen.
+        stop_token_ids: tokens that end the answer.
+        costs: what passes cost on this engine.
+    """
+
+    def __init__(
+        self, drafting: Drafting, prompt: Prompt, sampling: SamplingConfig, stop_token_ids: frozenset[int], costs: Costs
+    ) -> None:
+        self.drafting = drafting
+        self._sampling = sampling
+        self._stops = stop_token_ids
+        self._prompt = prompt
+        self._acceptance = Acceptance(sampling, drafting.transfer)
+        # Where tokens are drawn by the drafter their draws depend on lengths, which must not depend on the clock.
+        draws = drafting.drafter.has_probabilities and sampling.temperature > 0
+        width = drafting.drafter.width
+        self._controller = DraftController(NominalCosts() if draws else costs, drafting.limits, width)
+        self._session: DraftSession | None = None
+        self.state: DecodeState | None = None
+        self.token_ids: list[int] = []
+        self.reason: FinishReason | None = None
+        self._drafted = self._accepted = self._passes = 0
+        self._spent_ms = 0.0
+
+    @property
+    def last_token(self) -> int:
+        """The token that the next pass begins with."""
+        return self.token_ids[-1]
+
+    @property
+    def session(self) -> DraftSession:
+        """The drafter's state, begun when it is first asked for."""
+        if self._session is None:
+            needs = self.drafting.transfer is not None
+            self._session = self.drafting.drafter.begin(DraftContext(self._prompt, self._sampling, needs))
+            self._session.accept(self.token_ids)
+        return self._session
+
+    def first(self, logits: Tensor) -> list[int]:
+        """Return the first token, [] where it ends the answer, for the prompt's logits (vocab_size,)."""
+        return self._take([self._acceptance.first(logits)])
+
+    def budget(self, requests: int = 1) -> DraftBudget:
+        """Return how much to draft now, for a pass over so many requests."""
+        assert self.state is not None
+        kv = self.state.kv
+        remaining = self._sampling.max_new_tokens - len(self.token_ids)
+        room = kv.num_reserved - kv.num_tokens - 1
+        session = self.session
+        return self._controller.budget(kv.num_tokens, remaining, room, session.step_ms, session.step_share, requests)
+
+    def cut(self, tree: DraftTree, budget: DraftBudget) -> DraftTree:
+        """Return the part of a proposal that is verified."""
+        assert self.state is not None
+        return self._controller.cut(tree.cut(budget.nodes, budget.depth), self.state.kv.num_tokens)
+
+    def take(self, logits: Tensor, tree: DraftTree, verifier: Verifier | None) -> list[int]:
+        """Return the tokens that a pass brought, without the one that ends the answer.
+
+        Args:
+            logits: (nodes + 1, vocab_size) of the pass.
+            tree: what it verified.
+            verifier: did the pass; None where it was a plain step, which keeps its row itself.
+        """
+        assert self.state is not None
+        nodes, token = self._acceptance.accept(logits, tree)
+        brought = [*(tree.token_ids[node] for node in nodes), token]
+        taken = self._take(brought)
+        if verifier is not None:
+            verifier.commit(self.state, nodes[: len(taken)])
+        self._drafted += len(tree)
+        self._accepted += len(nodes[: len(taken)])
+        if self.reason is None and self._session is not None:
+            self._session.accept(taken)
+        return taken
+
+    def observe(self, tree: DraftTree, accepted: int, context: int, pass_ms: float, draft_ms: float) -> None:
+        """Note what a pass took and how much of its tree stood; retrieve anew where drafts have become worse."""
+        self._passes += 1
+        self._spent_ms += pass_ms + draft_ms
+        self._controller.observe(tree, accepted, context, pass_ms)
+        if self.reason is None and self.drafting.retrieve is not None and self._controller.wants_refresh:
+            self._controller.refreshed()
+            prompt = self.drafting.retrieve(self.token_ids)
+            if prompt is not None:
+                self.session.refresh(prompt)
+
+    def use(self) -> DraftUse:
+        """Return what drafting did."""
+        return DraftUse(
+            mode=self.drafting.mode.value,
+            drafter=self.drafting.drafter.name,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            steps=self._passes,
+            ms_per_step=self._spent_ms / max(1, self._passes),
+        )
+
+    def close(self) -> None:
+        """Give the drafter's memory back; twice is harmless."""
+        if self._session is not None:
+            self._session.close()
+
+    def _take(self, tokens: Sequence[int]) -> list[int]:
+        taken: list[int] = []
+        for token in tokens:
+            if token in self._stops:
+                self.reason = FinishReason.STOP_TOKEN
+                break
+            taken.append(token)
+            if len(self.token_ids) + len(taken) == self._sampling.max_new_tokens:
+                self.reason = FinishReason.LENGTH
+                break
+        self.token_ids += taken
+        return taken
+
+
+def advance(requests: Sequence[SpeculativeRequest], runner: StepRunner, verifier: Verifier) -> list[list[int]]:
+    """Return the tokens that one pass brings each of `requests`, all of which have a state and are not finished.
+
+    A pass in which nothing is drafted is a plain step.
+    """
+    started = time.perf_counter()
+    trees = _proposed(requests)
+    began = time.perf_counter()
+    states = [_state(request) for request in requests]
+    contexts = [state.kv.num_tokens for state in states]
+    tokens = [request.last_token for request in requests]
+    drafted = any(len(tree) for tree in trees)
+    logits = verifier.verify(states, tokens, trees) if drafted else list(runner.step(states, tokens).unsqueeze(1))
+    brought = [
+        request.take(rows, tree, verifier if drafted else None)
+        for request, rows, tree in zip(requests, logits, trees, strict=True)
+    ]
+    ended = time.perf_counter()
+    spent = (ended - began) * 1e3, (began - started) * 1e3
+    for request, tree, context, state in zip(requests, trees, contexts, states, strict=True):
+        request.observe(tree, state.kv.num_tokens - context - 1, context, *spent)
+    return brought
+
+
+def speculative_decode(
+    request: SpeculativeRequest,
+    runner: StepRunner,
+    verifier: Verifier,
+    kv: RequestKV,
+    rotary: RotaryTable,
+    logits: Tensor,
+    tokenizer: TextTokenizer,
+) -> Generator[GeneratedToken, None, Decoded]:
+    """Yield one `GeneratedToken` a token and return how it ended, as `decode` does.
+
+    Args:
+        request: the request.
+        runner, verifier: run steps and passes, over the same states.
+        kv: its prompt in place, and rows reserved for all tokens that it may have.
+        rotary: its rotary table.
+        logits: (vocab_size,) after the prompt.
+        tokenizer: turns tokens into text.
+    """
+    stream = TextStream(tokenizer)
+    try:
+        taken = request.first(logits)
+        while True:
+            for token in taken:
+                yield GeneratedToken(token, stream.push(token))
+            if request.reason is not None:
+                return Decoded(stream.close(), request.reason, tuple(request.token_ids))
+            if request.state is None:  # not before: it may copy the whole KV, which the first token need not wait for
+                request.state = runner.begin(kv, rotary)
+            (taken,) = advance([request], runner, verifier)
+    finally:
+        request.close()
+
+
+def _proposed(requests: Sequence[SpeculativeRequest]) -> list[DraftTree]:
+    """Return what is verified of each request; those with one drafter are drafted together."""
+    budgets = [request.budget(len(requests)) for request in requests]
+    trees = [DraftTree()] * len(requests)
+    by_drafter: dict[int, list[int]] = {}
+    for index, (request, budget) in enumerate(zip(requests, budgets, strict=True)):
+        if budget.depth > 0:
+            by_drafter.setdefault(id(request.drafting.drafter), []).append(index)
+    for indices in by_drafter.values():
+        drafter = requests[indices[0]].drafting.drafter
+        proposals = drafter.propose([requests[i].session for i in indices], [budgets[i] for i in indices])
+        for index, tree in zip(indices, proposals, strict=True):
+            trees[index] = requests[index].cut(tree, budgets[index])
+    return trees
+
+
+def _state(request: SpeculativeRequest) -> DecodeState:
+    assert request.state is not None, "a request has a state once its first token is out"
+    return request.state
