@@ -70,6 +70,12 @@ def ingest(
         bool | None,
         typer.Option("--kv/--no-kv", help="Compute the KV of all chunks now, not when they are first used."),
     ] = None,
+    pages: Annotated[
+        bool,
+        typer.Option(
+            "--pages", help="Read documents longer than the model's window into pages now: see docs/pages.md."
+        ),
+    ] = False,
     lock_timeout: Annotated[
         float | None, typer.Option("--lock-timeout", metavar="S", help="Seconds to wait for another writer.")
     ] = None,
@@ -79,7 +85,7 @@ def ingest(
 ) -> None:
     """Read, cut, embed and index documents. Unchanged files are skipped; edited ones are replaced."""
     sources = [*(sources or []), *_sql_sources(sql, sql_url)]
-    if not sources and not reembed and not kv:
+    if not sources and not reembed and not kv and not pages:
         raise UsageError("ingest needs at least one SOURCE: a file, a folder, a URL, or - for stdin")
     settings = session.settings(
         {
@@ -106,6 +112,7 @@ def ingest(
                 reembed=reembed,
                 retry_failed=retry_failed,
                 dry_run=dry_run,
+                pages=pages,
                 progress=progress,
                 stop=request.event,
             )
@@ -151,6 +158,12 @@ def report_lines(report: IngestReport, output: Output) -> Iterator[str]:
     if report.kv is not None:
         done = report.kv
         yield f"KV of {done.computed:,} chunks computed ({human_bytes(done.bytes)}), of {done.present:,} there already"
+    if report.pages is not None:
+        read = report.pages
+        yield (
+            f"{read.read:,} documents read into pages ({read.tokens:,} tokens, {human_bytes(read.bytes)}), "
+            f"{read.present:,} there already"
+        )
     for failure in report.failed:
         yield f"failed ({failure.code}): {one_line(failure.uri)}: {without_uri(failure.message, failure.uri)}"
     for warning in report.warnings:

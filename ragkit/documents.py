@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,13 @@ def find_single(store: Store, uri: str) -> WholeDocument | None:
     """Return the document that `uri` names, or None where it names more than one or none."""
     found = _documents(store, uri)
     return _whole(store, *next(iter(found.items()))) if len(found) == 1 else None
+
+
+def long_documents(store: Store, most_tokens: int) -> Iterator[WholeDocument]:
+    """Yield the documents of more than `most_tokens` tokens, one after the other."""
+    for doc_id, chunks in _documents(store, None).items():
+        if sum(one.chunk.token_count for one in chunks) > most_tokens:
+            yield _whole(store, doc_id, chunks)
 
 
 def _whole(store: Store, doc_id: str, chunks: list[StoredChunk]) -> WholeDocument:

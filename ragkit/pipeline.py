@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ragkit.async_questions import AsyncQuestions
 from ragkit.config import PipelineConfig, SearchMode, Strategy
@@ -25,7 +25,9 @@ from ragkit.store.base import GcReport, SourceRecord, StoreCounts, StoreMeta, Ve
 from ragkit.types import Answer, MetadataValue, TextTokenizer
 
 if TYPE_CHECKING:
+    from ragkit.answers.options import QuestionChanges
     from ragkit.generation.engine import Engine
+    from ragkit.jobs.rows import RowOutcome
     from ragkit.readers.source import Findable
     from ragkit.request import AnswerStream
     from ragkit.retrieval.base import Embedder
@@ -108,6 +110,7 @@ class Pipeline(AsyncQuestions):
         retry_failed: bool = False,
         dry_run: bool = False,
         kv: bool | None = None,
+        pages: bool = False,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
     ) -> IngestReport:
@@ -125,6 +128,7 @@ class Pipeline(AsyncQuestions):
             dry_run: only say what would be done.
             kv: also compute the KV of every chunk that has none stored, so that no question has to; the configuration's
                 `ingest.kv` where left out.
+            pages: also read every document into pages that is longer than the generator's window.
             progress: hears about the advance.
             stop: when set, what is not committed yet is left to the next run and the report says `interrupted`.
 
@@ -144,6 +148,7 @@ class Pipeline(AsyncQuestions):
             retry_failed=retry_failed,
             dry_run=dry_run,
             kv=self.config.ingest.kv if kv is None else kv,
+            pages=pages,
             progress=progress or Silent(),
             stop=stop,
         )
@@ -250,6 +255,31 @@ class Pipeline(AsyncQuestions):
             k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed
         )
         return stream(self.parts, question, query_options(self.parts, changes, progress))
+
+    def query_many(
+        self,
+        questions: Iterable[str | Mapping[str, Any]],
+        *,
+        in_order: bool = True,
+        changes: QuestionChanges | None = None,
+    ) -> Iterator[RowOutcome]:
+        """Yield one outcome a question: its `answer`, or the `error` that kept it from one. Many are generated at once.
+
+        Args:
+            questions: questions, or rows with the keys of a row of `ragkit batch` (`question`, `id` and options); taken
+                as they are needed.
+            in_order: in the order of the questions, each held back until those before it have ended; False yields
+                each as it ends, which keeps less in memory. Rows that read a document in pages end last.
+            changes: what is changed of the configuration for every question that does not say otherwise.
+
+        Raises:
+            StoreMissingError: nothing was ingested yet.
+        """
+        from ragkit.answers.options import QuestionChanges
+        from ragkit.jobs.many import query_many
+
+        _ = self.store
+        return query_many(self.parts, questions, changes or QuestionChanges(), in_order=in_order)
 
     # ------------------------------------------------------------------------------------------------ the store
 

@@ -19,6 +19,16 @@ class FailedSource:
 
 
 @dataclass(frozen=True, slots=True)
+class PageIngestReport:
+    """What was read into pages: documents to their end, those there already, and the tokens and bytes of this run."""
+
+    read: int
+    present: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class KVIngestReport:
     """What computing the KV of all chunks did: chunks computed and written, chunks that had it, bytes written.
 
@@ -56,7 +66,7 @@ class IngestReport:
     `relinked` sources were renamed: linked again without reading. `skipped` files stood in a given folder and are of no
     readable kind (pictures, say), which is no failure; a file that was named itself is one. `interrupted` is True when
     a stop was asked for; everything counted is committed, and the same command goes on with the rest. `kv` is None
-    where no KV was asked for.
+    where no KV was asked for, and `pages` where no pages were.
     """
 
     added: int = 0
@@ -74,6 +84,7 @@ class IngestReport:
     warnings: tuple[str, ...] = ()
     timings_s: Mapping[str, float] = field(default_factory=dict)
     kv: KVIngestReport | None = None
+    pages: PageIngestReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

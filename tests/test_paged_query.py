@@ -9,6 +9,7 @@ from tiny_generator import write_generator
 from ragkit.config import CodecName, GenerationConfig, PagesConfig, PageSelectorName, Strategy
 from ragkit.errors import CacheCapacityError, GenerationError, UsageError
 from ragkit.generation.engine import Engine
+from ragkit.progress import Silent
 
 SMALL = PagesConfig(
     page_tokens=16, codec=CodecName.INT8, selector=PageSelectorName.MEAN_KEY, sink_tokens=32, budget_tokens=64,
@@ -23,6 +24,16 @@ QUESTION = "Where do the otters live?"
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     return Engine.load(write_generator(tmp_path_factory.mktemp("generator")), device="cpu", dtype="float32")
+
+
+class Noting(Silent):
+    """Progress that keeps what it is told."""
+
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
 
 
 @pytest.fixture
@@ -77,6 +88,43 @@ def test_a_second_question_reads_nothing_and_a_new_process_finds_the_pages(colle
     assert again.text == first.text
     assert again.attended == first.attended
     assert again.kv.bytes_by_tier["disk"] > 0
+
+
+def test_a_new_process_takes_the_documents_tokens_from_the_store(collection, engine, monkeypatch):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        first = pipeline.query(QUESTION, document=uri)
+    tokenizer = type(engine.tokenizer)
+    cut = []
+    encode = tokenizer.encode_with_offsets
+    monkeypatch.setattr(tokenizer, "encode_with_offsets", lambda self, text: (cut.append(text), encode(self, text))[1])
+    with open_blended(store, engine, PAGED) as pipeline:
+        again = pipeline.query(QUESTION, document=uri)
+    assert (again.text, again.attended) == (first.text, first.attended)
+    assert not cut
+
+
+def test_ingest_reads_documents_beyond_the_window_into_pages_and_names_their_price(tmp_path, engine):
+    progress = Noting()
+    (tmp_path / "long.txt").write_text(text_of(1, sentences=130), encoding="utf-8")
+    (tmp_path / "short.txt").write_text(text_of(2), encoding="utf-8")
+    with open_blended(tmp_path / "store", engine, PAGED) as pipeline:
+        report = pipeline.ingest([tmp_path / "long.txt", tmp_path / "short.txt"], pages=True, progress=progress)
+        assert (report.pages.read, report.pages.present) == (1, 0)
+        assert report.pages.tokens > 4096
+        assert "read_document" not in pipeline.query(QUESTION, document=str(tmp_path / "long.txt")).timings_ms
+        again = pipeline.ingest([], pages=True)
+    assert (again.pages.read, again.pages.present, again.pages.tokens) == (0, 1, 0)
+    assert [line for line in progress.messages if "tokens, " in line and "MB, about 1 min" in line]
+
+
+def test_ingest_says_which_documents_are_too_large_for_pages_and_goes_on(tmp_path, engine):
+    (tmp_path / "long.txt").write_text(text_of(1, sentences=130), encoding="utf-8")
+    tight = replace(PAGED, kv=replace(PAGED.kv, disk_mb=1))
+    with open_blended(tmp_path / "store", engine, tight) as pipeline:
+        report = pipeline.ingest([tmp_path / "long.txt"], pages=True)
+    assert report.pages.read == 0
+    assert "long.txt was not read into pages: the pages of this document" in report.warnings[0]
 
 
 def test_pages_answer_without_full_text_rows_and_vectors(collection, engine):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from array import array
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
@@ -29,6 +29,7 @@ from ragkit.kvcache.page_cache import PageCache
 from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords, window_refs
+from ragkit.kvcache.page_tokens import TextTokens, TokenRecords
 from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.kvcache.segment_tier import KVCatalogue, SegmentTier
 from ragkit.models.fingerprint import weights_fingerprint, weights_stamp
@@ -86,17 +87,16 @@ class PagedDocument:
         pages: its pages.
     """
 
-    def __init__(self, document: PagedText, pages: KVPages, before: int, offsets: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, document: PagedText, pages: KVPages, before: int, tokens: TextTokens) -> None:
         self.document = document
         self.pages = pages
         self._before = before  # tokens of the prompt's prefix
-        self._starts = array("q", (start for start, _ in offsets))
-        self._stops = array("q", (stop for _, stop in offsets))
+        self._tokens = tokens
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the text, without what stands around it in the prompt."""
-        return len(self._starts)
+        return len(self._tokens.ids)
 
     def attended(self, answer: PagedAnswer, most: int = _LISTED_SPANS) -> tuple[AttendedSpan, ...]:
         """Return the pages that an answer found, most often chosen first."""
@@ -106,7 +106,8 @@ class PagedDocument:
             start, stop = max(page * size - self._before, 0), min((page + 1) * size - self._before, self.num_tokens)
             if start < stop and len(spans) < most:
                 share = count / answer.choices
-                spans.append(AttendedSpan(start, stop, self._starts[start], self._stops[stop - 1], share))
+                first, last = int(self._tokens.starts[start]), int(self._tokens.stops[stop - 1])
+                spans.append(AttendedSpan(start, stop, first, last, share))
         return tuple(spans)
 
 
@@ -236,10 +237,10 @@ class Paging:
     def _opened(self, document: PagedText, system_prompt: str) -> PagedDocument:
         engine, options = self._engine, self.prefill.options
         builder = engine.prompt_builder(system_prompt)
-        ids, offsets = engine.tokenizer.encode_with_offsets(document.text)
-        prefix = builder.prefix.token_ids
-        token_ids = (*prefix, *ids, *builder.chunk_end)
         owner = document_owner(document.owner)
+        tokens = self._tokens_of(document.text, owner)
+        prefix = builder.prefix.token_ids
+        token_ids = (*prefix, *tokens.ids.tolist(), *builder.chunk_end)
         refs = window_refs(self._recipe, options.reading_id, token_ids, options.window_tokens, owner)
         records = PageRecords(self._tier, self._codec.codec_id, engine.decoder.config.num_layers)
         memory = PageMemory(self._config.memory_mb << 20, page_locked=engine.decoder.device.type == "cuda")
@@ -249,7 +250,19 @@ class Paging:
             self._require_room(len(token_ids))
         cache = self._cache(num_pages) if resident is None else self._no_cache()
         pages = KVPages(self._codec, refs, options.window_tokens, cache, memory, records, resident)
-        return PagedDocument(document, pages, len(prefix), offsets)
+        return PagedDocument(document, pages, len(prefix), tokens)
+
+    def _tokens_of(self, text: str, owner: str) -> TextTokens:
+        """Return the tokens of a document as they are stored, or made now and stored."""
+        tokenizer = self._engine.tokenizer
+        records = TokenRecords(self._tier, tokenizer.tokenizer_id)
+        found = records.load(text, owner)
+        if found is not None:
+            return found
+        started = time.perf_counter()
+        tokens = TextTokens.of(*tokenizer.encode_with_offsets(text))
+        records.save(text, owner, tokens, 1e3 * (time.perf_counter() - started))
+        return tokens
 
     def _resident(self, num_pages: int) -> ResidentPages | None:
         """Return room for all pages on the GPU, where there is as much to spare."""

@@ -33,6 +33,7 @@ def run_ingest(
     retry_failed: bool,
     dry_run: bool,
     kv: bool,
+    pages: bool,
     progress: Progress,
     stop: Event | None,
 ) -> IngestReport:
@@ -65,6 +66,8 @@ def run_ingest(
         report = replace(report, warnings=discovery.warnings + report.warnings, failed=discovery.failed + report.failed)
         if kv and not report.interrupted:
             report = _with_kv(parts, report, cluster, progress, stop)
+        if pages and not report.interrupted:
+            report = _with_pages(parts, report, progress, stop)
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -105,6 +108,25 @@ def _with_kv(
         interrupted=stop is not None and stop.is_set(),
         warnings=report.warnings + warnings,
         timings_s={**report.timings_s, "kv": time.perf_counter() - started},
+    )
+
+
+def _with_pages(parts: Parts, report: IngestReport, progress: Progress, stop: Event | None) -> IngestReport:
+    """Read the documents into pages that are longer than the generator's window."""
+    started = time.perf_counter()
+    try:
+        parts.paging  # noqa: B018 (first: it imports torch, which may not be loaded by importing what reads)
+        from ragkit.jobs.page_ingest import PageIngest
+
+        done, warnings = PageIngest(parts, progress, stop).run()
+    finally:
+        progress.close()
+    return replace(
+        report,
+        pages=done,
+        interrupted=stop is not None and stop.is_set(),
+        warnings=report.warnings + warnings,
+        timings_s={**report.timings_s, "pages": time.perf_counter() - started},
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ragkit.reports import FailedSource, IngestReport, KVIngestReport
+from ragkit.reports import FailedSource, IngestReport, KVIngestReport, PageIngestReport
 
 FAILED = FailedSource("/docs/locked.pdf", "parse", "encrypted", "/docs/locked.pdf: the file asks for a password")
 
@@ -77,9 +77,23 @@ def test_every_option_reaches_the_pipeline(run, world):
     assert world.calls == [
         (
             "ingest",
-            {"sources": ["a", "b"], "prune": True, "reembed": True, "retry_failed": True, "dry_run": False},
+            {
+                "sources": ["a", "b"],
+                "prune": True,
+                "reembed": True,
+                "retry_failed": True,
+                "dry_run": False,
+                "pages": False,
+            },
         )
     ]
+
+
+def test_what_was_read_into_pages_is_said(run, world):
+    world.report = IngestReport(unchanged=1, seconds=2.0, pages=PageIngestReport(1, 2, 1_000_000, 7_000_000_000))
+    result = run("ingest", "docs", "--pages")
+    assert result.out.splitlines()[1] == "1 documents read into pages (1,000,000 tokens, 7.0 GB), 2 there already"
+    assert world.calls[-1][1]["pages"] is True
 
 
 def test_the_kv_of_chunks_is_computed_on_request_and_counted(run, world):

@@ -58,6 +58,17 @@ def test_matches_the_definition(block_size, per_head, dtype, device, rng):
     _compare(_inputs(block_size, 3, 32, dtype, device, rng, per_head=per_head), dtype)
 
 
+@pytest.mark.parametrize("backend", list(Backend))
+@pytest.mark.parametrize("rows", [64, 51])
+def test_rows_are_written_where_asked_and_none_behind_the_room_that_there_is(rows, backend, device, rng):
+    inputs = _inputs(16, 3, 32, torch.float32, device, rng)
+    room = [torch.full((64, 3, 32), 7.0, device=device) for _ in range(2)]
+    gather_pages(*inputs, dtype=torch.float32, out=(room[0][:rows], room[1][:rows]), backend=backend)
+    for mine, reference in zip(room, gather_pages_torch(*inputs, dtype=torch.float32), strict=True):
+        assert_matches(mine[:rows], reference[:rows])
+        assert bool((mine[rows:] == 7).all())
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_matches_the_definition_for_every_head_size(head_dim, device, rng):
     _compare(_inputs(32, 2, head_dim, torch.bfloat16, device, rng, per_head=True), torch.bfloat16)

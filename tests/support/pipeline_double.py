@@ -130,10 +130,11 @@ class FakePipeline:
         reembed: bool,
         retry_failed: bool,
         dry_run: bool,
+        pages: bool,
         progress: Any,
         stop: Any,
     ) -> IngestReport:
-        flags = {"prune": prune, "reembed": reembed, "retry_failed": retry_failed, "dry_run": dry_run}
+        flags = {"prune": prune, "reembed": reembed, "retry_failed": retry_failed, "dry_run": dry_run, "pages": pages}
         self.world.note("ingest", {"sources": list(sources), **flags})
         if self.world.on_ingest is not None:
             self.world.on_ingest(progress, stop)
