@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ragkit.async_questions import AsyncQuestions
 from ragkit.config import PipelineConfig, SearchMode, Strategy
 from ragkit.errors import StoreError, StoreMissingError
+from ragkit.jobs.many import ManyQuestions
 from ragkit.parts import Parts
 from ragkit.progress import Progress, Silent
 from ragkit.reports import ExportReport, IngestReport, KVStatus, SearchResult
@@ -25,9 +26,7 @@ from ragkit.store.base import GcReport, SourceRecord, StoreCounts, StoreMeta, Ve
 from ragkit.types import Answer, MetadataValue, TextTokenizer
 
 if TYPE_CHECKING:
-    from ragkit.answers.options import QuestionChanges
     from ragkit.generation.engine import Engine
-    from ragkit.jobs.rows import RowOutcome
     from ragkit.readers.source import Findable
     from ragkit.request import AnswerStream
     from ragkit.retrieval.base import Embedder
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Pipeline(AsyncQuestions):
+class Pipeline(AsyncQuestions, ManyQuestions):
     """Ingests sources into a store and answers questions about them.
 
     Models load on first use and stay. Reads may come from any thread; one ingest runs at a time per store. Use it as
@@ -255,31 +254,6 @@ class Pipeline(AsyncQuestions):
             k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed
         )
         return stream(self.parts, question, query_options(self.parts, changes, progress))
-
-    def query_many(
-        self,
-        questions: Iterable[str | Mapping[str, Any]],
-        *,
-        in_order: bool = True,
-        changes: QuestionChanges | None = None,
-    ) -> Iterator[RowOutcome]:
-        """Yield one outcome a question: its `answer`, or the `error` that kept it from one. Many are generated at once.
-
-        Args:
-            questions: questions, or rows with the keys of a row of `ragkit batch` (`question`, `id` and options); taken
-                as they are needed.
-            in_order: in the order of the questions, each held back until those before it have ended; False yields
-                each as it ends, which keeps less in memory. Rows that read a document in pages end last.
-            changes: what is changed of the configuration for every question that does not say otherwise.
-
-        Raises:
-            StoreMissingError: nothing was ingested yet.
-        """
-        from ragkit.answers.options import QuestionChanges
-        from ragkit.jobs.many import query_many
-
-        _ = self.store
-        return query_many(self.parts, questions, changes or QuestionChanges(), in_order=in_order)
 
     # ------------------------------------------------------------------------------------------------ the store
 

@@ -1,0 +1,152 @@
+"""Many questions answered together give the answers that each gives alone, and none of them stops another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import pytest
+from batch_world import FULL, load_engine, open_world, questions, write_world
+
+from ragkit import Answer, Pipeline
+from ragkit.answers.options import QuestionChanges
+from ragkit.config import AnswerConfig, Strategy
+from ragkit.errors import StoreMissingError
+from ragkit.generation.batch_request import BatchRequest, BatchResult
+from ragkit.generation.engine import Engine
+from ragkit.jobs import answering, retrieved_rows
+from ragkit.jobs.answering import answer_many
+from ragkit.jobs.one_by_one import OneByOne
+from ragkit.jobs.rows import QuestionRow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def engine(world: Path) -> Engine:
+    return load_engine(world)
+
+
+@pytest.fixture
+def pipeline(world: Path, engine: Engine) -> Iterator[Pipeline]:
+    with open_world(world, engine) as pipeline:
+        yield pipeline
+
+
+def essence(answer: Answer | None) -> tuple[object, ...]:
+    """What must be the same, however a question was asked."""
+    assert answer is not None
+    return answer.text, answer.found, answer.citations, answer.strategy, answer.tokens.prompt, answer.warnings
+
+
+def rows_of(count: int, **changes: object) -> Iterator[QuestionRow]:
+    for number, row in enumerate(questions(count)):
+        yield QuestionRow(number, row["id"], row["question"], QuestionChanges(**changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["full", "blend", "auto"])
+def test_answers_of_a_batch_are_those_of_single_questions(pipeline: Pipeline, strategy: str) -> None:
+    rows = questions(6)
+    alone = [pipeline.query(row["question"], strategy=strategy, k=4) for row in rows]
+    together = list(pipeline.query_many([row["question"] for row in rows], strategy=strategy, k=4))
+    assert [essence(outcome.answer) for outcome in together] == [essence(answer) for answer in alone]
+    assert {answer.strategy for answer in alone} == ({"full", "blend"} if strategy == "auto" else {strategy})
+    assert list(together[0].answer.timings_ms) == list(alone[0].timings_ms)
+
+
+def test_a_document_in_pages_is_answered_as_alone_and_last(pipeline: Pipeline, world: Path) -> None:
+    uri = str(world / "docs" / "0.txt")
+    asked = [{"id": "p", "question": "Where?", "strategy": "pages", "document": uri}, *questions(2)]
+    outcomes = list(pipeline.query_many(asked, in_order=False))
+    assert [outcome.row.row_id for outcome in outcomes] == ["q0", "q1", "p"]
+    assert essence(outcomes[-1].answer) == essence(pipeline.query("Where?", strategy="pages", document=uri))
+    assert [outcome.row.row_id for outcome in pipeline.query_many(asked)] == ["p", "q0", "q1"]
+
+
+def test_options_of_a_row_hold_for_that_row_alone(pipeline: Pipeline) -> None:
+    question = questions(1)[0]["question"]
+    asked = [{"question": question, "k": 2, "max_new_tokens": 2, "temperature": 0.8, "seed": 3}, question]
+    own, plain = pipeline.query_many(asked)
+    alone = pipeline.query(question, k=2, max_new_tokens=2, temperature=0.8, seed=3)
+    assert essence(own.answer) == essence(alone)
+    assert essence(plain.answer) == essence(pipeline.query(question))
+
+
+def test_a_row_that_fails_while_it_generates_stops_no_other(pipeline: Pipeline) -> None:
+    asked = [*questions(2), {"id": "long", "question": "Where? " * 4000}, *questions(3)[2:]]
+    outcomes = {outcome.row.row_id: outcome for outcome in pipeline.query_many(asked)}
+    assert outcomes["long"].error is not None
+    assert outcomes["long"].error.code == "generation"
+    assert all(outcomes[name].answer is not None for name in ("q0", "q1", "q2"))
+
+
+def test_a_question_that_cannot_be_embedded_spoils_no_neighbour(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = pipeline.embedder.encode_queries
+
+    def poisoned(texts: list[str]) -> object:
+        if any("number 1?" in text for text in texts):
+            raise ValueError("cannot be embedded")
+        return encode(texts)
+
+    monkeypatch.setattr(pipeline.embedder, "encode_queries", poisoned)
+    outcomes = list(answer_many(pipeline.parts, rows_of(3)))
+    assert [None if one.error is None else one.error.code for one in outcomes] in (
+        [None, None, "internal"], ["internal", None, None], [None, "internal", None],
+    )  # fmt: skip
+    assert {one.row.row_id for one in outcomes if one.error} == {"q1"}
+
+
+def test_a_missing_store_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(StoreMissingError):
+        Pipeline.open(tmp_path / "none").query_many(["a"])
+
+
+def test_a_long_run_of_refusals_is_handed_on_before_the_end(
+    world: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "_WAITING_OUTCOMES", 10)
+    monkeypatch.setattr(retrieved_rows, "WINDOW_ROWS", 5)
+    pulled = 0
+
+    def rows() -> Iterator[QuestionRow]:
+        nonlocal pulled
+        for row in rows_of(100):
+            pulled += 1
+            yield row
+
+    refusing = replace(FULL, answers=AnswerConfig(found_threshold=1.0))
+    with open_world(world, engine, refusing) as pipeline:
+        outcomes = answer_many(pipeline.parts, rows())
+        first = next(outcomes)
+        assert first.answer is not None
+        assert not first.answer.found
+        assert pulled <= 30
+        assert len(list(outcomes)) == 99
+
+
+def test_a_stop_ends_the_batch_and_gives_its_memory_back(pipeline: Pipeline) -> None:
+    stop = Event()
+    free = pipeline.engine.pool.num_free
+    outcomes = answer_many(pipeline.parts, rows_of(50), stop=stop)
+    next(outcomes)
+    stop.set()
+    assert len(list(outcomes)) < 45
+    assert pipeline.engine.pool.num_free == free
+
+
+def test_the_generator_may_end_requests_in_any_order(pipeline: Pipeline) -> None:
+    class Backwards:
+        def run(self, requests: Iterable[BatchRequest]) -> Iterator[BatchResult]:
+            return reversed(list(OneByOne(pipeline.engine).run(requests)))
+
+    outcomes = list(answer_many(pipeline.parts, rows_of(3), generator=Backwards()))
+    assert [one.row.row_id for one in outcomes] == ["q2", "q1", "q0"]
+    for one in outcomes:
+        assert essence(one.answer) == essence(pipeline.query(one.row.question, strategy=Strategy.FULL))
