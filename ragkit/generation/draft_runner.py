@@ -1,0 +1,199 @@
+"""Drafting on the GPU: several steps of a model behind each other, of which the host waits for the last alone.
+
+The tokens that the drafter has not seen yet are one pass (`VerifyRunner`); each further token is the replay of a CUDA
+graph that chooses its own token and leaves position, slot and token where its next replay reads them. So any number
+of steps takes one graph a batch bucket, and one copy to the host.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ragkit.errors import GenerationError
+from ragkit.generation.decode_state import DecodeState
+from ragkit.generation.decoder import Decoder
+from ragkit.generation.draft_tree import DraftTree
+from ragkit.generation.request_tables import HostInputs, RecordedForward, RequestTables, table_bucket
+from ragkit.generation.verify_runner import VerifyRunner
+from ragkit.kernels.paged_decode_attention import paged_decode_attention
+from ragkit.kernels.paged_verify_attention import MOST_DRAFTED
+from ragkit.kernels.rope_write_kv import rope_write_kv
+from ragkit.kvcache.pool import KVPool
+
+MOST_STEPS = MOST_DRAFTED
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSteps:
+    """How tokens are drawn where the most likely one is not simply taken.
+
+    Attributes:
+        temperature: what logits are divided by; above 0.
+        uniforms: (requests, steps) in [0, 1): which token each step draws.
+    """
+
+    temperature: float
+    uniforms: Tensor
+
+
+class DraftRunner:
+    """Chains of tokens from a model that is read step by step (plain launches on a CPU, for tests).
+
+    A request's rows behind `num_tokens` are overwritten by every call: who keeps drafted tokens raises `num_tokens`
+    over those whose rows are written, all but the last. Thread-safe: calls do not overlap.
+
+    Args:
+        decoder: the model.
+        pool: where its requests' rows are.
+        verify: passes over the tokens that are not written yet.
+        scratch_slot: a row that nobody reads.
+    """
+
+    def __init__(self, decoder: Decoder, pool: KVPool, verify: VerifyRunner, scratch_slot: int) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._verify = verify
+        self._scratch_slot = scratch_slot
+        self._buckets: dict[tuple[int, int, bool, bool], _Bucket] = {}
+        self._lock = threading.Lock()
+
+    def draft(
+        self,
+        states: Sequence[DecodeState],
+        pending: Sequence[Sequence[int]],
+        steps: int,
+        drawn: DrawnSteps | None = None,
+    ) -> list[DraftTree]:
+        """Return a chain of `steps` tokens a request behind its `pending` tokens, whose rows are kept.
+
+        Args:
+            states: the requests; rows are reserved for the pending tokens and for all drafted ones but the last.
+            pending: one token or several that follow the written rows of each.
+            steps: tokens of each chain, at most `MOST_STEPS`.
+            drawn: how tokens are drawn; None takes the most likely ones, without probabilities.
+
+        Raises:
+            GenerationError: too many steps, or nothing pending.
+        """
+        if not 1 <= steps <= MOST_STEPS or not all(pending):
+            raise GenerationError(f"1 to {MOST_STEPS} steps behind at least one token are drafted, got {steps} steps")
+        heads = [DraftTree.chain(tokens[1:]) for tokens in pending]
+        logits = self._verify.verify(states, [tokens[0] for tokens in pending], heads)
+        for state, tokens in zip(states, pending, strict=True):
+            self._verify.commit(state, range(len(tokens) - 1))
+        with self._lock:
+            bucket = self._bucket(states, drawn is not None)
+            bucket.begin(states, steps, drawn)
+            bucket.choose(torch.stack([rows[-1] for rows in logits]))
+            for _ in range(steps - 1):
+                bucket.step()
+            return bucket.chains(len(states), steps)
+
+    def _bucket(self, states: Sequence[DecodeState], is_drawn: bool) -> _Bucket:
+        key = (*table_bucket(states), is_drawn)
+        bucket = self._buckets.get(key)
+        if bucket is None or not bucket.tables.fits(states[0].rotary):
+            tables = RequestTables(self._pool, *key[:3], states[0].rotary)
+            bucket = self._buckets[key] = _Bucket(self._decoder, self._pool, self._scratch_slot, tables, is_drawn)
+        return bucket
+
+
+class _Bucket:
+    """The buffers and the graph of one further step of up to as many requests as the tables have places."""
+
+    def __init__(
+        self, decoder: Decoder, pool: KVPool, scratch_slot: int, tables: RequestTables, is_drawn: bool
+    ) -> None:
+        device, size = pool.device, tables.size
+        self._decoder = decoder
+        self._pool = pool
+        self._scratch_slot = scratch_slot
+        self.tables = tables
+        # The slots of the steps and, last, the first position; the first step is the one behind the pending tokens.
+        self._inputs = HostInputs((size, MOST_STEPS + 1), device)
+        self._step = torch.zeros((1, 1), dtype=torch.int64, device=device)  # tokens chosen so far
+        self._tokens = torch.zeros((size, MOST_STEPS), dtype=torch.int64, device=device)
+        self._temperature = torch.ones((), dtype=torch.float32, device=device)
+        self._uniforms = torch.zeros((size, MOST_STEPS), dtype=torch.float32, device=device)
+        shape = (size, MOST_STEPS, decoder.config.vocab_size) if is_drawn else (0, 0, 0)
+        self._probabilities = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._is_drawn = is_drawn
+        self._recorded = RecordedForward(self._forward, device)
+        self._is_recorded = False
+
+    def begin(self, states: Sequence[DecodeState], steps: int, drawn: DrawnSteps | None) -> None:
+        """Load what the steps read: rows are written from `num_tokens` of each request on."""
+        self.tables.load(states)
+        if not self._is_recorded:  # which steps several times over
+            self._is_recorded = True
+            self._inputs.load(torch.full(self._inputs.device.shape, self._scratch_slot))
+            self._inputs.device[:, -1] = 0
+            self._step.fill_(1)
+            self._recorded.run()
+        rows = []
+        for state in states:
+            first = state.kv.num_tokens
+            slots = [state.kv.slot(first + index) for index in range(steps - 1)]
+            rows.append([*slots, *[self._scratch_slot] * (MOST_STEPS - len(slots)), first])
+        unused = [[self._scratch_slot] * MOST_STEPS + [0]] * (self.tables.size - len(states))
+        self._inputs.load(torch.tensor([*rows, *unused]))
+        self._step.zero_()
+        if drawn is not None:
+            self._temperature.fill_(drawn.temperature)
+            self._uniforms[: len(states), :steps] = drawn.uniforms.to(self._uniforms)
+
+    def choose(self, logits: Tensor) -> None:
+        """Note the next token of each of the first requests, for (requests, vocab_size) logits."""
+        requests = len(logits)
+        at = self._step.expand(requests, 1)
+        if self._is_drawn:
+            shares = (logits.float() / self._temperature).softmax(-1)
+            reached = shares.cumsum(-1)
+            goal = self._uniforms[:requests].gather(1, at) * reached[:, -1:]
+            token = torch.searchsorted(reached, goal, right=True).clamp_(max=logits.shape[1] - 1)
+            self._probabilities[:requests].scatter_(
+                1, at.unsqueeze(2).expand(-1, -1, logits.shape[1]), shares.unsqueeze(1)
+            )
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        self._tokens[:requests].scatter_(1, at, token)
+        self._step += 1
+
+    def step(self) -> None:
+        """Run one more step behind the last token."""
+        self._recorded.run()
+
+    def chains(self, requests: int, steps: int) -> list[DraftTree]:
+        """Return what was chosen; the host waits for it here."""
+        tokens = self._tokens[:requests, :steps].tolist()
+        if not self._is_drawn:
+            return [DraftTree.chain(row) for row in tokens]
+        shares = self._probabilities[:requests, :steps].clone()
+        return [DraftTree.chain(row, own) for row, own in zip(tokens, shares, strict=True)]
+
+    def _forward(self) -> Tensor:
+        last = (self._step - 1).expand(self.tables.size, 1)
+        token = self._tokens.gather(1, last).squeeze(1)
+        self._slot = self._inputs.device.gather(1, last).squeeze(1)
+        self._position = self._inputs.device[:, -1] + last.squeeze(1)
+        self.choose(self._decoder.logits(self._decoder.run(token, self._attend)))
+        return self._tokens
+
+    def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        tables = self.tables
+        key_pool, value_pool = self._pool.keys[layer], self._pool.values[layer]
+        rope_write_kv(
+            queries, keys, values, self._position, self._slot, tables.cos, tables.sin, key_pool, value_pool,
+            rotate_keys=False,
+        )  # fmt: skip
+        key_field, value_field = tables.fields(layer)
+        return paged_decode_attention(
+            queries, key_pool, value_pool, tables.block_tables, tables.row_positions, tables.num_entries,
+            self._position, tables.cos, tables.sin, key_field=key_field, value_field=value_field,
+            scale=self._decoder.scale,
+        )  # fmt: skip

@@ -1,0 +1,184 @@
+"""Passes over drafted tokens and drafts of several steps, compared with plain steps; on a GPU they are graphs."""
+
+import pytest
+import torch
+
+from ragkit.errors import GenerationError
+from ragkit.generation.decode_runner import DecodeRunner
+from ragkit.generation.draft_runner import DraftRunner, DrawnSteps
+from ragkit.generation.draft_tree import DraftTree
+from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.generation.verify_runner import MOST_NODES, VerifyRunner
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.request_kv import RequestKV
+
+from .conftest import decoder_of, hf_model
+
+TOKENS = torch.randint(3, 300, (60,), generator=torch.Generator().manual_seed(2))
+LIMIT = 1e-4 if not torch.cuda.is_available() else 2e-3  # of logits that are about 10 in size
+# 0 and 1 follow the last token, 2 and 3 follow 0, 4 follows 3, 5 follows 1.
+TREE = DraftTree((20, 30, 21, 22, 23, 31), (-1, -1, 0, 0, 3, 1))
+
+
+class Scene:
+    """One model with its runners, and requests over the first tokens."""
+
+    def __init__(self):
+        model = hf_model("llama")
+        torch.backends.cuda.matmul.allow_tf32 = False
+        self.decoder = decoder_of(model.cuda() if torch.cuda.is_available() else model)
+        self.pool = KVPool(self.decoder.layout, 40, self.decoder.device)
+        self.steps = DecodeRunner(self.decoder, self.pool)
+        self.verify = VerifyRunner(self.decoder, self.pool, self.steps.scratch_slot)
+        self.drafts = DraftRunner(self.decoder, self.pool, self.verify, self.steps.scratch_slot)
+        self.rotary = RotaryCache(self.decoder).table(256, 60)
+
+    def request(self, length, room=40):
+        kv = RequestKV(self.pool)
+        FullPrefill().extend(self.decoder, kv, self.rotary, TOKENS[:length].to(self.decoder.device))
+        kv.reserve(length + room)
+        return self.steps.begin(kv, self.rotary)
+
+    def plain(self, length, tokens):
+        """Return (tokens, vocab_size) logits after each of `tokens` behind the first `length`, by plain steps."""
+        state = self.request(length)
+        logits = torch.cat([self.steps.step([state], [token]) for token in tokens])
+        state.kv.release()
+        return logits
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Scene()
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def _close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=0, atol=LIMIT)
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 5, 8])
+def test_a_chain_gives_the_logits_of_plain_steps(nodes, scene):
+    tokens = TOKENS[40 : 41 + nodes].tolist()
+    state = scene.request(40)
+    (got,) = scene.verify.verify([state], tokens[:1], [DraftTree.chain(tokens[1:])])
+    _close(got, scene.plain(40, tokens))
+    state.kv.release()
+
+
+def test_every_node_of_a_tree_gets_the_logits_of_its_own_path(scene):
+    state = scene.request(50)
+    (got,) = scene.verify.verify([state], [7], [TREE])
+    for node in range(-1, len(TREE)):
+        path = [7, *(TREE.token_ids[each] for each in TREE.path(node))]
+        _close(got[node + 1], scene.plain(50, path)[-1])
+    state.kv.release()
+
+
+@pytest.mark.parametrize("accepted", [(), (0,), (1, 5), (0, 3, 4), (0, 2)])
+def test_what_is_committed_goes_on_as_if_plain_steps_had_written_it(accepted, scene):
+    state = scene.request(50)
+    scene.verify.verify([state], [7], [TREE])
+    scene.verify.commit(state, accepted)
+    assert state.kv.num_tokens == 51 + len(accepted)
+    tokens = [7, *(TREE.token_ids[node] for node in accepted), 90]
+    _close(scene.steps.step([state], [90])[0], scene.plain(50, tokens)[-1])
+    (got,) = scene.verify.verify([state], [91], [DraftTree.chain([92])])
+    _close(got, scene.plain(50, [*tokens, 91, 92])[-2:])
+    state.kv.release()
+
+
+def test_requests_of_different_trees_do_not_disturb_each_other(scene):
+    lengths, trees = (40, 23, 57), (TREE, DraftTree(), DraftTree.chain([5, 6]))
+    states = [scene.request(length) for length in lengths]
+    together = scene.verify.verify(states, [7, 8, 9], trees)
+    for length, token, tree, got in zip(lengths, (7, 8, 9), trees, together, strict=True):
+        alone = scene.request(length)
+        _close(got, scene.verify.verify([alone], [token], [tree])[0])
+        alone.kv.release()
+    for state in states:
+        state.kv.release()
+
+
+def test_the_logits_of_a_pass_outlast_the_next(scene):
+    states = [scene.request(length) for length in (40, 23)]
+    (first,) = scene.verify.verify(states[:1], [5], [DraftTree.chain([6])])
+    kept = first.clone()
+    scene.verify.verify(states[1:], [7], [DraftTree.chain([8])])
+    assert torch.equal(first, kept)
+    for state in states:
+        state.kv.release()
+
+
+def test_more_drafted_tokens_than_a_pass_takes_are_refused(scene):
+    state = scene.request(20)
+    with pytest.raises(GenerationError, match=f"at most {MOST_NODES} drafted tokens of a request, got 32"):
+        scene.verify.verify([state], [7], [DraftTree.chain([5] * 32)])
+    state.kv.release()
+
+
+@pytest.mark.parametrize("pending", [[7], [7, 8], [7, 8, 9]])
+def test_drafted_tokens_are_those_of_greedy_steps(pending, scene):
+    state, tokens = scene.request(40), list(pending)
+    (chain,) = scene.drafts.draft([state], [pending], 5)
+    assert state.kv.num_tokens == 40 + len(pending)
+    expected = []
+    for _ in range(5):
+        expected.append(int(scene.plain(40, tokens)[-1].argmax()))
+        tokens.append(expected[-1])
+    assert list(chain.token_ids) == expected
+    assert chain.is_chain
+    assert chain.probabilities is None
+    state.kv.release()
+
+
+def test_rows_of_kept_drafts_need_not_be_written_again(scene):
+    state = scene.request(40)
+    (chain,) = scene.drafts.draft([state], [[7]], 4)
+    state.kv.num_tokens += 3  # all stand, and the row of the last is not written
+    (further,) = scene.drafts.draft([state], [[chain.token_ids[3], 90]], 2)
+    fresh = scene.request(40)
+    (expected,) = scene.drafts.draft([fresh], [[7, *chain.token_ids, 90]], 2)
+    assert further.token_ids == expected.token_ids
+    for each in (state, fresh):
+        each.kv.release()
+
+
+def test_several_requests_draft_as_each_alone(scene):
+    lengths, pending = (40, 23, 57), [[7], [8, 9], [10]]
+    states = [scene.request(length) for length in lengths]
+    together = scene.drafts.draft(states, pending, 4)
+    for length, tokens, chain in zip(lengths, pending, together, strict=True):
+        alone = scene.request(length)
+        assert scene.drafts.draft([alone], [tokens], 4)[0].token_ids == chain.token_ids
+        alone.kv.release()
+    for state in states:
+        state.kv.release()
+
+
+def test_drawn_tokens_come_with_the_distribution_that_they_were_drawn_from(scene):
+    state = scene.request(40)
+    uniforms = torch.tensor([[0.1, 0.9, 0.5]])
+    (chain,) = scene.drafts.draft([state], [[7]], 3, DrawnSteps(2.0, uniforms))
+    tokens = [7, *chain.token_ids]
+    expected = (scene.plain(40, tokens[:3]).double() / 2).softmax(-1)
+    torch.testing.assert_close(chain.probabilities.double(), expected, rtol=0, atol=1e-4)
+    reached = expected.cumsum(-1).cpu()
+    for step, token in enumerate(chain.token_ids):
+        below = float(reached[step, token - 1]) if token else 0.0
+        assert below - 1e-4 <= float(uniforms[0, step]) <= float(reached[step, token]) + 1e-4
+    state.kv.release()
+
+
+def test_nothing_pending_or_too_many_steps_are_refused(scene):
+    state = scene.request(20)
+    for pending, steps in (([[]], 2), ([[7]], 0), ([[7]], 33)):
+        with pytest.raises(GenerationError, match="steps behind at least one token"):
+            scene.drafts.draft([state], pending, steps)
+    state.kv.release()
