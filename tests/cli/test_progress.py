@@ -93,3 +93,12 @@ def test_a_bar_draws_on_stderr_and_leaves_messages(capsys, monkeypatch):
     assert captured.out == ""
     assert "a.pdf: [broken]" in captured.err
     assert "1/2 documents" in captured.err
+
+
+def test_rows_of_a_batch_come_with_their_rate_and_how_much_was_found():
+    clock = Clock()
+    meter = Meter(clock)
+    meter.start(100, 0, "rows")
+    clock.now += 10.0
+    meter.add(20, 0, 1000, hits=30, misses=10)
+    assert str(meter) == "20/100 rows, 2.0 rows/s, 100 tokens/s, 75% of chunk KV found, ETA 0:40"
