@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef
@@ -13,6 +15,8 @@ from ragkit.kvcache.page_grid import PageGrid
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
 from ragkit.kvcache.page_summary_records import PageSummaryRecords
+
+_READERS = 4  # threads that read sections: checking what was read takes longer than reading it
 
 ReadRows: TypeAlias = Callable[[int, range], Iterable[PageRows]]
 
@@ -69,8 +73,8 @@ class DocumentSummaries:
         made = PageSummaries(selector, self._num_layers, self._grid.num_pages)
         self._of[selector.selector_id] = made
         try:
-            for section in self._records.sections():
-                self._fill(made, section, windows, read)
+            for section, stored in self._stored(selector, windows):
+                self._fill(made, section, stored, windows, read)
             self._records.flush()
         except BaseException:
             del self._of[selector.selector_id]
@@ -89,16 +93,28 @@ class DocumentSummaries:
         """
         self._records.flush()
 
-    def _fill(self, made: PageSummaries, section: range, windows: int, read: ReadRows) -> None:
+    def _stored(
+        self, selector: PageSelector, windows: int
+    ) -> Iterator[tuple[range, list[list[Tensor]] | None]]:  # fmt: skip
+        """Yield the sections that begin below `windows`, and what is stored of those that end there."""
+        sections = [section for section in self._records.sections() if section.start < windows]
+        whole = [section for section in sections if section.stop <= windows]
+        with ThreadPoolExecutor(_READERS) as readers:
+            loading = {section: readers.submit(self._records.load, selector, section) for section in whole}
+            for section in sections:
+                yield section, loading[section].result() if section in loading else None
+
+    def _fill(
+        self, made: PageSummaries, section: range, stored: list[list[Tensor]] | None, windows: int, read: ReadRows
+    ) -> None:  # fmt: skip
         """Add the pages of a section, as far as they are there, from what is stored of it or from the pages."""
-        if section.start >= windows:
-            return
         first, stop = self._grid.first_page(section.start), self._grid.first_page(section.stop)
-        whole = section.stop <= windows
-        if whole and made.is_closed and self._records.restore(made, section, stop - first, self._device):
+        if stored is not None and made.is_closed:
+            for layer, parts in enumerate(stored):
+                made.extend(layer, stop - first, [part.to(self._device, non_blocking=True) for part in parts])
             return
         for layer in range(self._num_layers):
             for rows in read(layer, range(section.start, min(section.stop, windows))):
                 made.append(layer, rows)
-        if whole:
+        if section.stop <= windows:
             self._records.write(made, section, first, stop)

@@ -46,17 +46,13 @@ class PageSummaryRecords:
         count = len(self._refs)
         return [range(start, min(start + SECTION_WINDOWS, count)) for start in range(0, count, SECTION_WINDOWS)]
 
-    def restore(self, summaries: PageSummaries, windows: range, pages: int, device: torch.device) -> bool:
-        """Add a stored section of `pages` pages to `summaries`, and return whether it was there and whole."""
-        ref = self._ref(summaries.selector, windows)
+    def load(self, selector: PageSelector, windows: range) -> list[list[Tensor]] | None:
+        """Return what is stored of a section, of every layer; None where it is not there, or damaged. Thread-safe."""
         try:
-            encoded = self._records.load(ref)
-            parts = [self._parts(encoded, layer) for layer in range(self._num_layers)]
+            encoded = self._records.load(self._ref(selector, windows))
+            return [self._parts(encoded, layer) for layer in range(self._num_layers)]
         except KVMissError:
-            return False
-        for layer, of_layer in enumerate(parts):
-            summaries.extend(layer, pages, [part.to(device) for part in of_layer])
-        return True
+            return None
 
     def write(self, summaries: PageSummaries, windows: range, first_page: int, stop_page: int) -> None:
         """Store a section of `summaries`, unless its last group of pages goes on behind it.

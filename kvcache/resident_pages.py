@@ -76,17 +76,12 @@ class ResidentPages:
     def put_windows(self, first: int, windows: Sequence[Sequence[Tensor]]) -> None:
         """Place the encoded pages of all layers of some neighbouring windows from page `first` on, layer by layer.
 
-        They travel as they lie in host memory, and are placed at once: a launch for each window and layer would take
-        longer than the copies.
+        They travel as they lie in host memory, a window of a record in one copy, and are placed at once: a copy and a
+        placement for each window and layer would take longer than the bytes do.
         """
+        moved = [self._moved(pieces) for pieces in windows]
         for layer in range(self._codec.layout.num_layers):
-            pieces = [window[layer] for window in windows]
-            joined = torch.empty(
-                (sum(map(len, pieces)), pieces[0].shape[1]), dtype=torch.uint8, device=self._pool.device
-            )
-            for part, piece in zip(joined.split([len(piece) for piece in pieces]), pieces, strict=True):
-                part.copy_(piece, non_blocking=True)
-            self.put(layer, first, joined)
+            self.put(layer, first, torch.cat([pieces[layer] for pieces in moved]))
 
     def keys(self, layer: int, pages: range) -> Tensor:
         """Return the keys (pages, page_size, kv_heads, head_dim) of `pages`, in the model's type."""
@@ -119,6 +114,15 @@ class ResidentPages:
                 "keys or values hold a number that is not finite or too large for scales of fp16: this KV cannot be "
                 "stored by a low-bit codec, take pages.codec = bf16"
             )
+
+    def _moved(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Return the pieces on the device."""
+        device, memory = self._pool.device, pieces[0].untyped_storage()
+        is_one = all(piece.untyped_storage().data_ptr() == memory.data_ptr() for piece in pieces)
+        if not is_one or memory.nbytes() > 2 * sum(piece.nbytes for piece in pieces):
+            return [piece.to(device, non_blocking=True) for piece in pieces]
+        whole = torch.empty(0, dtype=torch.uint8, device=pieces[0].device).set_(memory).to(device, non_blocking=True)
+        return [whole.as_strided(piece.shape, piece.stride(), piece.storage_offset()) for piece in pieces]
 
     def _first_groups(self, count: int) -> Tensor:
         if len(self._groups) < count:
