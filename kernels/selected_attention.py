@@ -185,16 +185,11 @@ def launch_selected_attention(
         GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM_PADDED=dim_padded, PAIRS=pairs, ROWS=tile.rows,
         STAGES=tile.stages, WHOLE=splits == 1,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
-        UPCAST=not queries.is_cuda, PRECISION=_precision(queries.dtype), num_warps=tile.warps,
+        UPCAST=not queries.is_cuda, num_warps=tile.warps,
     )  # fmt: skip
     if splits > 1:
         merge_splits(partial, weights, out, backend=Backend.TRITON)
     return out
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Return how products are taken: of fp32 as three of 11-bit numbers, exact to 21 bits, which tensor cores do."""
-    return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
 def _check_inputs(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> None:
@@ -232,7 +227,6 @@ def _selected_attention_kernel(
     query_ptr, keys, values, position_ptr, out_ptr, weight_ptr, scale_log2, tokens, splits, stride_qt,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr,
     PAIRS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # This program attends with the query heads of one key head of some neighbouring tokens to one part of their rows.
     # The tokens that see most come first: work that starts late must be short.
@@ -264,11 +258,11 @@ def _selected_attention_kernel(
     # First the keys that every query sees, then those that only the later ones do.
     highest, total, summed = _attend(
         query, highest, total, summed, keys, values, kv_head, position, last, start, free, scale_log2,
-        DIM_PADDED, ROWS, False, STAGES, UPCAST, PRECISION,
+        DIM_PADDED, ROWS, False, STAGES, UPCAST,
     )  # fmt: skip
     highest, total, summed = _attend(
         query, highest, total, summed, keys, values, kv_head, position, last, free, stop, scale_log2,
-        DIM_PADDED, ROWS, True, 1, UPCAST, PRECISION,
+        DIM_PADDED, ROWS, True, 1, UPCAST,
     )  # fmt: skip
 
     safe = tl.where(total > 0, total, 1.0)
@@ -283,7 +277,6 @@ def _selected_attention_kernel(
 def _attend(
     query, highest, total, summed, keys, values, kv_head, position, last, first_step, last_step, scale_log2,
     DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         row = step * ROWS + tl.arange(0, ROWS)
@@ -291,7 +284,7 @@ def _attend(
         value = values.load([step * ROWS, kv_head, 0]).reshape(ROWS, DIM_PADDED)
         if UPCAST:
             key, value = key.to(tl.float32), value.to(tl.float32)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if MASKED:
             scores = tl.where(row[None, :] <= position[:, None], scores, float("-inf"))
             value = tl.where((row <= last)[:, None], value, 0.0)  # rows not written yet may hold NaN
@@ -303,6 +296,6 @@ def _attend(
         exponent = tl.exp2(scores * scale_log2 - base[:, None])
         shrink = tl.exp2(highest - base)
         total = total * shrink + tl.sum(exponent, axis=1)
-        summed = tl.dot(exponent.to(value.dtype), value, acc=summed * shrink[:, None], input_precision=PRECISION)
+        summed = tl.dot(exponent.to(value.dtype), value, acc=summed * shrink[:, None], input_precision="ieee")
         highest = new_highest
     return highest, total, summed

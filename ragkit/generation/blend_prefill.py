@@ -104,8 +104,6 @@ class BlendPrefill:
             prefix = self.chunks.prefix_kv(layout.prefix)
             rows, streamed = self._load(decoder, layout, prefix, fetched.chunks)
             inputs = own.settle(layout, refs, fetched.chunks, streamed, self.kv_store.pool)
-            if streamed is not None:
-                streamed.queue.start()
             scene = BlendScene(decoder, request.rotary, inputs, rows, spans, ratio, options.propagation)
             clock.lap("load_kv")
             chosen = options.selector.choose(scene)

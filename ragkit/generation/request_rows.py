@@ -49,11 +49,8 @@ class RequestRows:
         self._spans = spans
         self._propagation = propagation
         self.are_shared = False
-        self._wanted = wanted
-        self._inputs: BlendInputs | None = None
+        self._inputs = self._private() if wanted is BlendRows.PRIVATE else None
         self.refusal = ""
-        if wanted is BlendRows.PRIVATE:  # before the chunks are pinned: the pool's tier may have to give blocks back
-            request.kv.reserve(len(request.prompt))
 
     def settle(
         self,
@@ -75,13 +72,13 @@ class RequestRows:
         Raises:
             CacheCapacityError: the pool has too few free blocks for private rows as well.
         """
-        if self._wanted is BlendRows.SHARED:
+        if self._inputs is None:
             if tier is None or streamed is None:
                 self.refusal = "there is no tier in the pool, which kv.gpu_mb sizes"
             else:
                 self.refusal = list_chunks(self._request, layout, refs, chunks, streamed, tier)
             self.are_shared = not self.refusal
-        self._inputs = self._shared() if self.are_shared else self._private()
+            self._inputs = self._shared() if self.are_shared else self._private()
         return self._inputs
 
     def target(self, prefix: Sequence[LayerKV], chosen: Tensor) -> RowTarget:

@@ -171,9 +171,7 @@ class StreamedChunks:
         for rows in (self._drafts, self._encoded):
             if rows is not None:
                 rows.prepare()
-        # The first layer is on its way while the host prepares the rest. No more than that: the small tensors that the
-        # host sends meanwhile wait behind it.
-        self.queue.start(jobs=1)
+        self.queue.start()
 
     @property
     def came_from_host(self) -> bool:
