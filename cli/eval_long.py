@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +18,7 @@ from ragkit.cli.common import Session, flag
 from ragkit.cli.long_tables import report_lines
 from ragkit.cli.measuring import check_places, listed_values, run_measurement
 from ragkit.cli.output import json_text
+from ragkit.cli.query_options import TopKOption
 from ragkit.config import PageSelectorName
 from ragkit.errors import UsageError
 
@@ -29,68 +32,75 @@ if TYPE_CHECKING:
 STRATEGIES = ("full", "rag", "pages")  # ragkit.bench.long_strategies, which imports torch, has the same
 CPU_LENGTHS, GPU_LENGTHS = (1024, 2048, 4096), (4096, 8192, 16384, 32768)
 
-LengthsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--lengths",
-        metavar="N,N",
-        help="Tokens of document, question and answer. [default: 1024 to 4096 on a CPU, 4096 to 32768 on a GPU]",
-    ),
-]
-StrategiesOption = Annotated[
-    str, typer.Option("--strategies", metavar="NAME,NAME", help=f"What answers: {', '.join(STRATEGIES)}.")
-]
-SelectorsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--selectors", metavar="NAME,NAME", help="Page selectors that pages compares. [default: the configured one]"
-    ),
-]
-BudgetsOption = Annotated[
-    str | None,
-    typer.Option("--budgets", metavar="N,N", help="Tokens that they find. [default: pages.budget_tokens]"),
-]
-OwnPrefillOption = Annotated[
-    bool,
-    typer.Option(
-        "--own-prefill", help="Each of these reads the documents itself; else the configured selector, once for all."
-    ),
-]
-GeneratorOption = Annotated[
-    str | None, typer.Option("--generator", metavar="NAME", help="Language model: a name, folder or hub id.")
-]
-DataOption = Annotated[
-    Path | None,
-    typer.Option("--data", metavar="DIR", help="Folder of public texts; made ones without. [env: RAGKIT_DATA]"),
-]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Equal seeds give equal documents.")]
-TimeLimitOption = Annotated[
-    float | None, typer.Option("--time-limit", min=0.0, metavar="S", help="Seconds after which what is there is shown.")
-]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="Also write the raw numbers to this file, as JSON.")
-]
-PlotOption = Annotated[
-    Path | None, typer.Option("--plot", metavar="DIR", help="Also draw the heat map into this folder, as SVG.")
-]
-
 
 @dataclass(frozen=True, slots=True)
 class LongOptions:
-    """The options that both commands have, as they were given."""
+    """The options that both commands have; their annotations are what Typer reads."""
 
-    lengths: str | None
-    strategies: str
-    selectors: str | None
-    budgets: str | None
-    own_prefill: bool
-    generator: str | None
-    k: int | None
-    data: Path | None
-    seed: int
-    time_limit: float | None
-    out: Path | None
-    plot: Path | None
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--lengths",
+            metavar="N,N",
+            help="Tokens of document, question and answer. [default: 1024 to 4096 on a CPU, 4096 to 32768 on a GPU]",
+        ),
+    ] = None
+    strategies: Annotated[
+        str, typer.Option("--strategies", metavar="NAME,NAME", help=f"What answers: {', '.join(STRATEGIES)}.")
+    ] = "full,rag"
+    selectors: Annotated[
+        str | None,
+        typer.Option(
+            "--selectors",
+            metavar="NAME,NAME",
+            help="Page selectors that pages compares. [default: the configured one]",
+        ),
+    ] = None
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", metavar="N,N", help="Tokens that they find. [default: pages.budget_tokens]"),
+    ] = None
+    own_prefill: Annotated[
+        bool,
+        typer.Option(
+            "--own-prefill",
+            help="Each of these reads the documents itself; else the configured selector, once for all.",
+        ),
+    ] = False
+    k: TopKOption = None
+    generator: Annotated[
+        str | None, typer.Option("--generator", metavar="NAME", help="Language model: a name, folder or hub id.")
+    ] = None
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Folder of public texts; made ones without. [env: RAGKIT_DATA]"),
+    ] = None
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Equal seeds give equal documents.")] = 0
+    time_limit: Annotated[
+        float | None,
+        typer.Option("--time-limit", min=0.0, metavar="S", help="Seconds after which what is there is shown."),
+    ] = None
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write the raw numbers to this file, as JSON.")
+    ] = None
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="DIR", help="Also draw the heat map into this folder, as SVG.")
+    ] = None
+
+
+def with_long_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Return `function(session, options, ...)` with the options of `LongOptions` for `options`, behind its own."""
+    shared = inspect.signature(LongOptions, eval_str=True).parameters
+    session, _, *own = inspect.signature(function, eval_str=True).parameters.values()
+
+    @functools.wraps(function)
+    def run(session: Session, **values: Any) -> None:
+        function(session, LongOptions(**{name: values.pop(name) for name in shared}), **values)
+
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own, *shared.values())]
+    run.__signature__ = inspect.Signature([session, *parameters])  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in (session, *parameters)}
+    return run
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,33 +7,17 @@ from typing import Annotated
 import typer
 
 from ragkit.cli.common import Session, command
-from ragkit.cli.eval_long import (
-    BudgetsOption,
-    DataOption,
-    GeneratorOption,
-    LengthsOption,
-    LongJob,
-    LongOptions,
-    OutOption,
-    OwnPrefillOption,
-    PlotOption,
-    SeedOption,
-    SelectorsOption,
-    StrategiesOption,
-    TimeLimitOption,
-    evaluate,
-)
-from ragkit.cli.query_options import TopKOption
+from ragkit.cli.eval_long import LongJob, LongOptions, evaluate, with_long_options
 
 
 def register(group: typer.Typer) -> None:
     """Add the command to the group `eval`."""
-    group.command("needle")(command(needle))
+    group.command("needle")(command(with_long_options(needle)))
 
 
 def needle(
     session: Session,
-    lengths: LengthsOption = None,
+    options: LongOptions,
     depths: Annotated[
         int, typer.Option("--depths", min=1, metavar="N", help="Places from the beginning to the end.")
     ] = 11,
@@ -44,17 +28,6 @@ def needle(
         bool,
         typer.Option("--together", help="All depths in one document, each with a question: it is read once for all."),
     ] = False,
-    strategies: StrategiesOption = "full,rag",
-    selectors: SelectorsOption = None,
-    budgets: BudgetsOption = None,
-    own_prefill: OwnPrefillOption = False,
-    k: TopKOption = None,
-    generator: GeneratorOption = None,
-    data: DataOption = None,
-    seed: SeedOption = 0,
-    time_limit: TimeLimitOption = None,
-    out: OutOption = None,
-    plot: PlotOption = None,
 ) -> None:
     """Ask for a sentence at every depth of documents of every length; a heat map shows where it is found.
 
@@ -73,8 +46,5 @@ def needle(
         rows="depth",
         cells=depth_cells,
         settings={"depths": depths, "needles": needles, "together": together},
-    )
-    options = LongOptions(
-        lengths, strategies, selectors, budgets, own_prefill, generator, k, data, seed, time_limit, out, plot
     )
     evaluate(session, options, job)
