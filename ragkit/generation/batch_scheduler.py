@@ -228,7 +228,7 @@ class BatchScheduler:
             entry = self._waiting[0]
             if entry.cost > budget and (step.pieces or step.by_strategy):
                 return
-            missing = [one for one in beginnings(entry) if not one.is_held]
+            missing = _missing(entry)
             if not self._make_room(entry, missing):
                 return
             self._waiting.popleft()
@@ -240,7 +240,8 @@ class BatchScheduler:
                 step.by_strategy.append(entry)
                 budget -= entry.cost
                 continue
-            for one in [*missing, entry]:
+            starting: list[Entry] = [*missing, entry]
+            for one in starting:
                 step.started.append(one)
                 self._prefilling.append(one)
                 if budget and _is_ready(one):
@@ -309,6 +310,16 @@ class BatchScheduler:
     def _detach(self, entry: RequestEntry) -> None:
         if entry.beginning is not None:
             entry.beginning.users -= 1
+
+
+def _missing(entry: RequestEntry) -> list[SharedEntry]:
+    """Return the beginnings that have to be computed for a request, the first one first."""
+    found: list[SharedEntry] = []
+    at = entry.beginning
+    while at is not None and not at.is_held:  # who is held holds the blocks of all before it
+        found.append(at)
+        at = at.parent
+    return found[::-1]
 
 
 def _is_ready(entry: Entry) -> bool:

@@ -90,7 +90,7 @@ def one_level_groups(tree: PrefixTree) -> list[PrefixGroup]:
             direct[parent] -= tree.nodes[index].leaves
     # below[v][j]: what all nodes under v save if the j-th of (none, *above[v], v) is the nearest group above them.
     below = [np.zeros(len(path) + 2, dtype=np.int64) for path in above]
-    opens: list[np.ndarray] = []  # type: ignore[type-arg]
+    opens: list[np.ndarray] = []
     for index, node in enumerate(tree.nodes):
         depths = np.array([0, *(tree.nodes[one].depth for one in above[index])])
         left_alone = direct[index] * depths + below[index][:-1]
@@ -106,8 +106,8 @@ def one_level_groups(tree: PrefixTree) -> list[PrefixGroup]:
         is_group = opens[index][0 if group is None else 1 + above[index].index(group)]
         nearest[index] = index if is_group else group
     single = []
-    for prompt, index in zip(tree.order, _deepest(tree, range(len(tree.nodes))), strict=True):
-        group = None if index is None else nearest[index]
+    for prompt, deepest in zip(tree.order, _deepest(tree, range(len(tree.nodes))), strict=True):
+        group = None if deepest is None else nearest[deepest]
         if group is None:
             single.append(PrefixGroup(0, (prompt,)))
         else:
@@ -227,7 +227,7 @@ def _shared(
     return tuple(shared), tuple(beginning)
 
 
-def _common_tokens(left: np.ndarray, right: np.ndarray) -> int:  # type: ignore[type-arg]
+def _common_tokens(left: np.ndarray, right: np.ndarray) -> int:
     """Return how many first tokens two prompts have in common, one less than the shorter has at most."""
     size = min(len(left), len(right)) - 1
     differs = left[:size] != right[:size]

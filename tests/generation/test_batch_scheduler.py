@@ -155,6 +155,14 @@ def test_what_is_computed_is_what_is_needed_and_what_was_given_up(entries, capac
         assert simulation.computed == needed + simulation.scheduler.repeated_tokens
 
 
+@settings(max_examples=200, deadline=None)
+@given(workloads(), st.integers(1, 30))
+def test_nothing_is_computed_twice_while_there_is_room(entries, budget):
+    simulation = Simulation(10_000, budget)
+    simulation.run(entries)
+    assert simulation.scheduler.repeated_tokens == simulation.scheduler.preemptions == 0
+
+
 def test_running_answers_come_before_prefills_and_prefills_before_new_requests():
     simulation = Simulation(capacity=100, budget=10)
     entries = [RequestEntry(0, 4, 9), RequestEntry(1, 17, 1), RequestEntry(2, 3, 1)]

@@ -1,0 +1,322 @@
+"""One run of a batch: carries out what the scheduler decides, chooses tokens, and ends answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ragkit.config import BatchConfig
+from ragkit.errors import CacheCapacityError, GenerationError, RagkitError
+from ragkit.generation.batch_entries import Entry, RequestEntry, SharedEntry
+from ragkit.generation.batch_job import BatchJob
+from ragkit.generation.batch_request import BatchResult
+from ragkit.generation.batch_runner import BatchRunner
+from ragkit.generation.batch_scheduler import BatchScheduler, BatchStep, Piece
+from ragkit.generation.batch_stats import BatchStats
+from ragkit.generation.decode_runner import DecodeRunner
+from ragkit.generation.engine import Engine
+from ragkit.generation.packed_pass import PackedPiece, PackedRequest
+from ragkit.generation.strategy import PrefillRequest, PrefillResult
+from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.request_kv import RequestKV
+
+_MOST_RETRIES = 8  # of a request that finds the pool taken by somebody else
+
+
+class BatchRun:
+    """One run of a batch engine.
+
+    Args:
+        engine: the model.
+        config: how many at once.
+        stats: what is counted.
+    """
+
+    def __init__(self, engine: Engine, config: BatchConfig, stats: BatchStats) -> None:
+        self._engine = engine
+        self._stats = stats
+        self._rotary = engine.rotary.table(engine.max_context, 0)
+        # The paged runner attends to the pool's blocks; without it, requests decode over copies of their own.
+        is_paged = isinstance(engine.step_runner, DecodeRunner)
+        self._runner = BatchRunner(engine.decoder, engine.pool, self._rotary, engine.step_runner, is_paged=is_paged)
+        self._jobs: dict[RequestEntry, BatchJob] = {}
+        self._shared: dict[SharedEntry, tuple[int, ...]] = {}  # tokens
+        self._packed: dict[SharedEntry, PackedRequest] = {}
+        self._begun: set[Entry] = set()
+        self._recomputed: dict[str, float] = {}  # part of the prompt that a strategy computed last
+        self._scheduler = BatchScheduler(_Supply(engine.pool, self._release), config.token_budget, config.max_running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that do not run yet."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests that run."""
+        return self._scheduler.num_running
+
+    def add(
+        self, jobs: Sequence[BatchJob], shared: Mapping[SharedEntry, tuple[int, ...]]
+    ) -> Iterator[BatchResult]:  # fmt: skip
+        """Let `jobs` wait in this order; yield those that the pool can never hold.
+
+        Args:
+            jobs: what is to run.
+            shared: the tokens of the common beginnings that they list.
+        """
+        self._shared.update(shared)
+        for job in jobs:
+            if job.strategy is not None:
+                self._price(job)
+            try:
+                self._add(job)
+            except CacheCapacityError as error:
+                yield BatchResult(job.request.request_id, "", error=error)
+
+    @torch.inference_mode()
+    def step(self) -> list[BatchResult]:
+        """Run one step; return what ended in it."""
+        step = self._scheduler.step()
+        results = [self._refused(entry) for entry in step.refused]
+        self._open(step)
+        self._count(step)
+        for entry in step.by_strategy:
+            results += self._prefill(self._jobs[entry])
+        decodes = [self._jobs[entry] for entry in step.decodes if self._reserve(self._jobs[entry])]
+        pieces = [piece for piece in step.pieces if self._is_open(piece.entry)]
+        if decodes or pieces:
+            self._stats.mixed_steps += bool(decodes and pieces)
+            self._stats.decode_tokens += len(decodes)
+            logits = self._runner.step(
+                [_rows_of(job) for job in decodes],
+                [job.answer[-1] for job in decodes],
+                [self._packed_piece(piece) for piece in pieces],
+            )
+            self._stats.prefill_tokens_computed += sum(piece.stop - piece.start for piece in pieces)
+            ended = [self._jobs[one.entry] for one in pieces if one.is_last and isinstance(one.entry, RequestEntry)]
+            results += self._take([*decodes, *ended], logits)
+        self._stats.steps += 1
+        self._stats.preemptions += self._scheduler.preemptions
+        self._stats.prefill_tokens_repeated += self._scheduler.repeated_tokens
+        self._scheduler.preemptions = self._scheduler.repeated_tokens = 0
+        return results
+
+    def close(self) -> None:
+        """Give all rows back."""
+        self._scheduler.close()
+
+    def _add(self, job: BatchJob) -> None:
+        try:
+            self._scheduler.add(job.entry)
+        except CacheCapacityError:
+            if job.entry.beginning is None:
+                raise
+            # Rows that are shared fill their last block only in part: alone it may fit.
+            job.entry.beginning, job.shared_tokens = None, 0
+            job.entry.prompt_tokens = len(job.token_ids)
+            self._scheduler.add(job.entry)
+        self._jobs[job.entry] = job
+
+    def _price(self, job: BatchJob) -> None:
+        """Say what a strategy's prefill takes: tokens as it computed last, blocks as if no row were shared."""
+        assert job.strategy is not None
+        pool, size = self._engine.pool, len(job.token_ids)
+        job.entry.cost = max(1, round(size * self._recomputed.get(job.strategy.name, 1.0)))
+        blocks = pool.blocks_for(size + job.sampling.max_new_tokens) + len(job.prompt.segments)
+        job.entry.strategy_blocks = min(blocks, _Supply.capacity_of(pool))
+
+    def _open(self, step: BatchStep) -> None:
+        """Give what starts its rows; what finds the pool taken by somebody else waits again."""
+        failed: set[Entry] = set()
+        for entry in step.started:
+            above = entry.parent if isinstance(entry, SharedEntry) else entry.beginning
+            try:
+                if above in failed:
+                    raise CacheCapacityError("what it begins with found no room")
+                self._open_one(entry, None if above is None else self._packed[above])
+            except CacheCapacityError:
+                failed.add(entry)
+        for entry in reversed(step.started):
+            if entry in failed and isinstance(entry, RequestEntry):
+                self._wait_again(self._jobs[entry])
+
+    def _open_one(self, entry: Entry, above: PackedRequest | None) -> None:
+        if isinstance(entry, SharedEntry):
+            self._packed[entry] = self._runner.open(above, entry.length, decodes=False)
+        else:
+            job = self._jobs[entry]
+            job.start()
+            capacity = len(job.token_ids) + job.sampling.max_new_tokens
+            job.packed = self._runner.open(above, entry.rows, capacity=capacity)
+
+    def _prefill(self, job: BatchJob) -> list[BatchResult]:
+        """Have a strategy prefill the whole prompt."""
+        assert job.strategy is not None
+        job.start()
+        kv, entry = RequestKV(self._engine.pool), job.entry
+        try:
+            answer = job.sampling.max_new_tokens
+            request = PrefillRequest(job.prompt, kv, self._rotary, job.request.ratio, answer)
+            job.prefilled = job.strategy.prefill(self._engine.decoder, request)
+            kv.reserve(entry.rows)
+            job.packed = self._runner.adopt(kv, len(job.token_ids) + answer)
+        except CacheCapacityError as error:
+            kv.release()
+            return self._wait_again(job, error)
+        except (RagkitError, torch.OutOfMemoryError) as error:
+            kv.release()
+            return [self._failed(job, error)]
+        self._count_prefilled(job, job.prefilled)
+        blocks = kv.num_reserved // self._engine.pool.block_size
+        if entry.replayed:
+            self._scheduler.prefilled_by_strategy(entry, blocks)
+            return []
+        results = self._take([job], job.prefilled.logits.unsqueeze(0))
+        entry.blocks = blocks
+        if job.prefilled.afterwards is not None:
+            job.prefilled.afterwards()
+        return results
+
+    def _reserve(self, job: BatchJob) -> bool:
+        """Return whether there is a row for the job's next token; else it waits again."""
+        rows = _rows_of(job)
+        try:
+            rows.kv.reserve(rows.kv.num_tokens + 1)
+        except CacheCapacityError:
+            self._wait_again(job)
+            return False
+        return True
+
+    def _packed_piece(self, piece: Piece) -> PackedPiece:
+        entry = piece.entry
+        if isinstance(entry, SharedEntry):
+            return PackedPiece(self._packed[entry], self._shared[entry][piece.start : piece.stop], wants_logits=False)
+        job = self._jobs[entry]
+        return PackedPiece(_rows_of(job), job.tokens(piece.start, piece.stop), wants_logits=piece.is_last)
+
+    def _is_open(self, entry: Entry) -> bool:
+        if isinstance(entry, SharedEntry):
+            return entry in self._packed
+        return self._jobs[entry].packed is not None
+
+    def _take(self, jobs: Sequence[BatchJob], logits: Tensor) -> list[BatchResult]:
+        """Choose the next token of each of `jobs` from its row of `logits`; return those that ended."""
+        greedy: list[int] = logits.argmax(dim=-1).tolist()  # the host waits once for all of them
+        results = []
+        for index, job in enumerate(jobs):
+            token = greedy[index] if job.sampling.temperature == 0 else job.draw(logits[index])
+            is_first = job.entry.generated == job.entry.replayed
+            reason = job.take(token)
+            if reason is not None:
+                results.append(job.result(reason, self._engine.tokenizer))
+                self._end(job)
+            elif is_first:
+                self._scheduler.started_answer(job.entry)
+            else:
+                job.entry.generated += 1
+        return results
+
+    def _refused(self, entry: RequestEntry) -> BatchResult:
+        job = self._jobs.pop(entry)
+        pool = self._engine.pool
+        error = CacheCapacityError(
+            f"a prompt of {len(job.token_ids)} tokens finds no room: {pool.num_free} of {pool.num_blocks} KV blocks "
+            "are free although no other request of the batch runs; end what else uses the pool, or enlarge it"
+        )
+        return BatchResult(job.request.request_id, "", error=error)
+
+    def _wait_again(self, job: BatchJob, error: RagkitError | None = None) -> list[BatchResult]:
+        """Let a job wait that found the pool taken; after some times, fail."""
+        job.retries += 1
+        if job.retries > _MOST_RETRIES:
+            failed = error or CacheCapacityError("the KV pool was taken by other requests again and again")
+            return [self._failed(job, failed)]
+        self._scheduler.preempt(job.entry)
+        return []
+
+    def _failed(self, job: BatchJob, error: BaseException) -> BatchResult:
+        self._end(job)
+        if not isinstance(error, RagkitError):
+            error = GenerationError(f"the prompt of {len(job.token_ids)} tokens found no memory: {error}")
+        return BatchResult(job.request.request_id, "", error=error)
+
+    def _end(self, job: BatchJob) -> None:
+        self._scheduler.end(job.entry)
+        del self._jobs[job.entry]
+        self._begun.discard(job.entry)
+
+    def _release(self, entry: Entry) -> None:
+        packed = self._packed.pop(entry, None) if isinstance(entry, SharedEntry) else self._jobs[entry].packed
+        if packed is not None:
+            self._runner.close(packed)
+        if isinstance(entry, RequestEntry):
+            self._jobs[entry].packed = None
+
+    def _count(self, step: BatchStep) -> None:
+        for entry in step.started:
+            if entry not in self._begun:
+                self._begun.add(entry)
+                own = entry.length if isinstance(entry, SharedEntry) else entry.prompt_tokens
+                self._stats.prefill_tokens_needed += own
+                if isinstance(entry, RequestEntry):
+                    size = len(self._jobs[entry].token_ids)
+                    self._stats.prompt_tokens += size
+                    self._stats.prefill_tokens_shared += size
+                self._stats.prefill_tokens_shared -= own
+        if step.started or step.by_strategy:
+            self._count_bytes()
+
+    def _count_prefilled(self, job: BatchJob, prefilled: PrefillResult) -> None:
+        stats, size = self._stats, len(job.token_ids)
+        assert job.strategy is not None
+        self._recomputed[job.strategy.name] = prefilled.recomputed / size
+        stats.prefill_tokens_computed += prefilled.recomputed
+        if job.entry in self._begun:
+            stats.prefill_tokens_repeated += prefilled.recomputed
+            return
+        self._begun.add(job.entry)
+        stats.prompt_tokens += size
+        stats.prefill_tokens_needed += prefilled.recomputed
+        stats.prefill_tokens_reused += prefilled.reused
+
+    def _count_bytes(self) -> None:
+        held = [job.packed.kv for job in self._jobs.values() if job.packed is not None]
+        block = self._engine.pool.block_size * self._engine.pool.layout.bytes_per_token
+        fields = sum(kv.field.nbytes for kv in held if kv.field is not None)
+        own = len({one for kv in [*held, *(one.kv for one in self._packed.values())] for one in kv.block_ids})
+        listed = sum(len(kv.block_ids) for kv in held)
+        self._stats.kv_bytes_peak = max(self._stats.kv_bytes_peak, own * block + fields)
+        self._stats.kv_bytes_listed_peak = max(self._stats.kv_bytes_listed_peak, listed * block + fields)
+
+
+class _Supply:
+    """The pool as the scheduler sees it."""
+
+    def __init__(self, pool: KVPool, release: Callable[[Entry], None]) -> None:
+        self._pool = pool
+        self.release = release
+        self.capacity = self.capacity_of(pool)
+
+    @staticmethod
+    def capacity_of(pool: KVPool) -> int:
+        """Return the blocks that requests can have; on a GPU one belongs to the graphs of decoding."""
+        return pool.num_blocks - 1
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return how many blocks so many rows take."""
+        return self._pool.blocks_for(tokens)
+
+    def free(self, wanted: int) -> int:
+        """Return how many blocks are free, after tiers gave some back if these are fewer than `wanted`."""
+        free = self._pool.num_free
+        if free < wanted and self._pool.reclaim is not None:
+            free = self._pool.reclaim(wanted)
+        return free
+
+
+def _rows_of(job: BatchJob) -> PackedRequest:
+    assert job.packed is not None, "a job that runs has rows"
+    return job.packed
