@@ -82,10 +82,8 @@ class DraftRunner:
         """
         if not 1 <= steps <= MOST_STEPS or not all(pending):
             raise GenerationError(f"1 to {MOST_STEPS} steps behind at least one token are drafted, got {steps} steps")
-        heads = [DraftTree.chain(tokens[1:]) for tokens in pending]
-        logits = self._verify.verify(states, [tokens[0] for tokens in pending], heads)
-        for state, tokens in zip(states, pending, strict=True):
-            self._verify.commit(state, range(len(tokens) - 1))
+        last = [self._all_but_last_pass(state, tokens) for state, tokens in zip(states, pending, strict=True)]
+        logits = self._written(states, last)
         with self._lock:
             bucket = self._bucket(states, drawn is not None)
             bucket.begin(states, steps, drawn)
@@ -93,6 +91,21 @@ class DraftRunner:
             for _ in range(steps - 1):
                 bucket.step()
             return bucket.chains(len(states), steps)
+
+    def _all_but_last_pass(self, state: DecodeState, tokens: Sequence[int]) -> Sequence[int]:
+        """Return those of `tokens` that one pass can take; the ones before are written."""
+        while len(tokens) > MOST_DRAFTED:
+            self._written([state], [tokens[:MOST_DRAFTED]])
+            tokens = tokens[MOST_DRAFTED:]
+        return tokens
+
+    def _written(self, states: Sequence[DecodeState], pending: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return the logits after each of the tokens, whose rows are kept."""
+        trees = [DraftTree.chain(tokens[1:]) for tokens in pending]
+        logits = self._verify.verify(states, [tokens[0] for tokens in pending], trees)
+        for state, tree in zip(states, trees, strict=True):
+            self._verify.commit(state, range(len(tree)))
+        return logits
 
     def _bucket(self, states: Sequence[DecodeState], is_drawn: bool) -> _Bucket:
         key = (*table_bucket(states), is_drawn)

@@ -32,6 +32,7 @@ from ragkit.generation.speculative_decode import Drafting, SpeculativeRequest, s
 from ragkit.generation.steps import Finished, GenerationStep
 from ragkit.generation.strategy import PrefillRequest, PrefillStrategy
 from ragkit.generation.verification import Verifier
+from ragkit.generation.verify_runner import VerifyRunner
 from ragkit.kvcache.coverage import Ratio
 from ragkit.kvcache.pool import BLOCK_SIZE, KVPool
 from ragkit.kvcache.request_kv import RequestKV
@@ -212,6 +213,8 @@ class Engine:
     @cached_property
     def verifier(self) -> Verifier:
         """What verifies drafted tokens, over the states of the engine's decoding steps."""
+        if isinstance(self._runner, DecodeRunner):
+            return VerifyRunner(self.decoder, self.pool, self._runner.scratch_slot)
         return ContiguousVerifier(self.decoder)
 
     def speculative_request(

@@ -28,13 +28,13 @@ class Scene:
         model = hf_model("llama")
         torch.backends.cuda.matmul.allow_tf32 = False
         self.decoder = decoder_of(model.cuda() if torch.cuda.is_available() else model)
-        self.pool = KVPool(self.decoder.layout, 40, self.decoder.device)
+        self.pool = KVPool(self.decoder.layout, 60, self.decoder.device)
         self.steps = DecodeRunner(self.decoder, self.pool)
         self.verify = VerifyRunner(self.decoder, self.pool, self.steps.scratch_slot)
         self.drafts = DraftRunner(self.decoder, self.pool, self.verify, self.steps.scratch_slot)
         self.rotary = RotaryCache(self.decoder).table(256, 60)
 
-    def request(self, length, room=40):
+    def request(self, length, room=60):
         kv = RequestKV(self.pool)
         FullPrefill().extend(self.decoder, kv, self.rotary, TOKENS[:length].to(self.decoder.device))
         kv.reserve(length + room)
@@ -123,7 +123,7 @@ def test_more_drafted_tokens_than_a_pass_takes_are_refused(scene):
     state.kv.release()
 
 
-@pytest.mark.parametrize("pending", [[7], [7, 8], [7, 8, 9]])
+@pytest.mark.parametrize("pending", [[7], [7, 8], [7, 8, 9], [*range(10, 50)]])
 def test_drafted_tokens_are_those_of_greedy_steps(pending, scene):
     state, tokens = scene.request(40), list(pending)
     (chain,) = scene.drafts.draft([state], [pending], 5)
