@@ -15,13 +15,13 @@ GROUPS = {"int8 keys": (8, 64, 1), "int8 values": (8, 1, 64), "int4 keys": (4, 3
 
 
 def cases(device: torch.device) -> list[KernelCase]:
-    """Return keys and values of 32K tokens from 8 and 4 bits; on a CPU of 70."""
-    return [_case(name, *groups, device) for name, groups in GROUPS.items()]
+    """Return keys and values of 32K and 128K tokens from 8 and 4 bits; on a CPU of 70."""
+    sizes = (32768, 131072) if device.type == "cuda" else (70,)
+    return [_case(name, tokens, *groups, device) for tokens in sizes for name, groups in GROUPS.items()]
 
 
-def _case(name: str, bits: int, token_group: int, channel_group: int, device: torch.device) -> KernelCase:
+def _case(name: str, tokens: int, bits: int, token_group: int, channel_group: int, device: torch.device) -> KernelCase:
     shape = model_shape(device)
-    tokens = 32768 if device.type == "cuda" else 70
     channel_group = min(channel_group, shape.head_dim // 2)
     heads = kv_rows(tokens, shape, device)
     codes = quantize_kv(heads, bits=bits, token_group=token_group, channel_group=channel_group, backend=Backend.TRITON)
