@@ -32,7 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ragkit.config import PagesConfig
 from ragkit.generation.decoder import Decoder
-from ragkit.generation.dense_steps import GraphRecorder
+from ragkit.generation.graph_recorder import GraphRecorder
 from ragkit.generation.page_attention import PageAttention
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.paged_prefill import PagedPrefill

@@ -9,7 +9,6 @@ request runs. Plain launches take the same number of rows, so that both multiply
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ragkit.generation.graph_recorder import GraphRecorder, Recorder
 from ragkit.generation.second_sight import SecondSight
 from ragkit.kernels.backend import ceil_div
 
 if TYPE_CHECKING:
     from ragkit.generation.decoder import Activations, Decoder
-
-_log = logging.getLogger(__name__)
 
 ROW_STEP = 16  # buckets are multiples of this: a matrix product's smallest tile has as many rows
 MOST_ROWS = 256  # for more tokens the GPU has work while the host launches
@@ -55,26 +53,6 @@ class Steps(Protocol):
 
     def following(self, layer: int, attended: Tensor) -> Heads:
         """Return what the layer after `layer` gives attention, whose output there was `attended`, as queries."""
-        ...
-
-
-class Recorder(Protocol):
-    """Records work on a device, of one pass at a time."""
-
-    def begin(self) -> None:
-        """Have the pass that begins now wait on the device for the pass before it."""
-        ...
-
-    def record(self, work: Callable[[], None]) -> Callable[[], object]:
-        """Do `work` now, and return what does it again."""
-        ...
-
-    def end(self) -> None:
-        """Note that the pass is launched."""
-        ...
-
-    def wait(self) -> None:
-        """Return once the device has done the last pass."""
         ...
 
 
@@ -244,55 +222,3 @@ class _RecordedPass:
         """Return what the layer after `layer` gives attention: the same views, with other numbers."""
         self._steps.proceed(self._decoder, layer, attended)
         return self._heads
-
-
-class GraphRecorder:
-    """Records work as CUDA graphs on one stream, whose memory comes from one pool.
-
-    Passes may come from streams of several threads: each waits for the one before it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._launched = torch.cuda.Event()
-        self._failed = False
-
-    def begin(self) -> None:
-        """Have the current stream wait for the pass before it."""
-        torch.cuda.current_stream(self._device).wait_event(self._launched)
-
-    def record(self, work: Callable[[], None]) -> Callable[[], object]:
-        """Do `work` now, and return what does it again: a graph, or plain launches where recording failed."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()  # what a recording must not do, compiling kernels and opening libraries, is done now
-            replay = work if self._failed else self._recorded(work)
-        current.wait_stream(self._stream)
-        return replay
-
-    def end(self) -> None:
-        """Note that the pass is launched."""
-        self._launched.record(torch.cuda.current_stream(self._device))
-
-    def wait(self) -> None:
-        """Return once the device has done the last pass."""
-        self._launched.synchronize()
-
-    def _recorded(self, work: Callable[[], None]) -> Callable[[], object]:
-        # Not by `torch.cuda.graph`: it waits for the device and empties the allocator's stock, in every layer.
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Loads and copies of other threads go on meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        except RuntimeError as error:  # of the driver; the numbers are right already
-            self._failed = True
-            _log.warning("a CUDA graph could not be recorded, the question's pass is launched step by step: %s", error)
-            return work
-        return graph.replay

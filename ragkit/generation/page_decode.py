@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
-from ragkit.generation.dense_steps import GraphRecorder, Recorder
+from ragkit.generation.graph_recorder import GraphRecorder, Recorder
 from ragkit.generation.page_attention import PageAttention
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
