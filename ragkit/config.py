@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ragkit.batch_config import BatchConfig
 from ragkit.errors import ConfigError
 from ragkit.jobs_config import JobsConfig
 from ragkit.setting_checks import AUTO, at_least, multiple, share, share_or_auto
@@ -308,32 +309,6 @@ class PagesConfig:
         at_least("pages.memory_mb", self.memory_mb, 1)
         if self.codec not in PAGE_CODECS:
             raise ConfigError(f"pages.codec must be one of {', '.join(PAGE_CODECS)}, got {str(self.codec)!r}")
-
-
-@dataclass(frozen=True, slots=True)
-class BatchConfig:
-    """How many questions are answered at once, and what they share.
-
-    A step computes at most `token_budget` tokens: one of every running answer first, then pieces of prompts; at most
-    `max_running` requests are running. `look_ahead` requests are known before the first of them starts, which is how
-    common beginnings are found. With `sharing` they are computed once and held once.
-
-    An `order` of `reuse` starts requests with the same beginning one after another, those with long answers and short
-    prompts first; `given` keeps the order. With a `chunk_order` of `free` the chunks of a prompt may change places so
-    that more of them stand at a common beginning; the model then reads them in another order than by relevance.
-    """
-
-    token_budget: int = 2048
-    max_running: int = 256
-    look_ahead: int = 1024
-    sharing: bool = True
-    order: BatchOrder = BatchOrder.REUSE
-    chunk_order: ChunkPlacement = ChunkPlacement.RELEVANCE
-
-    def __post_init__(self) -> None:
-        at_least("batch.token_budget", self.token_budget, 1)
-        at_least("batch.max_running", self.max_running, 1)
-        at_least("batch.look_ahead", self.look_ahead, 1)
 
 
 @dataclass(frozen=True, slots=True)

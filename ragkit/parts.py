@@ -140,7 +140,11 @@ class Parts:
 
             generation = self.config.generation
             return Engine.load(
-                generation.model, device=self.config.device, dtype=generation.dtype, offline=self.config.offline
+                generation.model,
+                device=self.config.device,
+                dtype=generation.dtype,
+                offline=self.config.offline,
+                kv_tokens=self.config.batch.kv_tokens,
             )
 
         return self._part("engine", load, is_model=True)

@@ -20,6 +20,7 @@ LEVELS = (
         "types",
         "errors",
         "config",
+        "batch_config",
         "jobs_config",
         "progress",
         "reports",

@@ -12,6 +12,7 @@ from ragkit.errors import ConfigError, GenerationError
 from ragkit.generation.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU_WINDOWS = 8  # the system backs a CPU pool's rows when they are first written
 _POOL_SHARE = 0.5  # of the memory that is free once the weights are in place; the rest is for activations
 
 
@@ -46,6 +47,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def kv_tokens_that_fit(decoder: Decoder) -> int:
     """Return the size of the pool in tokens: the model's window, or what half of the free memory holds if less.
 
+    On a CPU it is some windows, for requests that run together: rows that are never used take no memory there.
+
     Raises:
         GenerationError: not even one block fits.
     """
@@ -53,7 +56,8 @@ def kv_tokens_that_fit(decoder: Decoder) -> int:
     fitting = int(free * _POOL_SHARE) // decoder.layout.bytes_per_token
     if fitting < 64:
         raise GenerationError(f"{free / 1e6:.0f} MB of memory are free on {decoder.device}, too few for a KV pool")
-    return min(decoder.config.max_context, fitting)
+    windows = _CPU_WINDOWS if decoder.device.type == "cpu" else 1
+    return min(windows * decoder.config.max_context, fitting)
 
 
 def free_memory(device: torch.device) -> int:
