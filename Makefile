@@ -1,6 +1,7 @@
 # make demo     read the example collection, answer three questions about it, and one of them cold and warm
 # make test     everything that CI checks
-# Both work in .venv/ (RAGKIT_VENV names another folder) and need only make and Python 3.11 or newer.
+# make million  read the King James Bible, a million tokens, into pages of KV, and ask it three questions (hours on a CPU)
+# All work in .venv/ (RAGKIT_VENV names another folder) and need only make and Python 3.11 or newer.
 
 PYTHON ?= python3
 RAGKIT_VENV ?= .venv
@@ -12,12 +13,16 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # A CPU build of torch brings no Triton, and the kernels' tests need one for its interpreter. A CUDA build brings its own.
 TRITON := triton==3.9.0
 
-.PHONY: demo test lint format types wheel docs pytest clean
+.PHONY: demo million test lint format types wheel docs pytest clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/ragkit models pull
 	RAGKIT=$(BIN)/ragkit PYTHON=$(BIN)/python sh examples/demo.sh
+
+million: $(VENV)/.installed
+	$(BIN)/ragkit models pull
+	RAGKIT=$(BIN)/ragkit sh examples/million_tokens.sh
 
 test: lint types wheel pytest
 
@@ -40,6 +45,7 @@ wheel: $(VENV)/.installed-dev
 # Writes what is generated; the tests fail where it is out of date.
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/page_tables.py
 
 # Last, so that its closing line ends the output. Small tensors are slower with threads that wait for each other.
 pytest: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)

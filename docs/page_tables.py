@@ -1,0 +1,183 @@
+"""Writes the tables of docs/pages.md from raw results, and the heat map beside it.
+
+`python docs/page_tables.py` writes them; with `--check` it exits with 1 where the page is not what it would write. A
+table whose raw file is not there is left out, so that no figure stands in the page that nobody measured. Raw files come
+from `python benchmarks/pages_speed.py`, `python benchmarks/pages_second_question.py MODEL TEXT`, and
+
+    ragkit eval needle --strategies full,rag,pages ... --out benchmarks/results/pages_needle.json
+    ragkit eval ruler --strategies full,rag,pages ... --out benchmarks/results/pages_ruler.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+PAGE, HEAT_MAP = DOCS / "pages.md", DOCS / "needle_heat_map.svg"
+_BEGIN, _END = "<!-- {} -->", "<!-- end -->"
+
+Row = Mapping[str, Any]
+
+
+def page(text: str, results: Path = RESULTS) -> str:
+    """Return the page with every table anew."""
+    for name, table in TABLES.items():
+        content = table(results)
+        body = f"{_BEGIN.format(name)}\n{content}{_END}"
+        pattern = re.escape(_BEGIN.format(name)) + r"\n.*?" + re.escape(_END)
+        text, count = re.subn(pattern, lambda _, body=body: body, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"{PAGE.name} must have one place for the table {name!r}, it has {count}")
+    return text
+
+
+def decode_table(results: Path) -> str:
+    """Return what a token costs over documents of several lengths."""
+    record = _record(results / "pages_speed.json")
+    if record is None:
+        return ""
+    result = record["result"]
+    lines = [
+        "| tokens | pages | GB of pages | ms a token | times the shortest | attention, ms | selection, of the step |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["decode"]:
+        lines.append(
+            f"| {row['tokens']:,} | {row['codec']} | {row['gb']:.1f} | {row['step_ms']:.2f} | {row['times_8k']:.2f} | "
+            f"{row['attention_ms']:.2f} | {row['selection_share']:.1%} |"
+        )
+    lines += ["", *_sentences(result), _origin(record, "python benchmarks/pages_speed.py", "pages_speed.json")]
+    return "\n".join(lines) + "\n"
+
+
+def second_question_table(results: Path) -> str:
+    """Return how soon a question about a stored document gets its first token."""
+    record = _record(results / "pages_second_question.json")
+    if record is None:
+        return ""
+    lines = ["| pages from | first token, ms | tokens |", "|---|---:|---:|"]
+    for row in record["result"]["rows"]:
+        lines.append(f"| {row['pages_from']} | {row['first_token_ms']:,.0f} | {row['tokens']:,} |")
+    command = "python benchmarks/pages_second_question.py MODEL TEXT"
+    lines += ["", _origin(record, command, "pages_second_question.json")]
+    return "\n".join(lines) + "\n"
+
+
+def needle_table(results: Path) -> str:
+    """Return the share of needles that are found at each length, and the heat map."""
+    return _quality(results, "needle", ("![Needles by depth and length](needle_heat_map.svg)", ""))
+
+
+def ruler_table(results: Path) -> str:
+    """Return the scores of RULER's tasks."""
+    return _quality(results, "ruler", ())
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "decode": decode_table, "second question": second_question_table, "needle": needle_table, "ruler": ruler_table,
+}  # fmt: skip
+
+
+def write_heat_map(results: Path = RESULTS, path: Path = HEAT_MAP) -> bool:
+    """Draw the heat map of the needles beside the page; return whether there are any."""
+    record = _record(results / "pages_needle.json")
+    if record is None:
+        return False
+    from ragkit.bench.long_plots import heat_map_file, write_heat_map
+    from ragkit.bench.long_report import HeatCell, LongReport
+
+    cells = [HeatCell(**cell) for cell in record["cells"]]
+    report = LongReport([], cells, [], [], record["settings"], 0.0)
+    assert path.name == heat_map_file("needle"), "drawn by the same code as `--plot` draws"
+    write_heat_map(report, "needle", "depth", path.parent)
+    return True
+
+
+def main() -> int:
+    """Write the page and the figure, or compare the page with what is there."""
+    current = PAGE.read_text(encoding="utf-8")
+    wanted = page(current)
+    if "--check" in sys.argv[1:]:
+        if current != wanted:
+            sys.stderr.write(f"{PAGE.name} is out of date: run `make docs`\n")
+        return int(current != wanted)
+    PAGE.write_text(wanted, encoding="utf-8")
+    write_heat_map()
+    return 0
+
+
+def _quality(results: Path, name: str, before: Sequence[str]) -> str:
+    record = _record(results / f"pages_{name}.json")
+    if record is None:
+        return ""
+    lengths = sorted({row["length"] for row in record["rows"]})
+    found: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in record["rows"]:
+        found.setdefault((row["strategy"], row["task"]), {})[row["length"]] = row
+    heading = " | ".join(f"{length:,}" for length in lengths)
+    lines = [*before, f"| strategy | task | {heading} |", "|---|---|" + "---:|" * len(lengths)]
+    for (strategy, task), by_length in found.items():
+        cells = " | ".join(_score(by_length.get(length)) for length in lengths)
+        lines.append(f"| {strategy} | {task} | {cells} |")
+    settings = record["settings"]
+    model = Path(str(settings.get("generator", ""))).name
+    lines += [
+        "",
+        f"Score in percent with its 95% interval; {model}, {record['date'][:10]}, "
+        f"{_machine(record)}. Raw numbers: `benchmarks/results/pages_{name}.json`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _score(row: Row | None) -> str:
+    return "" if row is None else f"{row['score']:.0f} ({row['low']:.0f} to {row['high']:.0f})"
+
+
+def _sentences(result: Mapping[str, Any]) -> Iterator[str]:
+    full, layer, reading = (result.get(name) for name in ("against_full", "one_layer", "prefill"))
+    if full:
+        yield (
+            f"Against full attention over the same {full['tokens']:,} tokens in int8: attention "
+            f"{full['attention_speed_up']:.1f} times faster, the whole step {full['step_speed_up']:.1f} times. The "
+            f"kernel reads {full['attend_gb_per_s']:,.0f} GB/s where it reads {full['attend_read_mb']:,.0f} MB."
+        )
+        yield ""
+    if layer:
+        yield f"Attention of one layer over {layer['rows']:,} rows of pages: {layer['attend_us']:.1f} us at batch 1."
+        yield ""
+    if reading:
+        how = ", from windows at three places" if reading["is_extrapolated"] else ""
+        yield (
+            f"Reading {reading['tokens']:,} tokens takes {reading['seconds']:.0f} s{how}, with at most "
+            f"{reading['peak_gb']:.0f} GB of GPU memory."
+        )
+        yield ""
+
+
+def _origin(record: Mapping[str, Any], command: str, name: str) -> str:
+    return (
+        f"`{command}` at commit {record['commit'][:7]}, {record['date'][:10]}, {_machine(record)}. Raw numbers: "
+        f"`benchmarks/results/{name}`."
+    )
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    machine = record.get("machine", {})
+    return ", ".join(machine.get("gpus", ())) or str(machine.get("cpu", "machine unknown"))
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
