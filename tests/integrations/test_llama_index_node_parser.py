@@ -179,5 +179,5 @@ def test_without_llama_index_the_extra_is_named():
     code = "import sys; sys.modules['llama_index'] = None\nimport ragkit.integrations.llama_index"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"{MissingExtraError.__module__}.MissingExtraError: the LlamaIndex node parser needs")
+    assert last.startswith(f"{MissingExtraError.__module__}.MissingExtraError: the LlamaIndex integration needs")
     assert last.endswith("pip install 'ragkit[llama-index]'")
