@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ragkit.cli.common import Session, command, flag
+from ragkit.cli.common import Session, command
+from ragkit.cli.engine import EngineOption, RayAddressOption, engine_flags
 from ragkit.cli.errors import ExitCode
 from ragkit.cli.output import Output, human_bytes, one_line
 from ragkit.cli.progress import clock_text, progress_for
@@ -28,7 +29,6 @@ from ragkit.cli.query_options import (
     parse_filters,
 )
 from ragkit.cli.signals import finishing_first
-from ragkit.jobs_config import ExecutorName
 
 if TYPE_CHECKING:
     from ragkit.jobs.batch import BatchJob
@@ -61,9 +61,8 @@ def batch(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace answers that are there, or a job begun with other settings.")
     ] = False,
-    engine: Annotated[
-        ExecutorName | None, typer.Option("--engine", help="What runs the job: this process, or a Ray cluster.")
-    ] = None,
+    engine: EngineOption = None,
+    ray_address: RayAddressOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, measured on a few rows, and write nothing.")
     ] = False,
@@ -83,7 +82,7 @@ def batch(
     chosen = parse_filters(filter)
     settings = session.settings(
         answer_settings(k, strategy, ratio, system_prompt, max_new_tokens, temperature, top_p, seed, generator)
-        | {"jobs.engine": flag(engine, "--engine")}
+        | engine_flags(engine, ray_address)
     )
     from ragkit.jobs.batch import BatchJob
 
