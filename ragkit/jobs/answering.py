@@ -173,6 +173,6 @@ class _Requests:
 def batch_generator(parts: Parts) -> BatchGenerator:
     """Return what generates for many requests with the engine of `parts`."""
     engine = parts.engine  # first: it imports torch
-    from ragkit.jobs.one_by_one import OneByOne
+    from ragkit.generation.batch_engine import BatchEngine
 
-    return OneByOne(engine)
+    return BatchEngine(engine, parts.config.batch)

@@ -13,11 +13,15 @@ from doubles import HashEmbedder
 from tiny_generator import write_generator
 
 from ragkit import Pipeline
-from ragkit.config import PipelineConfig, Strategy
+from ragkit.config import BatchConfig, PipelineConfig, Strategy
 from ragkit.generation.engine import Engine
 
 SUBJECTS = ("otters", "miller", "market", "bridge", "lamp", "harbour", "winter", "copper")
-FULL = replace(CONFIG, generation=replace(CONFIG.generation, strategy=Strategy.FULL, max_new_tokens=4))
+FULL = replace(
+    CONFIG,
+    generation=replace(CONFIG.generation, strategy=Strategy.FULL, max_new_tokens=4),
+    batch=BatchConfig(max_running=4, look_ahead=8),  # so that answers do not all end at once
+)
 
 
 def write_world(folder: Path) -> Path:
