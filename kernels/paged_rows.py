@@ -65,6 +65,20 @@ def visible_rows_torch(
     return at, turned, values
 
 
+def entry_bases(row_positions: Tensor) -> Tensor:
+    """Return (requests, entries) int32: where the first row of each entry stands, if its rows stand behind each other.
+
+    Hidden rows do not matter. It is -1 where rows are in another order.
+
+    Args:
+        row_positions: (requests, entries, block_size) int32, position of each row, or `HIDDEN`.
+    """
+    first = row_positions - torch.arange(row_positions.shape[2], dtype=torch.int32, device=row_positions.device)
+    hidden = row_positions == HIDDEN
+    low, high = first.masked_fill(hidden, HIDDEN).amin(-1), first.masked_fill(hidden, -1).amax(-1)
+    return torch.where((low == high) | (low == HIDDEN), high.clamp(min=-1), -1)
+
+
 def _rows(pool: Blocks, slots: Tensor) -> Tensor:
     return pool.rows(slots) if isinstance(pool, QuantizedBlocks) else pool.flatten(0, 1)[slots].float()
 

@@ -52,12 +52,15 @@ class VerifyTile(NamedTuple):
         rows: of the context, read at a time.
         warps: of a program.
         stages: of the pipeline that loads rows ahead.
+        adds_angles: whether rows that stand behind each other turn by the sum of two angles, that of the first row and
+            one that stays in registers, instead of loading as many bytes of angles as of keys and values.
     """
 
     pairs: int
     rows: int
     warps: int
     stages: int
+    adds_angles: bool = False
 
 
 def paged_verify_attention(
@@ -74,6 +77,7 @@ def paged_verify_attention(
     cos: Tensor,
     sin: Tensor,
     *,
+    bases: Tensor | None = None,
     key_field: Tensor | None = None,
     value_field: Tensor | None = None,
     scale: float,
@@ -91,7 +95,8 @@ def paged_verify_attention(
         num_entries: (requests,) int32.
         first_positions: (requests,) int64; of the blocks' rows those at lower positions are seen.
         ancestors: (tokens,) int32: bit j of token i's is set where it sees its request's token j.
-        cos, sin: (positions, head_dim / 2) fp32.
+        cos, sin: (positions, head_dim / 2) fp32; of angles that grow with the position evenly where `bases` is given.
+        bases: (requests, max_entries) int32, what `entry_bases` gives; None looks up the angle of every row.
         key_field, value_field: (requests, max_entries, block_size / FIELD_ROWS, kv_heads, head_dim), contiguous, added
             to the rows of each entry, to keys before they are rotated.
         scale: factor on the scores.
@@ -101,6 +106,8 @@ def paged_verify_attention(
         KernelInputError: shapes do not fit.
     """
     _check_drafted(queries, own_keys, own_values, first_positions, ancestors)
+    if bases is not None and (bases.shape != block_tables.shape or bases.dtype != torch.int32):
+        raise KernelInputError(f"bases must be {tuple(block_tables.shape)} int32, got {tuple(bases.shape)}")
     check_paged_rows(
         queries, len(first_positions), key_pool, value_pool, block_tables, row_positions, num_entries, cos, sin,
         key_field, value_field,
@@ -114,7 +121,7 @@ def paged_verify_attention(
         )  # fmt: skip
     return launch_paged_verify_attention(
         queries, own_keys, own_values, key_pool, value_pool, block_tables, row_positions, num_entries,
-        first_positions, ancestors, cos, sin, key_field=key_field, value_field=value_field, scale=scale,
+        first_positions, ancestors, cos, sin, bases=bases, key_field=key_field, value_field=value_field, scale=scale,
         tile=verify_tile(queries, len(first_positions), key_pool, value_pool),
     )  # fmt: skip
 
@@ -133,6 +140,7 @@ def launch_paged_verify_attention(
     cos: Tensor,
     sin: Tensor,
     *,
+    bases: Tensor | None = None,
     key_field: Tensor | None = None,
     value_field: Tensor | None = None,
     scale: float,
@@ -153,7 +161,7 @@ def launch_paged_verify_attention(
     bits, key_group, channel_group = stored_as(key_pool, value_pool)
     _paged_verify_attention_kernel[(requests * tiles, kv_heads, splits)](
         queries, own_keys, own_values, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions,
-        num_entries, first_positions, ancestors, cos, sin,
+        num_entries, first_positions, ancestors, cos, sin, num_entries if bases is None else bases,
         queries if key_field is None else key_field, queries if value_field is None else value_field,
         partial, weights,
         scale * 1.4426950408889634,  # the kernel works with powers of two
@@ -162,6 +170,7 @@ def launch_paged_verify_attention(
         HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS,
         ROWS=tile.rows, OWN_ROWS=max(16, next_power_of_2(drafted)), SPLITS=splits, BITS=bits, KEY_GROUP=key_group,
         CHANNEL_GROUP=channel_group, HAS_FIELD=key_field is not None,
+        ADDS_ANGLES=tile.adds_angles and bases is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -263,12 +272,12 @@ def _check_drafted(
 def _paged_verify_attention_kernel(
     query_ptr, own_key_ptr, own_value_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr,
     value_zero_ptr, table_ptr, row_position_ptr, num_entries_ptr, first_position_ptr, ancestor_ptr, cos_ptr, sin_ptr,
-    key_field_ptr, value_field_ptr, partial_ptr, weight_ptr,
+    base_ptr, key_field_ptr, value_field_ptr, partial_ptr, weight_ptr,
     scale_log2, max_entries, drafted, tiles, stride_qt, stride_kt, stride_vt,
     GROUP: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIELD_ROWS: tl.constexpr, ROWS: tl.constexpr,
     OWN_ROWS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
-    CHANNEL_GROUP: tl.constexpr, HAS_FIELD: tl.constexpr, UPCAST: tl.constexpr,
+    CHANNEL_GROUP: tl.constexpr, HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with the query heads of one key head of some tokens of one request to one part of the
     # request's blocks; the program of the last part also to the tokens themselves.
@@ -295,6 +304,11 @@ def _paged_verify_attention_kernel(
     if UPCAST:
         query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
 
+    if ADDS_ANGLES:
+        near = tl.arange(0, ROWS)[:, None] * HALF + half[None, :]
+        at_zero = tl.load(cos_ptr)  # the factor of the table, which a product of two of its numbers has twice
+        near_cos = tl.load(cos_ptr + near, mask=is_half[None, :], other=0.0) / at_zero
+        near_sin = tl.load(sin_ptr + near, mask=is_half[None, :], other=0.0) / at_zero
     highest = tl.full((PAIRS,), float("-inf"), tl.float32)
     total = tl.zeros((PAIRS,), tl.float32)
     summed = tl.zeros((PAIRS, 2 * HALF_PADDED), tl.float32)
@@ -311,7 +325,18 @@ def _paged_verify_attention_kernel(
         row_at = (block * BLOCK_SIZE + row) * KV_HEADS + kv_head
         group_at = (block * (BLOCK_SIZE // KEY_GROUP) + first_row // KEY_GROUP) * KV_HEADS + kv_head
         field_at = (entry.to(tl.int64) * (BLOCK_SIZE // FIELD_ROWS) + row // FIELD_ROWS) * KV_HEADS + kv_head
-        cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
+        if ADDS_ANGLES:
+            base = tl.load(base_ptr + entry)
+            if base >= 0:
+                far = tl.minimum(base + first_row, first_position) * HALF + half  # of a tile that is seen the former
+                far_cos = tl.load(cos_ptr + far, mask=is_half, other=0.0)[None, :]
+                far_sin = tl.load(sin_ptr + far, mask=is_half, other=0.0)[None, :]
+                cos = far_cos * near_cos - far_sin * near_sin
+                sin = far_sin * near_cos + far_cos * near_sin
+            else:
+                cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
+        else:
+            cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
         key_first, key_second = load_rotated_keys(
             key_ptr, key_scale_ptr, key_zero_ptr, key_field_ptr, row_at, group_at, field_at, cos, sin, seen, half,
             HALF, BITS, HAS_FIELD, NUMBER,

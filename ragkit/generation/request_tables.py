@@ -10,6 +10,7 @@ from torch import Tensor
 from ragkit.errors import GenerationError
 from ragkit.generation.decode_state import DecodeState
 from ragkit.kernels.backend import next_power_of_2
+from ragkit.kernels.paged_rows import entry_bases
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_field import RequestField
 from ragkit.kvcache.rope import RotaryTable
@@ -37,6 +38,7 @@ class RequestTables:
         block_tables: (size, entries) int32.
         row_positions: (size, entries, block_size) int32.
         num_entries: (size,) int32; 0 at places that no request has.
+        bases: (size, entries) int32, `entry_bases` of the row positions.
         cos, sin: (positions, head_dim / 2) fp32.
     """
 
@@ -46,6 +48,7 @@ class RequestTables:
         self.block_tables = torch.zeros((size, entries), dtype=torch.int32, device=device)
         self.row_positions = torch.zeros((size, entries, pool.block_size), dtype=torch.int32, device=device)
         self.num_entries = torch.zeros(size, dtype=torch.int32, device=device)
+        self.bases = torch.zeros((size, entries), dtype=torch.int32, device=device)
         # Those of all places behind each other.
         self._field = RequestField(pool, size * entries) if has_field else None
         self._rotary_source = rotary
@@ -87,6 +90,7 @@ class RequestTables:
         entries = len(state.kv.block_ids)
         self.block_tables[index, :entries] = torch.tensor(state.kv.block_ids, dtype=torch.int32)
         self.row_positions[index, :entries] = state.kv.row_positions.to(self._pool.device)
+        self.bases[index, :entries] = entry_bases(self.row_positions[index : index + 1, :entries])[0]
         self.num_entries[index] = entries
         self._owners[index] = (state, state.kv.version)
 

@@ -124,7 +124,7 @@ class _Bucket:
         key_field, value_field = tables.fields(layer)
         return paged_verify_attention(
             queries, keys, values, key_pool, value_pool, tables.block_tables, tables.row_positions,
-            tables.num_entries, self._first_positions, self._ancestors, tables.cos, tables.sin,
+            tables.num_entries, self._first_positions, self._ancestors, tables.cos, tables.sin, bases=tables.bases,
             key_field=key_field, value_field=value_field, scale=self._decoder.scale,
         )  # fmt: skip
 

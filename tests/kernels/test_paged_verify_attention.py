@@ -6,7 +6,7 @@ import torch
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.paged_decode_attention import paged_decode_attention_torch
-from ragkit.kernels.paged_rows import FIELD_ROWS, HIDDEN
+from ragkit.kernels.paged_rows import FIELD_ROWS, HIDDEN, entry_bases
 from ragkit.kernels.paged_verify_attention import (
     MOST_DRAFTED,
     VerifyTile,
@@ -208,6 +208,30 @@ def test_every_way_to_cut_the_work_gives_the_same(tile, device, rng):
     inputs = _inputs((130, 40), 9, 8, 2, 32, torch.float32, device, rng)
     expected = paged_verify_attention_torch(*inputs, scale=SCALE)
     assert_matches(launch_paged_verify_attention(*inputs, scale=SCALE, tile=tile), expected, reduced=4)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_angles_that_are_added_are_those_of_the_table(head_dim, factor, device, rng):
+    inputs = _inputs((250, 40, 200), 3, 4, 2, head_dim, torch.float32, device, rng)
+    positions = inputs[6]
+    positions[0, 1] = positions[0, 1].flip(0)  # rows in another order
+    positions[0, 2, 5:20] = HIDDEN
+    positions[2, 0, 3] = HIDDEN
+    inputs[3], inputs[4] = (torch.nan_to_num(pool, nan=0.0) for pool in inputs[3:5])
+    angles = torch.outer(torch.arange(400, device=device), 100.0 ** -torch.linspace(0, 1, head_dim // 2, device=device))
+    inputs[10:] = angles.cos() * factor, angles.sin() * factor
+    bases = entry_bases(positions)
+    assert bases[0].tolist() == [0, -1, 128, 192, -1]
+    tile = VerifyTile(16, 32, 4, 2, adds_angles=True)
+    got = launch_paged_verify_attention(*inputs, bases=bases, scale=SCALE, tile=tile)
+    assert_matches(got, paged_verify_attention_torch(*inputs, scale=SCALE), reduced=4)
+
+
+def test_bases_of_another_shape_are_refused(device, rng):
+    inputs = _inputs((5,), 2, 4, 2, 32, torch.float32, device, rng)
+    with pytest.raises(KernelInputError, match="bases must be"):
+        paged_verify_attention(*inputs, bases=entry_bases(inputs[6])[:, :1], scale=1.0)
 
 
 def test_eight_tokens_of_a_large_model_stand_in_one_tile_of_a_gpu():
