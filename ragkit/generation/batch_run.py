@@ -85,6 +85,8 @@ class BatchRun:
         self._count(step)
         for entry in step.by_strategy:
             results += self._prefill(self._jobs[entry])
+        if step.started or step.by_strategy:
+            self._count_bytes()
         decodes = [self._jobs[entry] for entry in step.decodes if self._reserve(self._jobs[entry])]
         pieces = [piece for piece in step.pieces if self._is_open(piece.entry)]
         if decodes or pieces:
@@ -266,8 +268,6 @@ class BatchRun:
                     self._stats.prompt_tokens += size
                     self._stats.prefill_tokens_shared += size
                 self._stats.prefill_tokens_shared -= own
-        if step.started or step.by_strategy:
-            self._count_bytes()
 
     def _count_prefilled(self, job: BatchJob, prefilled: PrefillResult) -> None:
         stats, size = self._stats, len(job.token_ids)
