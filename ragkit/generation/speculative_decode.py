@@ -78,8 +78,8 @@ class SpeculativeRequest:
         self._stops = stop_token_ids
         self._prompt = prompt
         self._acceptance = Acceptance(sampling, drafting.transfer)
-        # Where tokens are drawn by the drafter their draws depend on lengths, which must not depend on the clock.
-        draws = drafting.drafter.has_probabilities and sampling.temperature > 0
+        # Where the drafter draws tokens, or moves the target, the answer depends on lengths: not on the clock as well.
+        draws = drafting.drafter.has_probabilities and (sampling.temperature > 0 or drafting.transfer is not None)
         width = drafting.drafter.width
         self._controller = DraftController(NominalCosts() if draws else costs, drafting.limits, width)
         self._session: DraftSession | None = None

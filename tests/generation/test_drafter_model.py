@@ -1,0 +1,279 @@
+"""Models that draft: another engine, and the target over a shorter prompt."""
+
+import pytest
+import torch
+
+from ragkit.errors import CacheCapacityError, ConfigError
+from ragkit.generation.acceptance import Transfer
+from ragkit.generation.draft_control import DraftLimits
+from ragkit.generation.draft_tree import DraftTree
+from ragkit.generation.drafter import DraftBudget, DraftContext
+from ragkit.generation.drafter_model import DraftModel, ModelDrafter
+from ragkit.generation.drafter_self import (
+    AttentionDroppingDecoder,
+    redundant_attention,
+    self_drafter,
+    short_prompts,
+)
+from ragkit.generation.engine import Engine
+from ragkit.generation.sampling import SamplingConfig
+from ragkit.generation.speculative_decode import Drafting
+from ragkit.types import Prompt, Segment
+
+from .conftest import hf_model, write_tokenizer
+
+FIXED = DraftLimits(depth=5, nodes=20, length=5)
+PROMPT = Prompt(
+    (
+        Segment((1, 40)),
+        Segment((60, 70, 80), "worst"),
+        Segment((61, 71, 81, 91), "middle"),
+        Segment((62, 72), "best"),
+        Segment((90, 2)),
+    )
+)
+
+
+def sampling(tokens=24, **changes):
+    return SamplingConfig(**{"max_new_tokens": tokens, "ignore_stop_tokens": True, **changes})
+
+
+def run(engine, config, drafting=None, prompt=PROMPT):
+    return list(engine.generate(prompt, config, drafting=drafting))[-1]
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory):
+    """A pair's drafter: another model with the same tokenizer, and fewer layers."""
+    folder = tmp_path_factory.mktemp("smaller")
+    hf_model("llama", num_hidden_layers=2, vocab_size=290).save_pretrained(folder)
+    write_tokenizer(folder)
+    return Engine.load(folder, device="cpu", dtype="float32")
+
+
+def everything(engine, **options):
+    return self_drafter(engine, context_tokens=1000, **options)
+
+
+def test_a_model_that_drafts_for_itself_from_the_whole_prompt_is_always_right(engine):
+    finished = run(engine, sampling(25), Drafting(everything(engine), limits=FIXED))
+    assert finished.token_ids == run(engine, sampling(25)).token_ids
+    assert finished.draft.accepted == finished.draft.drafted == 20
+    assert finished.draft.steps == 4
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_greedy_answers_are_the_targets_whatever_a_short_prompt_drafts(engine, width):
+    finished = run(engine, sampling(30), Drafting(self_drafter(engine, context_tokens=4, width=width), limits=FIXED))
+    assert finished.token_ids == run(engine, sampling(30)).token_ids
+    assert finished.draft.drafted > 0
+
+
+def test_greedy_answers_are_the_targets_whatever_another_model_drafts(engine, smaller):
+    drafter = ModelDrafter("smaller", DraftModel.of(smaller), engine)
+    for tokens in range(3, 40, 4):
+        prompt = Prompt((Segment(tuple(range(5, 5 + tokens))),))
+        plain = run(engine, sampling(20), prompt=prompt).token_ids
+        assert run(engine, sampling(20), Drafting(drafter, limits=FIXED), prompt).token_ids == plain
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_drawn_drafts_have_the_distributions_that_they_were_drawn_from(engine, smaller, width):
+    model = DraftModel.of(smaller)
+    drafter = ModelDrafter("smaller", model, engine, lambda prompt: short_prompts(prompt, 5, width), width)
+    config = sampling(temperature=0.7, seed=3)
+    session = drafter.begin(DraftContext(PROMPT, config))
+    session.accept([33, 44])
+    (tree,) = drafter.propose([session], [DraftBudget(4, 20)])
+    assert tree.probabilities.shape == (4 * width, 300)
+    for branch, prompt in enumerate(short_prompts(PROMPT, 5, width)):
+        tokens = [*prompt.token_ids, 33, 44]
+        for node in range(4 * branch, 4 * branch + 4):
+            expected = (smaller.forward(tokens).logits / 0.7).softmax(-1)
+            torch.testing.assert_close(tree.probabilities[node, :290], expected, rtol=0, atol=1e-5)
+            assert not tree.probabilities[node, 290:].any()
+            tokens.append(tree.token_ids[node])
+    session.close()
+
+
+def test_rows_of_drafts_that_stood_are_not_computed_again(smaller, engine):
+    drafter = ModelDrafter("smaller", DraftModel.of(smaller), engine)
+    session = drafter.begin(DraftContext(PROMPT, sampling()))
+    session.accept([33])
+    (first,) = drafter.propose([session], [DraftBudget(4, 20)])
+    (path,) = session.paths
+    before = path.state.kv.num_tokens
+    session.accept([*first.token_ids[:2], 250])  # two stood, and the target said something else then
+    assert path.state.kv.num_tokens == before + 2
+    assert path.pending == [250]
+    (second,) = drafter.propose([session], [DraftBudget(3, 20)])
+    fresh = drafter.begin(DraftContext(PROMPT, sampling()))
+    fresh.accept([33, *first.token_ids[:2], 250])
+    assert drafter.propose([fresh], [DraftBudget(3, 20)])[0].token_ids == second.token_ids
+    session.close()
+    fresh.close()
+
+
+def test_a_draft_that_stood_whole_leaves_its_last_token_and_the_next_to_be_computed(smaller, engine):
+    drafter = ModelDrafter("smaller", DraftModel.of(smaller), engine)
+    session = drafter.begin(DraftContext(PROMPT, sampling()))
+    session.accept([33])
+    (tree,) = drafter.propose([session], [DraftBudget(3, 20)])
+    session.accept([*tree.token_ids, 77])
+    assert session.paths[0].pending == [tree.token_ids[-1], 77]
+    session.close()
+
+
+def test_requests_are_drafted_in_common_steps(smaller, engine, monkeypatch):
+    model = DraftModel.of(smaller)
+    drafter, calls = ModelDrafter("smaller", model, engine), []
+    draft = type(model.runner).draft
+    monkeypatch.setattr(
+        type(model.runner), "draft", lambda self, states, *rest: calls.append(len(states)) or draft(self, states, *rest)
+    )
+    sessions = [drafter.begin(DraftContext(PROMPT, sampling())) for _ in range(3)]
+    alone = []
+    for token, session in enumerate(sessions, start=50):
+        session.accept([token])
+    together = drafter.propose(sessions, [DraftBudget(4, 9), DraftBudget(2, 9), DraftBudget(0, 0)])
+    assert calls == [2]
+    assert [len(tree) for tree in together] == [4, 2, 0]
+    for token, tree in zip((50, 51), together, strict=False):
+        session = drafter.begin(DraftContext(PROMPT, sampling()))
+        session.accept([token])
+        alone.append(drafter.propose([session], [DraftBudget(4, 9)])[0].token_ids[: len(tree)])
+        session.close()
+    assert [tree.token_ids for tree in together[:2]] == alone
+    for session in sessions:
+        session.close()
+
+
+def test_all_blocks_are_free_after_an_answer(engine, smaller):
+    free = engine.pool.num_free, smaller.pool.num_free
+    run(engine, sampling(20), Drafting(everything(engine), limits=FIXED))
+    run(engine, sampling(20), Drafting(ModelDrafter("smaller", DraftModel.of(smaller), engine), limits=FIXED))
+    assert (engine.pool.num_free, smaller.pool.num_free) == free
+
+
+def test_equal_seeds_give_equal_answers_though_lengths_adapt(engine):
+    def tokens(seed):
+        drafting = Drafting(self_drafter(engine, context_tokens=6))
+        return run(engine, sampling(40, temperature=1.0, seed=seed), drafting).token_ids
+
+    assert tokens(3) == tokens(3)
+    assert tokens(3) != tokens(4)
+
+
+def test_transfer_without_strength_is_the_target_and_with_strength_follows_the_drafter(engine, smaller):
+    drafter = ModelDrafter("smaller", DraftModel.of(smaller), engine)
+    plain = run(engine, sampling(30)).token_ids
+    assert run(engine, sampling(30), Drafting(drafter, Transfer(0.0), FIXED)).token_ids == plain
+    moved = run(engine, sampling(30), Drafting(drafter, Transfer(1e4), FIXED))
+    assert moved.token_ids != plain
+    assert moved.draft.mode == "transfer"
+
+
+def test_a_token_that_the_model_does_not_know_ends_its_drafts(smaller, engine):
+    drafter, free = ModelDrafter("smaller", DraftModel.of(smaller), engine), smaller.pool.num_free
+    session = drafter.begin(DraftContext(PROMPT, sampling()))
+    session.accept([33, 295])
+    assert drafter.propose([session], [DraftBudget(5, 20)]) == [DraftTree()]
+    assert smaller.pool.num_free == free
+
+
+def test_drafting_from_other_chunks_reads_the_answer_again(engine):
+    drafter = everything(engine)
+    other = Prompt((Segment((1, 40)), Segment((7, 8, 9), "new"), Segment((90, 2))))
+    session = drafter.begin(DraftContext(PROMPT, sampling()))
+    session.accept([33, 44, 55])
+    session.refresh(other)
+    (tree,) = drafter.propose([session], [DraftBudget(5, 20)])
+    tokens = list(run(engine, sampling(5), prompt=Prompt((*other.segments, Segment((33, 44, 55))))).token_ids)
+    assert list(tree.token_ids) == tokens
+    session.close()
+
+
+def test_short_prompts_hold_the_best_chunks_in_their_order_and_all_that_is_no_chunk():
+    (short,) = short_prompts(PROMPT, 6)
+    assert [segment.chunk_id for segment in short.segments] == [None, "middle", "best", None]
+    first, second = short_prompts(PROMPT, 6, width=2)
+    assert [segment.chunk_id for segment in first.segments] == [None, "worst", "best", None]
+    assert [segment.chunk_id for segment in second.segments] == [None, "middle", None]
+    (bare,) = short_prompts(PROMPT, 1)
+    assert bare.token_ids == (1, 40, 90, 2)
+    assert len(short_prompts(PROMPT, 100, width=9)) == 3
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(0, 1), (5, 0)])
+def test_short_prompts_of_nothing_are_refused(tokens, width):
+    with pytest.raises(ConfigError, match="at least 1 token and 1 prompt"):
+        short_prompts(PROMPT, tokens, width)
+
+
+def test_a_step_of_the_short_prompt_is_priced_by_what_it_reads(engine):
+    long = Prompt((Segment((1,)), Segment((5,) * 180, "long"), Segment((6,) * 10, "short"), Segment((2,))))
+    drafter = self_drafter(engine, context_tokens=10)
+    session = drafter.begin(DraftContext(long, sampling()))
+    row, weights = engine.pool.layout.bytes_per_token, session._model.weight_bytes
+    assert session.step_share == pytest.approx((weights + 12 * row) / (weights + 192 * row))
+    session.close()
+
+
+def test_dropped_attention_adds_nothing_and_greedy_answers_stay(engine):
+    dropped = AttentionDroppingDecoder(engine.decoder, [2])
+    zero = Engine.load(engine.folder, device="cpu", dtype="float32")
+    ids = list(range(20, 40))
+    output = zero.decoder.weights.layers[2].output
+
+    class Nothing:
+        def __call__(self, rows):
+            return output(rows) * 0
+
+    layers = list(zero.decoder.weights.layers)
+    import dataclasses
+
+    layers[2] = dataclasses.replace(layers[2], output=Nothing())
+    zero.decoder.weights = dataclasses.replace(zero.decoder.weights, layers=tuple(layers))
+    expected = zero.forward(ids).logits
+    from ragkit.generation.attention import StandaloneAttention
+
+    with torch.inference_mode():
+        attend = StandaloneAttention(engine.rotary.table(20, 20), engine.decoder.scale)
+        got = dropped.logits(dropped.run(ids, attend))[-1]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    drafting = Drafting(self_drafter(engine, decoder=dropped), limits=FIXED)
+    assert run(engine, sampling(), drafting).token_ids == run(engine, sampling()).token_ids
+
+
+def test_the_layers_whose_attention_changes_least_are_found(engine):
+    ids = list(range(20, 60))
+    assert redundant_attention(engine, ids, 2) == (1, 2)
+    (least,) = redundant_attention(engine, ids, 1)
+    assert least in (1, 2)
+
+
+@pytest.mark.parametrize("layers", [[0], [3], [1, 9]])
+def test_attention_that_cannot_be_dropped_is_refused(engine, layers):
+    with pytest.raises(ConfigError, match="in the layers 1 to 2"):
+        AttentionDroppingDecoder(engine.decoder, layers)
+
+
+def test_models_with_other_tokenizers_are_refused(engine, tmp_path):
+    hf_model("llama").save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text.replace("<|im_end|>", "<|over|>"), encoding="utf-8")
+    other = Engine.load(tmp_path, device="cpu", dtype="float32")
+    with pytest.raises(ConfigError, match=r"other cannot draft for .*: their tokenizers differ"):
+        ModelDrafter("other", DraftModel.of(other), engine)
+
+
+def test_models_with_ids_that_the_target_lacks_are_refused(engine, smaller):
+    with pytest.raises(ConfigError, match="engine has 300 token ids"):
+        ModelDrafter("engine", DraftModel.of(engine), smaller)
+
+
+def test_a_prompt_that_fills_the_drafters_window_is_refused(engine):
+    drafter = everything(engine)
+    with pytest.raises(CacheCapacityError, match="draft from fewer chunks"):
+        drafter.begin(DraftContext(Prompt((Segment((5,) * 256),)), sampling(1)))
