@@ -1,0 +1,72 @@
+"""Blended requests in a batch: the same answers, chunks held once where rows are shared, fields and all."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from ragkit.config import BatchConfig, BlendRows
+from ragkit.generation.batch_engine import BatchEngine
+from ragkit.generation.batch_request import BatchRequest
+from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
+from ragkit.generation.chunk_prefill import ChunkPrefill
+from ragkit.generation.decode_runner import DecodeRunner
+from ragkit.generation.engine import Engine
+from ragkit.generation.sampling import SamplingConfig
+from ragkit.kvcache.codecs import make_codec
+from ragkit.kvcache.eviction import make_policy
+from ragkit.kvcache.kv_key import KVRecipe
+from ragkit.kvcache.kv_store import KVStore
+from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.pool_tier import PoolTier
+from ragkit.types import Prompt, Segment
+
+PREFIX = Segment(tuple(range(10, 22)))
+SAMPLING = SamplingConfig(20, ignore_stop_tokens=True)
+
+
+def prompt(*chunks: int, question: int) -> Prompt:
+    made = [Segment(tuple(random.Random(one).choices(range(3, 300), k=40)), f"chunk-{one}") for one in chunks]
+    return Prompt((PREFIX, *made, Segment((41, 42, 50 + question))))
+
+
+def blend_of(engine: Engine, rows: BlendRows) -> BlendPrefill:
+    decoder = engine.decoder
+    codec = make_codec("fp32", decoder.layout)
+    recipe = KVRecipe("0" * 64, decoder.config, "tiny", decoder.dtype, codec.codec_id)
+    chunks = ChunkPrefill(decoder, engine.rotary, recipe, PREFIX.token_ids)
+    tier = PoolTier(engine.pool, 20, make_policy("lru"))
+    store = KVStore(codec, MemoryTier("ram", 1 << 30, make_policy("lru")), pool=tier)
+    return BlendPrefill(store, chunks, BlendOptions(0.3, rows=rows))
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+@pytest.mark.parametrize("rows", BlendRows)
+def test_blended_answers_are_those_of_single_requests(tiny_folder, rows, is_paged):
+    engine = Engine.load(tiny_folder, device="cpu", dtype="float32", kv_tokens=64 * 80)
+    if is_paged:
+        engine._runner = DecodeRunner(engine.decoder, engine.pool)
+    blend = blend_of(engine, rows)
+    prompts = [prompt(0, 1 + index % 2, 3 + index % 3, question=index) for index in range(6)]
+    made = [
+        BatchRequest(str(index), one, SAMPLING, blend if index % 3 else "full", 0.3 if index % 3 else None)
+        for index, one in enumerate(prompts)
+    ]
+    expected = [list(engine.generate(one.prompt, SAMPLING, one.strategy, one.ratio))[-1] for one in made]
+    batch = BatchEngine(engine, BatchConfig(200))
+    results = {one.request_id: one for one in batch.run(made)}
+    for index, alone in enumerate(expected):
+        finished = results[str(index)].finished
+        assert results[str(index)].error is None
+        assert finished.token_ids == alone.token_ids
+        assert finished.warnings == alone.warnings == ()
+        if index % 3:
+            assert finished.usage == alone.usage
+            assert finished.kv.hits == 3
+    stats = batch.stats
+    assert stats.prefill_tokens_computed == stats.prefill_tokens_needed
+    assert stats.prefill_tokens_reused > 0
+    # The two requests with full prefill share their beginning in any case.
+    assert (1.2 * stats.kv_bytes_peak < stats.kv_bytes_listed_peak) == (rows is BlendRows.SHARED)
+    blend.kv_store.close()
