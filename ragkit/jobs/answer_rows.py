@@ -74,11 +74,10 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 def _columns(row: dict[str, Any], names: list[str]) -> dict[str, Any]:
     values = {name: row.get(name) for name in names}
     values["id"] = str(row["id"])
-    for name, inner in (("timings_ms", None), ("kv", "bytes_by_tier")):
-        if values[name] is not None and inner is not None:
-            values[name] = {**values[name], inner: list(values[name][inner].items())}
-        elif values[name] is not None:
-            values[name] = list(values[name].items())
+    if row.get("timings_ms") is not None:
+        values["timings_ms"] = list(row["timings_ms"].items())
+    if row.get("kv") is not None:
+        values["kv"] = {**row["kv"], "bytes_by_tier": list(row["kv"]["bytes_by_tier"].items())}
     return values
 
 

@@ -20,11 +20,13 @@ from ragkit.jobs.answer_rows import output_kind, row_bytes, write_rows
 from ragkit.jobs.batch_manifest import differences, manifest_of, read_manifest, row_differences
 from ragkit.jobs.batch_report import BatchReport, Tally
 from ragkit.jobs.job_folder import JobFolder, open_job_folder
+from ragkit.jobs.question_files import lies_elsewhere
 from ragkit.jobs.result_log import ResultLog
 from ragkit.jobs.rows import QuestionRow, RowOutcome
 from ragkit.jobs.spooled_rows import SpooledRows, spooled_rows
 from ragkit.jobs_config import ExecutorName
 from ragkit.progress import Progress, Silent
+from ragkit.readers.file_systems import refuse_network
 from ragkit.types import MetadataValue
 
 if TYPE_CHECKING:
@@ -53,6 +55,12 @@ class BatchJob:
     filter: Mapping[str, MetadataValue] | None = None
     document: str | None = None
 
+    def check(self, parts: Parts) -> None:
+        """Raise `OfflineError` where a file of the job would have to be fetched, and fetching is switched off."""
+        if parts.config.offline:
+            for name in filter(lies_elsewhere, (self.questions, self.out)):
+                refuse_network(name)
+
     def rows(self, kind: str) -> contextlib.AbstractContextManager[SpooledRows]:
         """Give the rows, to be answered in an output of this kind; errors as of `spooled_rows`."""
         defaults = QuestionChanges(filter=self.filter, document=self.document)
@@ -71,6 +79,7 @@ def run_batch(
         StoreSpaceError: the disk is full; what was done is kept.
     """
     stop = stop or Event()
+    job.check(parts)
     kind = output_kind(job.out)
     started = time.perf_counter()
     _ = parts.store
@@ -89,7 +98,7 @@ def run_batch(
                 folder.publish(lambda path: write_rows(path, log.rows(), kind))
             seconds = time.perf_counter() - started
             return BatchReport(
-                out=job.out,
+                out=folder.out,
                 rows=rows.count,
                 answered=tally.answered,
                 not_found=tally.not_found,
@@ -160,19 +169,19 @@ def _begin_or_go_on(parts: Parts, job: BatchJob, folder: JobFolder, rows: Spoole
     now = manifest_of(parts, rows=rows.count, sha256=rows.sha256, output=kind)
     if begun is None:
         if folder.output_exists() and not job.overwrite:
-            raise UsageError(f"{job.out} is there already, and whole; --overwrite answers again and replaces it")
+            raise UsageError(f"{folder.out} is there already, and whole; --overwrite answers again and replaces it")
         folder.start(rows.path, json.dumps(now).encode())
         return []
     try:
-        before = read_manifest(begun, job.out)
+        before = read_manifest(begun, folder.out)
         different = differences(before, now)
         if before["rows"] != now["rows"]:
             with folder.rows() as path:
                 different += row_differences(path, rows.path)
         if different:
             raise JobError(
-                f"{job.out} was begun by another job, which is not finished: {'; '.join(different)}. Run it as it was, "
-                "or give --overwrite to begin anew"
+                f"{folder.out} was begun by another job, which is not finished: {'; '.join(different)}. Run it as "
+                "it was, or give --overwrite to begin anew"
             )
     except JobError:
         if not job.overwrite:

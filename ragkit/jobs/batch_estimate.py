@@ -64,6 +64,7 @@ def estimate_batch(parts: Parts, job: BatchJob, generator: BatchGenerator | None
     Raises:
         UsageError: the job could not be begun either.
     """
+    job.check(parts)
     with job.rows(output_kind(job.out)) as rows:
         bad = sum(row.error is not None for row in rows)
         sample = list(_spread(rows, rows.count, SAMPLED_ROWS))

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ragkit.errors import JobError, StoreLockedError, UsageError
-from ragkit.jobs.question_files import fsspec_of, is_url, local_path
+from ragkit.jobs.question_files import lies_elsewhere, local_path
 from ragkit.jobs.result_log import ResultLog
+from ragkit.readers.credentials import public_url, safe_cause, without_credentials
+from ragkit.readers.file_systems import open_file_system
 from ragkit.store.files import TEMPORARY_PREFIX, sync_folder, write_file_atomically
 
 SUFFIX = ".partial"
@@ -71,7 +73,7 @@ def open_job_folder(out: str) -> Iterator[JobFolder]:
         StoreLockedError: another process works on it.
         UsageError: the output cannot lie there.
     """
-    if is_url(out):
+    if lies_elsewhere(out):
         with tempfile.TemporaryDirectory(prefix="ragkit-batch-") as scratch:
             yield _RemoteJobFolder(out, Path(scratch))
         return
@@ -164,9 +166,10 @@ class _RemoteJobFolder:
     group_seconds = 10.0
 
     def __init__(self, out: str, scratch: Path) -> None:
-        self.out = out
+        self.out = public_url(out)
+        self._url = out
         self._scratch = scratch
-        self._files, self._target = fsspec_of(out)
+        self._files, self._target = open_file_system(out)
         self._folder = self._target + SUFFIX
         self._groups = 0
 
@@ -228,9 +231,10 @@ class _RemoteJobFolder:
         try:
             return call(*arguments, **named)
         except Exception as error:  # every file system has errors of its own
+            reason = without_credentials(str(error), self._url)
             raise JobError(
-                f"{self.out} cannot be written or read: {error}; the same command goes on with the rest"
-            ) from error
+                f"{self.out} cannot be written or read: {reason}; the same command goes on with the rest"
+            ) from safe_cause(error, self._url)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ragkit.errors import MissingExtraError, ReadError, UsageError
+from ragkit.errors import ReadError, UsageError
+from ragkit.readers.credentials import public_url, safe_cause, without_credentials
 from ragkit.readers.csv import MAX_FIELD_CHARS, SAMPLE_CHARS, header, layout, values_of
 from ragkit.readers.encodings import detect_file
+from ragkit.readers.file_systems import is_url, open_file_system, scheme_of
 from ragkit.readers.jsonl import numbered_lines
 from ragkit.readers.parquet import refuse_extension
 from ragkit.readers.text_stream import open_text
@@ -68,15 +70,15 @@ def open_questions(source: str, stdin: BinaryIO | None = None) -> Iterator[Quest
 
     Raises:
         UsageError: there is none, or its ending says nothing of its kind.
-        MissingExtraError: a URL needs fsspec, which is not installed.
+        MissingExtraError: a URL needs a package that is not installed.
     """
     if source == STDIN:
         with _copied(lambda file: shutil.copyfileobj(stdin or sys.stdin.buffer, file)) as path:
             yield QuestionFile("standard input", path, "jsonl", [])
-    elif is_url(source):
+    elif lies_elsewhere(source):
         kind = _kind_of(source)
         with _copied(lambda file: _fetch(source, file)) as path:
-            yield QuestionFile(source, path, kind, [])
+            yield QuestionFile(public_url(source), path, kind, [])
     else:
         path = Path(local_path(source))
         if not path.is_file():
@@ -84,32 +86,14 @@ def open_questions(source: str, stdin: BinaryIO | None = None) -> Iterator[Quest
         yield QuestionFile(source, path, _kind_of(source), [])
 
 
-def is_url(name: str) -> bool:
-    """Return whether `name` lies on another file system than this machine's."""
-    return "://" in name and not name.startswith("file://")
+def lies_elsewhere(name: str) -> bool:
+    """Return whether `name` is a URL of another file system than this machine's."""
+    return is_url(name) and scheme_of(name) != "file"
 
 
 def local_path(name: str) -> str:
     """Return the path of a file of this machine, which may be given as `file://...`."""
     return name.removeprefix("file://")
-
-
-def fsspec_of(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path there.
-
-    Raises:
-        MissingExtraError: fsspec is not installed.
-        UsageError: fsspec does not know such URLs.
-    """
-    try:
-        import fsspec  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingExtraError(f"{url} needs fsspec: pip install 'ragkit[remote]'") from error
-    try:
-        files, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is missing
-        raise UsageError(f"{url} cannot be opened: {error}") from error
-    return files, str(path)
 
 
 def _kind_of(name: str) -> str:
@@ -129,14 +113,15 @@ def _copied(write: Callable[[BinaryIO], object]) -> Iterator[Path]:
 
 
 def _fetch(url: str, target: BinaryIO) -> None:
-    files, path = fsspec_of(url)
+    files, path = open_file_system(url)
+    shown = public_url(url)
     try:
         with files.open(path, "rb") as source:
             shutil.copyfileobj(source, target)
     except FileNotFoundError as error:
-        raise UsageError(f"there is no file of questions at {url}") from error
+        raise UsageError(f"there is no file of questions at {shown}") from safe_cause(error, url)
     except Exception as error:  # every file system has errors of its own
-        raise UsageError(f"{url} cannot be read: {error}") from error
+        raise UsageError(f"{shown} cannot be read: {without_credentials(str(error), url)}") from safe_cause(error, url)
 
 
 def _jsonl(questions: QuestionFile) -> Iterator[Record]:

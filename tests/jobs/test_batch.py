@@ -14,7 +14,7 @@ import pytest
 from batch_world import FULL, load_engine, open_world, questions, read_jsonl, write_jsonl, write_world
 
 from ragkit import Pipeline
-from ragkit.errors import JobError, UsageError
+from ragkit.errors import JobError, OfflineError, UsageError
 from ragkit.generation.engine import Engine
 from ragkit.jobs import batch
 from ragkit.jobs.answering import answer_many
@@ -251,3 +251,12 @@ def test_an_estimate_writes_nothing_and_counts_what_a_run_counts(pipeline: Pipel
     assert estimate.row_kv_bytes == pipeline.engine.decoder.layout.bytes_per_token * max(
         row["tokens"]["prompt"] + 4 for row in read_jsonl(tmp_path / "a.jsonl") if "tokens" in row
     )
+
+
+@pytest.mark.parametrize(("questions", "out"), [("s3://bucket/q.jsonl", "a.jsonl"), ("q.jsonl", "s3://bucket/a.jsonl")])
+def test_nothing_is_fetched_where_fetching_is_off(world: Path, engine: Engine, questions: str, out: str) -> None:
+    with (
+        open_world(world, engine, replace(FULL, offline=True)) as pipeline,
+        pytest.raises(OfflineError, match="s3://bucket"),
+    ):
+        run_batch(pipeline.parts, BatchJob(questions, out))
