@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from threading import Event
 
 import torch
+from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.generation.decoder import Decoder
@@ -100,7 +101,7 @@ class PagedPrefill:
         attend = self._attention(pages, before, len(token_ids), keep_rows=True)
         attend.begin(len(token_ids), choose=True)
         decoder, last = self._decoder, pages.num_layers - 1
-        activations = decoder.embed(list(token_ids))
+        activations = decoder.embed(self._on_device(token_ids))
         for layer in range(last):
             activations = decoder.layer(layer, activations, attend)
         projected = decoder.project(last, activations)
@@ -109,6 +110,11 @@ class PagedPrefill:
         else:  # what follows in the last layer changes no row
             attend.rows.append(WindowRows(projected.keys, projected.values))
         return attend.rows
+
+    def _on_device(self, token_ids: Sequence[int]) -> Tensor:
+        """Return (tokens,) int64; from page-locked memory, because a copy from other memory waits for the device."""
+        ids, device = torch.tensor(token_ids, dtype=torch.int64), self._decoder.device
+        return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
 
     def _repair(self, pages: KVPages, window: int) -> None:
         started = time.perf_counter()

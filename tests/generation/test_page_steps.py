@@ -43,6 +43,8 @@ def llama():
 @pytest.fixture
 def be_a_gpu(monkeypatch):
     """Have attention over pages take its kernels from now on, and look at no number, as it does on a GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU")
 
     def be() -> None:
         for module in KERNELS:
@@ -192,3 +194,22 @@ def test_what_cannot_be_encoded_on_the_device_is_noticed_before_reading_ends(lla
     with pytest.raises(KVCacheError, match="not finite or too large"):
         pages.flush()
     assert pages.num_windows == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_steps_that_are_recorded_on_a_gpu_say_what_a_cpu_says(selector):
+    options = replace(OPTIONS, selector=make_page_selector(selector))
+    logits = []
+    for device in ("cpu", "cuda"):
+        decoder = decoder_of(hf_model("llama", num_hidden_layers=2).to(device))
+        pages, prefill = read(decoder, TOKENS[:137], options, codec="int8", resident=True)
+        with torch.inference_mode():
+            attend = prefill.attention(pages, len(QUESTION) + 6)
+            attend.begin(len(QUESTION), choose=True)
+            decoder.run(torch.tensor(QUESTION, device=device), attend)
+            steps = PageSteps.of(decoder, attend, 2, len(QUESTION))
+            logits.append(torch.cat([steps.step([], [token]).cpu() for token in (5, 6, 7, 8, 9, 10)]))
+        assert device == "cpu" or not steps._recorder._failed
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-2)
