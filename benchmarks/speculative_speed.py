@@ -36,7 +36,7 @@ from ragkit.generation.draft_control import DraftLimits, MeasuredCosts
 from ragkit.generation.draft_runner import DraftRunner
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter import DraftBudget, DraftContext
-from ragkit.generation.int4_projection import int4_linear_of
+from ragkit.generation.int4_projection import GROUP, int4_linear_of
 from ragkit.generation.sampling import SamplingConfig
 from ragkit.generation.speculative_decode import Drafting, SpeculativeRequest, advance
 from ragkit.generation.verify_runner import VerifyRunner
@@ -416,8 +416,9 @@ class Bench:
         return sum(parameter_bytes(self.decoder.config)) * self.decoder.dtype.itemsize
 
     def copy_bytes(self) -> int:
-        """Return the same of the copy: half a byte a weight, and two bytes of scale and of zero a group of 128."""
-        return int(sum(parameter_bytes(self.decoder.config)) * (0.5 + 4 / 128))
+        """Return the same of the copy: half a byte a weight, and two of scale and of zero a group; the last is kept."""
+        *layers, vocabulary = parameter_bytes(self.decoder.config)
+        return int(sum(layers) * (0.5 + 4 / GROUP)) + vocabulary * self.decoder.dtype.itemsize
 
 
 def parameter_bytes(config: ModelConfig) -> list[int]:
@@ -435,7 +436,9 @@ def random_decoders(config: ModelConfig, device: torch.device, dtype: torch.dtyp
 
     weights = assemble_weights(tensor, config)
     copy = assemble_weights(tensor, config, int4_linear_of)
-    return Decoder(config, weights), Decoder(config, dataclasses.replace(copy, embedding=weights.embedding))
+    return Decoder(config, weights), Decoder(
+        config, dataclasses.replace(copy, embedding=weights.embedding, head=weights.head)
+    )
 
 
 def shape_of(name: str, config: ModelConfig) -> tuple[int, ...]:

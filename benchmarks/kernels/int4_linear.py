@@ -25,7 +25,7 @@ def cases(device: torch.device) -> list[KernelCase]:
 def _case(name: str, size: tuple[int, int], tokens: int, device: torch.device) -> KernelCase:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     plain = torch.randn(size, device=device).to(dtype)
-    weight = quantize_int4(plain)
+    weight = quantize_int4(plain, 32)
     rows = torch.randn(tokens, size[1], device=device).to(dtype)
 
     def run() -> Tensor:

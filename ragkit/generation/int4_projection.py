@@ -1,6 +1,7 @@
 """A decoder's copy with weights of 4 bits: less true, and several times less to read a step, which suits a drafter.
 
-Norms, biases and the embedding stay as they are. What is rounded are the products, the vocabulary's included.
+Norms, biases and the embedding stay as they are, and so does the product with the vocabulary unless it is asked for: it
+is rounded worst (docs/speculative.md).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ragkit.generation.projection import Linear, Projection
 from ragkit.generation.weights import load_weights
 from ragkit.kernels.int4_linear import MOST_ROWS, Int4Weight, int4_linear, quantize_int4
 
+GROUP = 32  # columns that share a scale: wider ones save a bit a weight and lose most of what a small model knows
 _CPU_FEATURES = 16  # torch's product on a CPU takes multiples of this
 
 
@@ -30,9 +32,9 @@ class Int4Projection:
 
     __slots__ = ("_bias", "_on_cpu", "_weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, group: int = GROUP) -> None:
         self._bias = bias
-        self._weight = quantize_int4(weight)
+        self._weight = quantize_int4(weight, group)
         on_cpu = weight.device.type == "cpu" and weight.shape[0] % _CPU_FEATURES == 0
         self._on_cpu = _PackedForCPU(self._weight, weight.dtype) if on_cpu else None
 
@@ -76,11 +78,12 @@ def int4_linear_of(weight: Tensor, bias: Tensor | None) -> Linear:
         return Projection(weight, bias)
 
 
-def int4_copy(decoder: Decoder, folder: Path) -> Decoder:
-    """Return `decoder` with weights of 4 bits, read anew from its `folder`; the embedding is shared.
+def int4_copy(decoder: Decoder, folder: Path, *, rounds_vocabulary: bool = False) -> Decoder:
+    """Return `decoder` with weights of 4 bits, read anew from its `folder`; what is not rounded is shared.
 
     Raises:
         ModelError: the files are missing, damaged or another model's.
     """
     weights = load_weights(folder, decoder.config, decoder.device, decoder.dtype, int4_linear_of)
-    return Decoder(decoder.config, dataclasses.replace(weights, embedding=decoder.weights.embedding))
+    head = weights.head if rounds_vocabulary else decoder.weights.head
+    return Decoder(decoder.config, dataclasses.replace(weights, embedding=decoder.weights.embedding, head=head))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ragkit.generation.attention import StandaloneAttention
-from ragkit.generation.int4_projection import Int4Projection, int4_copy, int4_linear_of
+from ragkit.generation.int4_projection import GROUP, Int4Projection, int4_copy, int4_linear_of
 from ragkit.generation.projection import Projection
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.kernels.int4_linear import quantize_int4
@@ -19,12 +19,12 @@ def weight():
 @pytest.mark.parametrize("tokens", [1, 16, 17])
 def test_gives_the_product_with_the_rounded_weights_and_the_bias(tokens, features, weight):
     weight, bias, rows = weight[:features], torch.arange(features).float(), torch.randn(tokens, 128)
-    expected = rows @ quantize_int4(weight).numbers().T + bias
+    expected = rows @ quantize_int4(weight, GROUP).numbers().T + bias
     torch.testing.assert_close(Int4Projection(weight, bias)(rows), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_takes_an_eighth_of_fp32_weights_and_their_scales(weight):
-    assert Int4Projection(weight).nbytes == 48 * 128 // 2 + 48 * 4
+    assert Int4Projection(weight).nbytes == 48 * 128 // 2 + 48 * 128 // GROUP * 4
 
 
 def test_columns_that_no_group_divides_keep_their_type(weight):
@@ -34,11 +34,13 @@ def test_columns_that_no_group_divides_keep_their_type(weight):
 
 @torch.inference_mode()
 def test_a_copy_of_a_model_gives_nearly_its_distribution(tmp_path):
-    model = hf_model("llama", hidden_size=96, intermediate_size=96, initializer_range=0.05)
+    model = hf_model("llama", vocab_size=304, hidden_size=96, intermediate_size=96, initializer_range=0.05)
     model.save_pretrained(tmp_path)
     decoder = decoder_of(model)
     copy = int4_copy(decoder, tmp_path)
     assert copy.weights.embedding is decoder.weights.embedding
+    assert copy.weights.head is decoder.weights.head
+    assert isinstance(int4_copy(decoder, tmp_path, rounds_vocabulary=True).weights.head, Int4Projection)
     tokens = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(2))
     logits = []
     for each in (decoder, copy):
