@@ -15,6 +15,8 @@ from ragkit.cli.output import Output, Waiting, bold, human_bytes, one_line, prin
 from ragkit.cli.progress import progress_for
 from ragkit.cli.query_options import (
     DocumentOption,
+    DraftOption,
+    ExactOption,
     FilterOption,
     GeneratorOption,
     MaxNewTokensOption,
@@ -26,14 +28,15 @@ from ragkit.cli.query_options import (
     TopKOption,
     TopPOption,
     answer_settings,
+    draft_settings,
     parse_filters,
 )
-from ragkit.config import Strategy
+from ragkit.config import DraftMode, Strategy
 from ragkit.errors import UsageError
 from ragkit.progress import Progress
 
 if TYPE_CHECKING:
-    from ragkit.types import Answer, Citation, Metadata
+    from ragkit.types import Answer, Citation, DraftUse, Metadata
 
 _SHOWN_SPANS = 3
 
@@ -50,6 +53,8 @@ def query(
     strategy: StrategyOption = None,
     ratio: RatioOption = None,
     document: DocumentOption = None,
+    draft: DraftOption = None,
+    exact: ExactOption = None,
     system_prompt: SystemPromptOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
@@ -63,7 +68,10 @@ def query(
     chosen = parse_filters(filter)
     settings = session.settings(
         answer_settings(k, strategy, ratio, system_prompt, max_new_tokens, temperature, top_p, seed, generator)
+        | draft_settings(draft, exact)
     )
+    if exact is not None and settings.config.draft.drafter == "none":
+        raise UsageError("--exact and --transfer say what drafts may do: name a drafter with --draft")
     output = session.output
     progress = progress_for(output)
     with session.open(settings) as pipeline:
@@ -112,10 +120,20 @@ def _show_rest(answer: Answer, output: Output) -> None:
     output.note(
         f"{timings_line(dict(answer.timings_ms))}; {tokens.prompt:,} prompt and {tokens.generated:,} new tokens"
     )
+    if answer.draft.steps:
+        output.note(_draft_line(answer.draft))
     if answer.strategy == Strategy.PAGES:
         output.note(_pages_line(answer))
     elif answer.kv.hits or answer.kv.misses or answer.kv.recomputed:
         output.note(_reuse_line(answer))
+
+
+def _draft_line(draft: DraftUse) -> str:
+    changed = "" if draft.mode == DraftMode.EXACT else "; the answer is not the model's own, but moved to its drafter's"
+    return (
+        f"drafted by {draft.drafter} ({draft.mode}): {draft.accepted:,} of {draft.drafted:,} tokens stood, "
+        f"{draft.steps:,} passes of {draft.ms_per_step:,.1f} ms{changed}"
+    )
 
 
 def _reuse_line(answer: Answer) -> str:

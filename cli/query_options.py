@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ragkit.cli.common import flag
-from ragkit.config import AUTO, Strategy
+from ragkit.config import AUTO, DraftMode, Strategy
 from ragkit.errors import UsageError
 from ragkit.settings import Flag
 
@@ -42,6 +42,18 @@ FilterOption = Annotated[
         "--filter", metavar="K=V", help="Only documents whose metadata K is V (uri takes a glob). Repeatable."
     ),
 ]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft", metavar="NAME", help="What proposes tokens, verified together: none, auto, self, lookup or a model."
+    ),
+]
+ExactOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--exact/--transfer", help="Drafts leave the answer what it is, or move the model towards the drafter."
+    ),
+]
 GeneratorOption = Annotated[
     str | None, typer.Option("--generator", metavar="NAME", help="Language model: a name, folder or hub id.")
 ]
@@ -69,6 +81,15 @@ def answer_settings(
         "generation.top_p": flag(top_p, "--top-p"),
         "generation.seed": flag(seed, "--seed"),
         "generation.model": flag(generator, "--generator"),
+    }
+
+
+def draft_settings(draft: str | None, exact: bool | None) -> dict[str, Flag | None]:
+    """Return the settings that the options of drafting stand for, None where one was not given."""
+    mode = None if exact is None else DraftMode.EXACT if exact else DraftMode.TRANSFER
+    return {
+        "draft.drafter": flag(draft, "--draft"),
+        "draft.mode": flag(mode, "--exact" if exact else "--transfer"),
     }
 
 

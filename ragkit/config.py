@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ragkit.batch_config import BatchConfig
+from ragkit.draft_config import DraftConfig
 from ragkit.errors import ConfigError
 from ragkit.jobs_config import JobsConfig
 from ragkit.setting_checks import AUTO, at_least, multiple, share, share_or_auto
@@ -20,6 +21,7 @@ from ragkit.setting_names import (
     ChunkPlacement,
     CodecName,
     Device,
+    DraftMode,
     EncoderBackend,
     FusionMethod,
     LengthPriorName,
@@ -47,6 +49,8 @@ __all__ = [
     "ChunkingConfig",
     "CodecName",
     "Device",
+    "DraftConfig",
+    "DraftMode",
     "EmbeddingConfig",
     "EncoderBackend",
     "FusionMethod",
@@ -365,6 +369,7 @@ class PipelineConfig:
     kv: KVConfig = field(default_factory=KVConfig)
     blend: BlendConfig = field(default_factory=BlendConfig)
     pages: PagesConfig = field(default_factory=PagesConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     answers: AnswerConfig = field(default_factory=AnswerConfig)
     ingest: IngestConfig = field(default_factory=IngestConfig)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, TypeVar
 from ragkit.config import Device, PipelineConfig
 from ragkit.errors import EmbedderMismatchError, StoreMissingError
 from ragkit.store import Store
-from ragkit.types import TextTokenizer
+from ragkit.types import Prompt, TextTokenizer
 
 if TYPE_CHECKING:
+    from ragkit.draft_config import DraftConfig
     from ragkit.generation.blending import Blending
+    from ragkit.generation.drafter import Drafter
     from ragkit.generation.engine import Engine
     from ragkit.generation.paging import Paging
     from ragkit.retrieval.base import ChunkEmbedder, Embedder
@@ -174,6 +176,24 @@ class Parts:
             return Paging(engine, self.config.pages, self.config.kv, store)
 
         return self._part("paging", load, is_model=True)
+
+    def draft_engine(self, name: str) -> Engine:
+        """Return the model that drafts under this name."""
+
+        def load() -> Engine:
+            from ragkit.generation.engine import Engine
+
+            config = self.config
+            return Engine.load(name, device=config.device, dtype=config.generation.dtype, offline=config.offline)
+
+        return self._part(f"draft engine {name}", load, is_model=True)
+
+    def drafter(self, config: DraftConfig, *, blended: bool, prompt: Prompt) -> Drafter:
+        """Return the drafter that `config` names, made for the first question that it drafts for."""
+        from ragkit.drafting import make_drafter, options_key
+
+        key = "drafter " + " ".join(map(str, options_key(config, blended=blended)))
+        return self._part(key, lambda: make_drafter(self, config, blended=blended, prompt=prompt), is_model=True)
 
     def forget_removed(self, heirs: Mapping[str, str] | None = None) -> None:
         """Drop what is kept in memory of chunks that have left the store, as `Blending.forget_removed` says."""

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from ragkit.async_questions import AsyncQuestions
-from ragkit.config import PipelineConfig, SearchMode, Strategy
+from ragkit.config import DraftMode, PipelineConfig, SearchMode, Strategy
 from ragkit.errors import StoreError, StoreMissingError
 from ragkit.jobs.many import ManyQuestions
 from ragkit.parts import Parts
@@ -192,6 +192,8 @@ class Pipeline(AsyncQuestions, ManyQuestions):
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        draft: str | None = None,
+        draft_mode: DraftMode | str | None = None,
         progress: Progress | None = None,
     ) -> Answer:
         """Return the answer to `question` with its citations; arguments as for `stream`."""
@@ -207,6 +209,8 @@ class Pipeline(AsyncQuestions, ManyQuestions):
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            draft=draft,
+            draft_mode=draft_mode,
             progress=progress,
         )
         for _ in stream:
@@ -227,6 +231,8 @@ class Pipeline(AsyncQuestions, ManyQuestions):
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        draft: str | None = None,
+        draft_mode: DraftMode | str | None = None,
         progress: Progress | None = None,
     ) -> AnswerStream:
         """Return an iterator over the pieces of the answer; afterwards `.answer` holds all of it.
@@ -241,6 +247,8 @@ class Pipeline(AsyncQuestions, ManyQuestions):
             document: only this source or document, by URI.
             system_prompt: replaces the default instructions.
             max_new_tokens, temperature, top_p, seed: decoding; temperature 0 is greedy.
+            draft: what proposes tokens that are verified several at a time: none, auto, self, lookup or a model.
+            draft_mode: exact leaves the answer what it is; transfer moves the model towards its drafter.
             progress: hears of a document that is read before it is answered from, which may take long.
 
         Raises:
@@ -251,8 +259,9 @@ class Pipeline(AsyncQuestions, ManyQuestions):
         from ragkit.request import stream
 
         changes = QuestionChanges(
-            k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed
-        )
+            k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed,
+            draft, draft_mode,
+        )  # fmt: skip
         return stream(self.parts, question, query_options(self.parts, changes, progress))
 
     # ------------------------------------------------------------------------------------------------ the store

@@ -26,6 +26,7 @@ from ragkit.answers.steps import (
     sampling_of,
 )
 from ragkit.config import SearchMode, Strategy
+from ragkit.drafting import NO_PAGES, drafting_for
 from ragkit.errors import UsageError
 from ragkit.reports import Hit, SearchResult
 from ragkit.types import Answer, MetadataValue
@@ -158,10 +159,12 @@ def _answered(
     from ragkit.generation.steps import GeneratedToken
 
     prepared = prepare(parts, question, hits, options)
+    drafting = drafting_for(parts, prepared)
     before_engine = clock.elapsed()
     pieces: list[str] = []
     finished: Finished | None = None
-    for step in engine.generate(prepared.built.prompt, prepared.sampling, prepared.prefill, prepared.ratio):
+    built, sampling = prepared.built, prepared.sampling
+    for step in engine.generate(built.prompt, sampling, prepared.prefill, prepared.ratio, drafting):
         if isinstance(step, GeneratedToken):
             clock.laps.setdefault("first_token", clock.elapsed())
         else:
@@ -250,6 +253,7 @@ def _answered_from_pages(
         tokens=finished.usage,
         kv=finished.kv,
         attended=attended,
+        warnings=() if options.draft.drafter in ("none", "auto") else (NO_PAGES,),
     )
 
 

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
 
 
 def answer_json(answer: Answer) -> dict[str, Any]:
-    """Return the object that stands for `answer`. Nothing is drafted yet: those counts are 0."""
-    tokens, timings = answer.tokens, dict(answer.timings_ms)
+    """Return the object that stands for `answer`; where nothing was drafted, a step is a token."""
+    tokens, draft, timings = answer.tokens, answer.draft, dict(answer.timings_ms)
     decoding = timings.get("total", 0.0) - timings.get("first_token", 0.0)
+    plain = decoding / (tokens.generated - 1) if tokens.generated > 1 else None
     return {
         "answer": answer.text,
         "found": answer.found,
@@ -35,10 +36,12 @@ def answer_json(answer: Answer) -> dict[str, Any]:
             "recomputed": answer.kv.recomputed,
         },
         "draft": {
-            "mode": "none",
-            "drafted": 0,
-            "accepted": 0,
-            "ms_per_step": decoding / (tokens.generated - 1) if tokens.generated > 1 else None,
+            "mode": draft.mode,
+            "drafter": draft.drafter,
+            "drafted": draft.drafted,
+            "accepted": draft.accepted,
+            "steps": draft.steps,
+            "ms_per_step": draft.ms_per_step if draft.steps else plain,
         },
         "timings_ms": timings,
         "attended": [asdict(span) for span in answer.attended],

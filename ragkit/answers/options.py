@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ragkit.config import AnswerConfig, BlendConfig, GenerationConfig, RetrievalConfig, Strategy
+from ragkit.config import (
+    AnswerConfig,
+    BlendConfig,
+    DraftConfig,
+    DraftMode,
+    GenerationConfig,
+    RetrievalConfig,
+    Strategy,
+)
 from ragkit.errors import UsageError
 from ragkit.progress import Progress, Silent
 from ragkit.types import MetadataValue
@@ -30,6 +38,8 @@ class QuestionChanges:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    draft: str | None = None
+    draft_mode: DraftMode | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,7 @@ class QueryOptions:
     blend: BlendConfig
     retrieval: RetrievalConfig
     answers: AnswerConfig
+    draft: DraftConfig = field(default_factory=DraftConfig)
     filters: Mapping[str, MetadataValue] = field(default_factory=dict)
     document: str | None = None
     progress: Progress = field(default_factory=Silent)
@@ -84,6 +95,7 @@ def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | N
         config.blend if changes.ratio is None else replace(config.blend, ratio=changes.ratio),
         config.retrieval if changes.k is None else replace(config.retrieval, k=changes.k),
         config.answers,
+        _draft(config.draft, changes),
         dict(changes.filter or {}),
         None if changes.document is None else document_uri(parts, changes.document),
         progress or Silent(),
@@ -104,6 +116,18 @@ def document_uri(parts: Parts, document: str) -> str:
     if parts.store.rows_where({"uri": absolute}).size:
         return absolute
     raise UsageError(f"the store holds no document {document!r}; `ragkit ls` lists what it holds")
+
+
+def _draft(config: DraftConfig, changes: QuestionChanges) -> DraftConfig:
+    wanted: dict[str, Any] = {} if changes.draft is None else {"drafter": changes.draft}
+    if changes.draft_mode is not None:
+        try:
+            wanted["mode"] = DraftMode(changes.draft_mode)
+        except ValueError:
+            raise UsageError(
+                f"there is no draft mode {changes.draft_mode!r}; take one of {', '.join(DraftMode)}"
+            ) from None
+    return replace(config, **wanted) if wanted else config
 
 
 def _strategy(name: Strategy | str) -> Strategy:

@@ -11,7 +11,7 @@ from ragkit.answers.base import RankedChunk
 from ragkit.answers.options import QueryOptions
 from ragkit.config import Strategy
 from ragkit.errors import StoreCorruptError, StoreError
-from ragkit.types import Answer, AttendedSpan, Citation, KVUse, TokenUsage, page_of
+from ragkit.types import Answer, AttendedSpan, Citation, DraftUse, KVUse, TokenUsage, page_of
 
 if TYPE_CHECKING:
     from ragkit.generation.prompt import BuiltPrompt
@@ -117,6 +117,7 @@ def completed(
         kv=finished.kv,
         dropped_chunks=dropped,
         warnings=(*cut, *finished.warnings),
+        draft=finished.draft,
     )
 
 
@@ -143,6 +144,7 @@ def answer_of(
     dropped_chunks: tuple[str, ...] = (),
     warnings: tuple[str, ...] = (),
     attended: tuple[AttendedSpan, ...] = (),
+    draft: DraftUse | None = None,
 ) -> Answer:
     """Return the answer to a question with these options."""
     return Answer(
@@ -157,6 +159,7 @@ def answer_of(
         warnings=warnings,
         kv=kv or KVUse(),
         attended=attended,
+        draft=draft or DraftUse(),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline_double import FakePipeline, FakeStream
 
 from ragkit.config import Strategy
-from ragkit.types import AttendedSpan, KVUse, TokenUsage
+from ragkit.types import AttendedSpan, DraftUse, KVUse, TokenUsage
 
 
 def test_the_answer_comes_first_then_the_citations_then_the_timings(run):
@@ -84,7 +84,7 @@ def test_the_json_has_the_keys_that_other_tools_rely_on(run):
         "dropped_chunks": [],
         "warnings": [],
         "kv": {"hits": 0, "misses": 0, "holes": 0, "bytes_by_tier": {}, "recomputed": 0},
-        "draft": {"mode": "none", "drafted": 0, "accepted": 0, "ms_per_step": 10.0},
+        "draft": {"mode": "none", "drafter": "", "drafted": 0, "accepted": 0, "steps": 0, "ms_per_step": 10.0},
         "timings_ms": {
             "load_models": 900.0,
             "retrieve": 20.0,
@@ -211,3 +211,44 @@ def test_a_file_below_the_working_folder_is_named_by_its_path_from_there(tmp_pat
     monkeypatch.chdir(tmp_path)
     assert place_of(f"{tmp_path}/docs/a.pdf", 3) == "docs/a.pdf, page 3"
     assert place_of("/elsewhere/b.txt", None) == "/elsewhere/b.txt"
+
+
+def test_what_was_drafted_is_said_in_a_line_of_its_own_and_in_the_json(run, world):
+    world.answer = replace(world.answer, draft=DraftUse("exact", "lookup", 40, 25, 12, 7.25))
+    assert "drafted by lookup (exact): 25 of 40 tokens stood, 12 passes of 7.2 ms\n" in run("query", "q").err
+    assert run("query", "q", "--json").json["draft"] == {
+        "mode": "exact", "drafter": "lookup", "drafted": 40, "accepted": 25, "steps": 12, "ms_per_step": 7.25,
+    }  # fmt: skip
+
+
+def test_an_answer_that_drafts_have_moved_is_said_to_be_so(run, world):
+    world.answer = replace(world.answer, draft=DraftUse("transfer", "self", 40, 30, 10, 5.0))
+    assert "the answer is not the model's own" in run("query", "q").err
+
+
+@pytest.mark.parametrize(
+    ("options", "drafter", "mode"),
+    [
+        ((), "none", "exact"),
+        (("--draft", "lookup"), "lookup", "exact"),
+        (("--draft", "self", "--transfer"), "self", "transfer"),
+        (("--draft", "some/model", "--exact"), "some/model", "exact"),
+    ],
+)
+def test_options_of_drafting_reach_the_configuration(run, world, options, drafter, mode):
+    run("query", "q", *options)
+    config = world.configs[0].draft
+    assert (config.drafter, config.mode) == (drafter, mode)
+
+
+def test_a_lookup_cannot_transfer(run):
+    result = run("query", "q", "--draft", "lookup", "--transfer")
+    assert result.code == 2
+    assert "lookup has none" in result.err
+
+
+@pytest.mark.parametrize("option", ["--exact", "--transfer"])
+def test_what_drafts_may_do_is_only_said_of_drafts(run, option):
+    result = run("query", "q", option)
+    assert result.code == 2
+    assert "say what drafts may do: name a drafter with --draft" in result.err
