@@ -179,7 +179,7 @@ def _unless_known(outcome: Outcome, known: Known) -> Outcome:
         else one
         for one in outcome.documents
     )
-    return PreparedSource(outcome.facts, documents)
+    return dataclasses.replace(outcome, documents=documents)
 
 
 def _tokens(outcomes: Sequence[tuple[PlannedSource, Outcome]]) -> int:

@@ -58,14 +58,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def docs(tmp_path: Path) -> Path:
-    """Texts, one of them twice, a table with a row that is in it twice, and sources that fail."""
+    """Texts, one of them twice in a row, a table with a row that is in it twice, and sources that fail."""
     rng = random.Random(0)
     folder = tmp_path / "docs"
     folder.mkdir()
     for number in range(10):
         text = "\n\n".join(" ".join(rng.choices(WORDS, k=9)) + "." for _ in range(rng.randint(4, 20)))
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
-    (folder / "copy.txt").write_bytes((folder / "3.txt").read_bytes())
+    (folder / "3 again.txt").write_bytes((folder / "3.txt").read_bytes())
     rows = [f'{{"text": "The dog {number} ran far.", "year": {2000 + number}}}' for number in (1, 2, 2, 3)]
     (folder / "table.jsonl").write_text("\n".join([*rows, "no json"]), encoding="utf-8")
     (folder / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
