@@ -30,6 +30,9 @@ from torch import Tensor
 from ragkit.errors import ConfigError
 from ragkit.generation.draft_tree import ROOT, DraftTree
 from ragkit.generation.sampling import Sampler, SamplingConfig, distribution, nucleus
+from ragkit.kernels.rejection_sample import rejection_sample
+
+_BELOW_ONE = 1 - 2**-24  # the largest fp32 number that uniform ones may round to
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class Acceptance:
             return _followed(tree, self._most_likely(logits, tree))
         if tree.probabilities is None:
             return self._as_sampled(logits, tree)
+        if logits.is_cuda and tree.is_chain and self._transfer is None and self._sampling.top_p == 1:
+            return self._on_device(logits, tree, tree.probabilities)
         return self._by_rounds(logits, tree, tree.probabilities)
 
     def _most_likely(self, logits: Tensor, tree: DraftTree) -> list[int]:
@@ -130,6 +135,21 @@ class Acceptance:
                 return Accepted(tree.path(equals[0]), self._sampler.draw(target))
             token = tree.token_ids[stands]
             equals = tuple(child for child in children if tree.token_ids[child] == token)
+
+    def _on_device(self, logits: Tensor, tree: DraftTree, drawn_from: Tensor) -> Accepted:
+        """Return what `_by_rounds` decides of a chain, in fp32, asking the device but once."""
+        device, nodes = logits.device, len(tree)
+        numbers = [self._sampler.uniform() for _ in range(2 * (nodes + 1))]
+        outcome = rejection_sample(
+            logits.unsqueeze(0).contiguous(),
+            torch.tensor([tree.token_ids], dtype=torch.int64).to(device),
+            torch.tensor([nodes]).to(device),
+            torch.tensor([self._sampling.temperature], dtype=torch.float32).to(device),
+            torch.tensor(numbers, dtype=torch.float32).clamp_(max=_BELOW_ONE).view(1, nodes + 1, 2).to(device),
+            drawn_from.float().unsqueeze(0).contiguous(),
+        )
+        accepted, token = torch.cat(outcome).tolist()
+        return Accepted(tuple(range(accepted)), token)
 
     def _target(self, logits: Tensor, teacher: Tensor | None) -> Tensor:
         if self._transfer is None or teacher is None:
