@@ -73,8 +73,9 @@ def run_batch(
     """Answer all rows of `job` and return what was done; rows that an earlier run has done are not asked again.
 
     Raises:
-        UsageError: the file of questions cannot be read, an id comes twice, or an output is there already.
-        JobError: the job that was begun has other rows, settings, models or another store.
+        UsageError: the file of questions cannot be read, an id comes twice, an output is there already, or the job that
+            was begun has other rows, settings, models or another store.
+        JobError: the job that was begun cannot be read, or a file at a URL cannot be written.
         StoreLockedError: another process works on it.
         StoreSpaceError: the disk is full; what was done is kept.
     """
@@ -179,11 +180,11 @@ def _begin_or_go_on(parts: Parts, job: BatchJob, folder: JobFolder, rows: Spoole
             with folder.rows() as path:
                 different += row_differences(path, rows.path)
         if different:
-            raise JobError(
+            raise UsageError(
                 f"{folder.out} was begun by another job, which is not finished: {'; '.join(different)}. Run it as "
                 "it was, or give --overwrite to begin anew"
             )
-    except JobError:
+    except (UsageError, JobError):
         if not job.overwrite:
             raise
         folder.start(rows.path, json.dumps(now).encode())

@@ -14,7 +14,7 @@ import pytest
 from batch_world import FULL, load_engine, open_world, questions, read_jsonl, write_jsonl, write_world
 
 from ragkit import Pipeline
-from ragkit.errors import JobError, OfflineError, UsageError
+from ragkit.errors import OfflineError, UsageError
 from ragkit.generation.engine import Engine
 from ragkit.jobs import batch
 from ragkit.jobs.answering import answer_many
@@ -118,7 +118,7 @@ def test_other_rows_are_refused_with_the_difference(
     job = BatchJob(str(path), str(tmp_path / "a.jsonl"))
     begun(pipeline, monkeypatch, job, 2)
     write_jsonl(path, [rows[0], {**rows[1], "question": "Another one?"}, *rows[2:5]])
-    with pytest.raises(JobError, match=r"had 6 rows and has 5; row 2 \(id 'q1'\) has another question"):
+    with pytest.raises(UsageError, match=r"had 6 rows and has 5; row 2 \(id 'q1'\) has another question"):
         run_batch(pipeline.parts, job)
     write_jsonl(path, rows)
     assert run_batch(pipeline.parts, job).resumed == 2
@@ -132,7 +132,7 @@ def test_other_settings_are_refused_with_the_difference_and_overwrite_begins_ane
         begun(pipeline, monkeypatch, job, 2)
     warmer = replace(FULL, generation=replace(FULL.generation, temperature=0.5))
     with open_world(world, engine, warmer) as pipeline:
-        with pytest.raises(JobError, match=r"generation\.temperature was 0\.0 and is 0\.5"):
+        with pytest.raises(UsageError, match=r"generation\.temperature was 0\.0 and is 0\.5"):
             run_batch(pipeline.parts, job)
         report = run_batch(pipeline.parts, replace(job, overwrite=True))
         assert (report.resumed, report.answered) == (0, 4)
