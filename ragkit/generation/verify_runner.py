@@ -108,7 +108,8 @@ class _Bucket:
         columns += [self._unused] * (self._rows * self.tables.size - len(columns))
         firsts = [state.kv.num_tokens for state in states] + [0] * (self.tables.size - len(states))
         self._inputs.load(torch.cat((torch.tensor(columns).T.flatten(), torch.tensor(firsts))))
-        return self._recorded.run().unflatten(0, (self.tables.size, self._rows))
+        logits = self._recorded.run()
+        return logits.view(self.tables.size, self._rows, logits.shape[1])
 
     def _forward(self) -> Tensor:
         self._ancestors.copy_(self._masks)
@@ -139,7 +140,7 @@ def _columns(state: DecodeState, token: int, tree: DraftTree) -> list[tuple[int,
         seen = columns[parent + 1][3] | 1 << (node + 1)
         columns.append((node_token, position, state.kv.slot(first + 1 + node), seen))
     # As the signed numbers of 32 bits that have these bits.
-    return [(*rest, mask - (1 << 32) if mask >> 31 else mask) for *rest, mask in columns]
+    return [(token, at, slot, mask - (1 << 32) if mask >> 31 else mask) for token, at, slot, mask in columns]
 
 
 class _RowMoves:
@@ -161,7 +162,7 @@ class _RowMoves:
         self._recorded.run()
 
     def _forward(self) -> Tensor:
-        sources, targets = self._inputs.device
+        sources, targets = self._inputs.device.unbind()
         for pool in (*self._pool.keys, *self._pool.values):
             rows = pool.flatten(0, 1)
             rows.index_copy_(0, targets, rows[sources])
