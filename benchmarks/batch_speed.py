@@ -84,7 +84,7 @@ class Scale:
     chunk_tokens: int = 512
     answer_tokens: int = 64
     pool_tokens: int = 320_000
-    tier_tokens: int = 131_072
+    tier_tokens: int = 196_608
 
 
 TINY = Scale(24, 6, 12, 40, 4, 48, 8, 16_384, 4096)
