@@ -5,6 +5,7 @@ What an answer consists of is `ragkit.answers.steps`, the same as for one questi
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ def answer_many(
     yield from _Answering(parts, generator or batch_generator(parts), stop or Event()).run(iter(rows))
 
 
+class _StoppedError(Exception):
+    """Leaves a batch that was asked to stop."""
+
+
 class _Answering:
     """One run over rows. Not reusable."""
 
@@ -78,11 +83,12 @@ class _Answering:
             exhausted = False
             while not exhausted and not self._stop.is_set():
                 requests = _Requests(self._requests(steps))
-                for result in self._generator.run(requests):
-                    yield self._outcome(result)
-                    yield from self._drained()
-                    if self._stop.is_set():
-                        return
+                with contextlib.suppress(_StoppedError):
+                    for result in self._generator.run(requests):
+                        yield self._outcome(result)
+                        yield from self._drained()
+                        if self._stop.is_set():
+                            return
                 yield from self._drained()
                 exhausted = requests.source_ended
         for paged in sorted(self._paged, key=lambda one: one.options.document or ""):
@@ -100,7 +106,7 @@ class _Answering:
 
         for step in steps:
             if self._stop.is_set():
-                return
+                raise _StoppedError  # through the generator: what it has pulled and not begun must not be begun either
             if isinstance(step, PagedRow):
                 self._paged.append(step)
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING
@@ -142,14 +142,17 @@ class _Run:
         if self._log.done:
             self._progress.message(f"going on: {self._log.done:,} rows are done, {count:,} are left")
         self._progress.start(count, 0, "rows")
+        outcomes = answers(rows)
         try:
-            for outcome in answers(rows):
+            for outcome in outcomes:
                 self._group.append((outcome.row.number, row_bytes(outcome, int(time.time()))))
                 waited = time.monotonic() - self._written
                 if len(self._group) >= self._folder.group_rows or waited >= self._folder.group_seconds:
                     self._write()
         finally:  # what is answered is kept, whatever ended the run
             self._write()
+            if isinstance(outcomes, Generator):
+                outcomes.close()  # now, not when the error that ended the run is forgotten: the store is closed before
             self._progress.close()
 
     def _write(self) -> None:

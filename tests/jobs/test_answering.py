@@ -141,6 +141,22 @@ def test_a_stop_ends_the_batch_and_gives_its_memory_back(pipeline: Pipeline) -> 
     assert pipeline.engine.pool.num_free == free
 
 
+def test_a_stop_while_requests_are_pulled_begins_none_of_them(pipeline: Pipeline) -> None:
+    stop = Event()
+    stop.set()
+    assert list(answer_many(pipeline.parts, rows_of(3), stop=stop)) == []
+    stop = Event()
+
+    class Stopping:
+        def run(self, requests: Iterable[BatchRequest]) -> Iterator[BatchResult]:
+            pulled = iter(requests)
+            next(pulled)
+            stop.set()
+            yield from OneByOne(pipeline.engine).run(list(pulled))
+
+    assert list(answer_many(pipeline.parts, rows_of(3), generator=Stopping(), stop=stop)) == []
+
+
 def test_the_generator_may_end_requests_in_any_order(pipeline: Pipeline) -> None:
     class Backwards:
         def run(self, requests: Iterable[BatchRequest]) -> Iterator[BatchResult]:
