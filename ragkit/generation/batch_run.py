@@ -23,6 +23,7 @@ from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
 
 _MOST_RETRIES = 8  # of a request that finds the pool taken by somebody else
+_ROOMY_WINDOWS = 4  # a pool of so many windows of the model keeps one free, for questions from other threads
 
 
 class BatchRun:
@@ -46,7 +47,8 @@ class BatchRun:
         self._packed: dict[SharedEntry, PackedRequest] = {}
         self._begun: set[Entry] = set()
         self._recomputed: dict[str, float] = {}  # part of the prompt that a strategy computed last
-        self._scheduler = BatchScheduler(_Supply(engine.pool, self._release), config.token_budget, config.max_running)
+        self._supply = supply = _Supply(engine.pool, engine.max_context, self._release)
+        self._scheduler = BatchScheduler(supply, config.token_budget, config.max_running)
 
     @property
     def num_waiting(self) -> int:
@@ -128,7 +130,7 @@ class BatchRun:
         pool, size = self._engine.pool, len(job.token_ids)
         job.entry.cost = max(1, round(size * self._recomputed.get(job.strategy.name, 1.0)))
         blocks = pool.blocks_for(size + job.sampling.max_new_tokens) + len(job.prompt.segments)
-        job.entry.strategy_blocks = min(blocks, _Supply.capacity_of(pool))
+        job.entry.strategy_blocks = min(blocks, self._supply.capacity)
 
     def _open(self, step: BatchStep) -> None:
         """Give what starts its rows; what finds the pool taken by somebody else waits again."""
@@ -295,15 +297,11 @@ class BatchRun:
 class _Supply:
     """The pool as the scheduler sees it."""
 
-    def __init__(self, pool: KVPool, release: Callable[[Entry], None]) -> None:
+    def __init__(self, pool: KVPool, window: int, release: Callable[[Entry], None]) -> None:
         self._pool = pool
         self.release = release
-        self.capacity = self.capacity_of(pool)
-
-    @staticmethod
-    def capacity_of(pool: KVPool) -> int:
-        """Return the blocks that requests can have; on a GPU one belongs to the graphs of decoding."""
-        return pool.num_blocks - 1
+        self._kept = pool.blocks_for(window) if pool.num_blocks >= _ROOMY_WINDOWS * pool.blocks_for(window) else 0
+        self.capacity = pool.num_blocks - 1 - self._kept  # on a GPU one belongs to the graphs of decoding
 
     def blocks_for(self, tokens: int) -> int:
         """Return how many blocks so many rows take."""
@@ -312,9 +310,9 @@ class _Supply:
     def free(self, wanted: int) -> int:
         """Return how many blocks are free, after tiers gave some back if these are fewer than `wanted`."""
         free = self._pool.num_free
-        if free < wanted and self._pool.reclaim is not None:
-            free = self._pool.reclaim(wanted)
-        return free
+        if free < wanted + self._kept and self._pool.reclaim is not None:
+            free = self._pool.reclaim(wanted + self._kept)
+        return free - self._kept
 
 
 def _rows_of(job: BatchJob) -> PackedRequest:

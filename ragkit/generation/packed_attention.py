@@ -60,10 +60,7 @@ class PackedAttention:
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Return the attention output, as `Attend` says."""
-        rope_write_kv(
-            queries, keys, values, self._plan.positions, self._plan.slots, self._rotary.cos, self._rotary.sin,
-            self._pool.keys[layer], self._pool.values[layer], rotate_keys=True,
-        )  # fmt: skip
+        self._place(layer, queries, keys, values)
         is_last = layer == self._last_layer
         rows = len(self._plan.wanted) if is_last else len(queries)
         out = torch.empty((rows, *queries.shape[1:]), dtype=queries.dtype, device=queries.device)
@@ -83,6 +80,22 @@ class PackedAttention:
             out[done : done + len(asking)] = attended
             done += len(asking)
         return out
+
+    def _place(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write rows into the pool, those of requests apart that keep their own, and rotate queries and keys."""
+        plan, pooled = self._plan, self._plan.pooled
+        key_pool, value_pool = self._pool.keys[layer], self._pool.values[layer]
+        if pooled is None:
+            rope_write_kv(
+                queries, keys, values, plan.positions, plan.slots, self._rotary.cos, self._rotary.sin,
+                key_pool, value_pool, rotate_keys=True,
+            )  # fmt: skip
+            return
+        if len(pooled):
+            slots = plan.slots[pooled]
+            key_pool.flatten(0, 1)[slots], value_pool.flatten(0, 1)[slots] = keys[pooled], values[pooled]
+        for heads in (queries, keys):
+            heads.copy_(self._rotary.rotate(heads, plan.positions))
 
     def _attend_piece(self, index: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         piece, past = self._plan.pieces[index], self._plan.past[index]

@@ -68,6 +68,8 @@ class PackedRowsPlan:
         positions: (tokens,) int64.
         slots: (tokens,) int64, rows of the pool.
         wanted: (rows,) int64, tokens whose logits are wanted: all that decode, and the last ones of pieces that say so.
+        pooled: (rows,) int64, tokens whose rows go to the pool; None for all. Who keeps rows of its own never looks for
+            them there, and a CPU's pool takes no memory where nothing is written.
         starts: position of the first token of each piece.
         bounds: piece i has the tokens from `bounds[i]` up to `bounds[i + 1]`.
         past: what each piece finds before it, None for nothing.
@@ -97,11 +99,19 @@ class PackedRowsPlan:
                 wanted.append(len(ids) - 1)
         columns = torch.stack((torch.tensor(ids, dtype=torch.int64), torch.cat(positions), torch.cat(slots)))
         self.token_ids, self.positions, self.slots = to_device(columns, device).unbind(0)
+        keeps_own = any(one.own for one in decodes) or any(piece.request.own for piece in pieces)
+        self.pooled = self._without_own() if keeps_own else None
         self.wanted = to_device(torch.tensor(wanted, dtype=torch.int64), device)
         self.past: list[PackedRows | None] = [
             pack_rows([piece.request.kv]).to(device) if start and not piece.request.num_own else None
             for piece, start in zip(pieces, self.starts, strict=True)
         ]
+
+    def _without_own(self) -> Tensor:
+        """Return the tokens of those that keep no rows of their own."""
+        empty = torch.empty(0, dtype=torch.int64)
+        runs = zip(self.pieces, self.bounds, self.bounds[1:], strict=False)
+        return torch.cat([empty, *(torch.arange(first, stop) for piece, first, stop in runs if not piece.request.own)])
 
     def written(self) -> None:
         """Note that the rows of the pass are written."""
