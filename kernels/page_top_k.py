@@ -2,7 +2,12 @@
 # mypy: disable-error-code="no-untyped-def"
 """The pages of highest score, found on the device: which ones never becomes known to the host.
 
-    chosen = the k first pages by (score descending, page ascending), in ascending order
+    chosen = the k first pages by (score' descending, page ascending), in ascending order
+    score'_p = score_p + follow * score_(p - 1)   where page p - 1 competes as well, and is the neighbour of p
+
+What is asked for may begin in one page and end in the next, which no query looks at before it has read the first: a
+number whose key stands at a page's end was lost with all but its first digit. So a page has a part in the score of the
+one before it.
 
 The k-th highest score is found two bits at a time: numbers are mapped to integers of the same order, and in each of
 sixteen steps the pages at or above three thresholds are counted, all three in one sum. Equal scores go to the lower
@@ -27,7 +32,14 @@ MOST_CHOSEN = 1 << 13
 
 
 def page_top_k(
-    scores: Tensor, k: int, *, bounds: Tensor | None = None, keep_rest: bool = False, backend: Backend | None = None
+    scores: Tensor,
+    k: int,
+    *,
+    bounds: Tensor | None = None,
+    keep_rest: bool = False,
+    follow: float = 0.0,
+    listed: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(pages, counts)`: (rows, k) int32 ascending, and (rows,) int32, how many of the k were found.
 
@@ -40,14 +52,17 @@ def page_top_k(
             all do.
         keep_rest: the pages before `first` (sinks) and from `last` up to `end` (the local window) are chosen before
             all others, whatever they score, and count towards k; else they are left out.
+        follow: part of a page's score that the next one has as well; only scores from zero up can be shared so.
+        listed: (rows, pages) int32: which pages the scores are of, ascending; without it they are neighbours. What is
+            chosen are places in this list.
         backend: an implementation to insist on.
 
     Raises:
         KernelInputError: shapes do not fit.
     """
-    _check_inputs(scores, k, bounds)
+    _check_inputs(scores, k, bounds, listed)
     if resolve_backend(scores, backend) is Backend.TORCH:
-        return page_top_k_torch(scores, k, bounds=bounds, keep_rest=keep_rest)
+        return page_top_k_torch(scores, k, bounds=bounds, keep_rest=keep_rest, follow=follow, listed=listed)
     rows, pages = scores.shape
     chosen = torch.empty((rows, k), dtype=torch.int32, device=scores.device)
     counts = torch.empty(rows, dtype=torch.int32, device=scores.device)
@@ -55,19 +70,35 @@ def page_top_k(
         return chosen, counts
     held = max(32, next_power_of_2(max(pages, k)))
     _page_top_k_kernel[(rows,)](
-        scores, counts if bounds is None else bounds, chosen, counts, pages, k,
-        PAGES=held, HAS_BOUNDS=bounds is not None, KEEP_REST=keep_rest,
+        scores, counts if bounds is None else bounds, counts if listed is None else listed, chosen, counts, pages, k,
+        follow,
+        PAGES=held, HAS_BOUNDS=bounds is not None, KEEP_REST=keep_rest, FOLLOWS=follow > 0,
+        IS_LISTED=listed is not None,
         num_warps=min(32, max(4, held // 512)),
     )  # fmt: skip
     return chosen, counts
 
 
 def page_top_k_torch(
-    scores: Tensor, k: int, *, bounds: Tensor | None = None, keep_rest: bool = False
+    scores: Tensor,
+    k: int,
+    *,
+    bounds: Tensor | None = None,
+    keep_rest: bool = False,
+    follow: float = 0.0,
+    listed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what `page_top_k` returns: the definition."""
     pages = scores.shape[1]
     scores = torch.where(scores.isnan(), float("-inf"), scores)
+    if follow > 0:
+        before = scores[:, :-1].clamp(min=0)
+        place = torch.arange(pages - 1, device=scores.device)
+        if bounds is not None:
+            before = torch.where((place >= bounds[0]) & (place < bounds[1]), before, 0)
+        if listed is not None:
+            before = torch.where(listed[:, 1:] - listed[:, :-1] == 1, before, 0)
+        scores = scores + torch.nn.functional.pad(before * follow, (1, 0))
     if bounds is not None:
         first, last, end = bounds.unbind()
         page = torch.arange(pages, device=scores.device)
@@ -81,7 +112,7 @@ def page_top_k_torch(
     return torch.where(torch.arange(k, device=scores.device) < counts[:, None], ascending, 0).int(), counts
 
 
-def _check_inputs(scores: Tensor, k: int, bounds: Tensor | None) -> None:
+def _check_inputs(scores: Tensor, k: int, bounds: Tensor | None, listed: Tensor | None) -> None:
     if scores.dim() != 2 or scores.dtype != torch.float32 or not scores.is_contiguous():
         raise KernelInputError(
             f"scores must be (rows, pages) fp32, contiguous, got {tuple(scores.shape)} {scores.dtype}"
@@ -92,13 +123,20 @@ def _check_inputs(scores: Tensor, k: int, bounds: Tensor | None) -> None:
         raise KernelInputError(f"k must be from 1 to {MOST_CHOSEN:,}, got {k}")
     if bounds is not None and (bounds.shape != (3,) or bounds.dtype != torch.int32 or not bounds.is_contiguous()):
         raise KernelInputError(f"bounds must be (3,) int32, got {tuple(bounds.shape)} {bounds.dtype}")
+    if listed is not None and (
+        listed.shape != scores.shape or listed.dtype != torch.int32 or not listed.is_contiguous()
+    ):
+        raise KernelInputError(
+            f"listed must be {tuple(scores.shape)} int32, contiguous, got {tuple(listed.shape)} {listed.dtype}"
+        )
 
 
 # Sizes that differ from call to call are not specialised: no request waits for another compilation.
 @launched(do_not_specialize=("pages", "k"))
 def _page_top_k_kernel(
-    score_ptr, bounds_ptr, chosen_ptr, count_ptr, pages, k,
-    PAGES: tl.constexpr, HAS_BOUNDS: tl.constexpr, KEEP_REST: tl.constexpr,
+    score_ptr, bounds_ptr, list_ptr, chosen_ptr, count_ptr, pages, k, follow,
+    PAGES: tl.constexpr, HAS_BOUNDS: tl.constexpr, KEEP_REST: tl.constexpr, FOLLOWS: tl.constexpr,
+    IS_LISTED: tl.constexpr,
 ):  # fmt: skip
     # This program chooses for one row.
     row = tl.program_id(0).to(tl.int64)
@@ -106,6 +144,15 @@ def _page_top_k_kernel(
     nothing = float("-inf")
     score = tl.load(score_ptr + row * pages + page, mask=page < pages, other=nothing)
     score = tl.where(score == score, score, nothing)
+    if FOLLOWS:
+        has_before = (page > 0) & (page < pages)
+        if HAS_BOUNDS:
+            has_before &= (page > tl.load(bounds_ptr)) & (page <= tl.load(bounds_ptr + 1))
+        if IS_LISTED:
+            own = tl.load(list_ptr + row * pages + page, mask=has_before, other=0)
+            has_before &= own - tl.load(list_ptr + row * pages + page - 1, mask=has_before, other=0) == 1
+        before = tl.load(score_ptr + row * pages + page - 1, mask=has_before, other=0.0)
+        score += follow * tl.where(before > 0, before, 0.0)  # neither NaN nor what competes not
     if HAS_BOUNDS:
         rest = nothing
         if KEEP_REST:

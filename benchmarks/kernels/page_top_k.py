@@ -20,11 +20,11 @@ def _case(rows: int, pages: int, k: int, device: torch.device) -> KernelCase:
     bounds = torch.tensor([2, pages - 8, pages], dtype=torch.int32, device=device)
 
     def run() -> object:
-        return page_top_k(scores, k, bounds=bounds, keep_rest=True, backend=Backend.TRITON)
+        return page_top_k(scores, k, bounds=bounds, keep_rest=True, follow=0.5, backend=Backend.TRITON)
 
     def check() -> None:
-        got = page_top_k(scores, k, bounds=bounds, keep_rest=True, backend=Backend.TRITON)
-        expected = page_top_k_torch(scores, k, bounds=bounds, keep_rest=True)
+        got = page_top_k(scores, k, bounds=bounds, keep_rest=True, follow=0.5, backend=Backend.TRITON)
+        expected = page_top_k_torch(scores, k, bounds=bounds, keep_rest=True, follow=0.5)
         for mine, reference in zip(got, expected, strict=True):
             assert torch.equal(mine, reference)
 

@@ -2,7 +2,9 @@
 
 A selector finds pages by what it keeps of them; of `found_times` as many as are wanted those stay whose keys the
 queries would attend to most. Sinks and local window are scored as well, although they need not be chosen: a head that
-looks there gives little of its weight to others, and so has little say among them. How many pages are listed is the
+looks there gives little of its weight to others, and so has little say among them. What is said may go on in the next
+page, so half of a page's votes count for that one as well: of a number that stands across the end of a page, heads look
+at the first digit alone while they choose. How many pages are listed is the
 same for every choice, and which they are stays on the device.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ragkit.config import PageVote
 from ragkit.generation.page_lists import PageLayout
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.page_rows import PageSource
@@ -20,6 +23,7 @@ from ragkit.kvcache.page_selector import Election, Takes, pool_votes
 from ragkit.kvcache.rope import RotaryTable
 
 _VOTERS = 8  # means of neighbouring queries that choose for a whole window
+_FOLLOW = 0.5  # of a page's votes that the next page has as well
 _MOST_VOTERS = 64  # up to here every query of a question votes
 
 
@@ -60,6 +64,8 @@ class PageChoices:
         self._elections = [
             Election(options.vote, spec.num_kv_heads if options.per_key_head else 1, scale) for spec in specs
         ]
+        # Logits, whose sums and maxima are of either sign, cannot be shared.
+        self._follow = _FOLLOW if options.vote is PageVote.SOFTMAX else 0.0
         is_scored = options.selector.takes is Takes.BEST and layout.num_chosen < layout.num_candidates
         self._summaries = pages.summaries(options.selector) if is_scored else None
         everything = torch.cat([
@@ -93,7 +99,9 @@ class PageChoices:
             election = self._elections[layer]
             scores = options.selector.score(turned, self._summaries.of(layer), 0, layout.end, election)
             count = layout.num_listed - layout.num_chosen + layout.num_found
-            listed, _ = page_top_k(scores.contiguous(), count, bounds=self._competing, keep_rest=True)
+            listed, _ = page_top_k(
+                scores.contiguous(), count, bounds=self._competing, keep_rest=True, follow=self._follow
+            )
             is_enough = layout.num_found == layout.num_chosen
             self.listed[layer] = listed if is_enough else self._best_of(layer, turned, listed)
         if not self._for_window:
@@ -106,7 +114,9 @@ class PageChoices:
         election = self._elections[layer]
         logits = self._source.log_sums(layer, turned, listed, election.scale)
         scores = pool_votes(logits, election).contiguous()
-        best, _ = page_top_k(scores, self._layout.num_listed, bounds=self._of_found, keep_rest=True)
+        best, _ = page_top_k(
+            scores, self._layout.num_listed, bounds=self._of_found, keep_rest=True, follow=self._follow, listed=listed
+        )
         return listed.gather(1, best.long())
 
     def _turned(self, queries: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from ragkit.errors import GenerationError
 from ragkit.kvcache.page_selector import PageSelector, Takes
 from ragkit.kvcache.page_selectors import make_page_selector
 
-READING_VERSION = 1  # raised where the same settings come to give other numbers
+READING_VERSION = 2  # raised where the same settings come to give other numbers
 
 
 @dataclass(frozen=True, slots=True)

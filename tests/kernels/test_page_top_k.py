@@ -38,6 +38,30 @@ def test_matches_the_definition_where_many_scores_are_equal(pages, device, rng):
     _compare(torch.randint(-2, 3, (4, pages), device=device, generator=rng).float(), 33)
 
 
+@pytest.mark.parametrize("keep_rest", [False, True])
+@pytest.mark.parametrize("with_bounds", [False, True])
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_matches_the_definition_where_a_page_has_a_part_in_the_score_before_it(
+    is_listed, with_bounds, keep_rest, device, rng
+):
+    scores = torch.randn(3, 70, device=device, generator=rng)
+    steps = torch.randint(1, 3, scores.shape, device=device, generator=rng)
+    bounds = _bounds(3, 60, 66, device=device) if with_bounds else None
+    listed = steps.cumsum(1).int() if is_listed else None
+    _compare(scores, 20, bounds=bounds, keep_rest=keep_rest and with_bounds, follow=0.5, listed=listed)
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+def test_the_page_behind_a_high_score_is_chosen_and_the_one_behind_a_gap_or_a_sink_is_not(backend, device):
+    scores = torch.tensor([[9.0, 0.1, 0.2, 4.0, 0.1, 0.3, 0.3]], device=device)
+    bounds = _bounds(1, 7, 7, device=device)
+    pages, _ = page_top_k(scores, 2, bounds=bounds, follow=0.5, backend=backend)
+    assert pages.tolist() == [[3, 4]]
+    listed = _bounds(0, 1, 2, 3, 8, 9, 12, device=device).unsqueeze(0)
+    pages, _ = page_top_k(scores, 2, bounds=bounds, follow=0.5, listed=listed, backend=backend)
+    assert pages.tolist() == [[3, 5]]
+
+
 @pytest.mark.parametrize("k", [1, 5, 9, 20])
 def test_scores_of_all_magnitudes_and_both_signs_are_in_order(k, device):
     spread = [0.0, 1e-45, -1e-45, 1e-38, -1e-38, 1.0, -1.0, 3.4e38, -3.4e38, 1.0000001, 2.0, -2.0]
