@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragkit.bench.blend_report import COMPARABLE, BlendBenchOptions, Part, ScoredText
+from ragkit.cli.bench_speculative import speculative
 from ragkit.cli.common import Session, command, flag
 from ragkit.cli.measuring import check_places, listed_values, run_measurement
 from ragkit.cli.output import json_text
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure ragkit on this machine.", no_args_is_help=True, rich_markup_mode=None)
     group.callback()(_group)
     group.command("blend")(command(blend))
+    group.command("speculative")(command(speculative))
     app.add_typer(group, name="bench")
 
 
