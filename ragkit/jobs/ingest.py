@@ -59,6 +59,7 @@ class Ingest:
         self._progress = progress
         self._stop = stop or Event()
         self._tally = _Tally()
+        self._done_already: set[str] = set()  # unchanged sources that come in parts
 
     def run(self, plan: IngestPlan) -> IngestReport:
         """Carry the plan out and return what was committed.
@@ -127,12 +128,13 @@ class Ingest:
         read: list[PlannedSource] = []
         embedded: dict[str, IndexedDocument] = {}
         for item, outcome in group.outcomes:
-            if outcome.facts is not None:
+            is_part = isinstance(outcome, PreparedSource) and outcome.more
+            if outcome.facts is not None and not is_part:
                 self._report_losses(item, outcome.facts)
             if isinstance(outcome, PreparedSource) and self._is_unchanged(item, outcome.facts):
                 self._touch(item, outcome.facts)
             elif isinstance(outcome, PreparedSource):
-                read.append(item)
+                read += [] if is_part else [item]
                 updates.append(self._update_of(item, outcome))
                 embedded |= {one.document.doc_id: one for one in outcome.documents if isinstance(one, IndexedDocument)}
             elif _is_skipped(outcome):
@@ -167,6 +169,9 @@ class Ingest:
         source = facts.source
         if item.record is not None and (item.record.size, item.record.mtime_ns) != (source.size, source.mtime_ns):
             self._writer.touch(source.uri, size=source.size, mtime_ns=source.mtime_ns)
+        if item.source.uri in self._done_already:
+            return
+        self._done_already.add(item.source.uri)
         self._tally.unchanged += 1
         self._progress.advance(documents=1, bytes=source.size)
 
@@ -189,6 +194,7 @@ class Ingest:
             reader=facts.reader,
             recipe=self._recipes.of(facts.media_type),
             documents=prepared.documents,
+            more=prepared.more,
         )
 
     def _commit_failure(self, item: PlannedSource, error: ReadError) -> None:

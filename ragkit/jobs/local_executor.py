@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ragkit.chunking.base import Chunker
 from ragkit.config import IngestConfig, PipelineConfig
 from ragkit.jobs.executor import PreparedGroup, Watch
 from ragkit.jobs.plan import PlannedSource
 from ragkit.jobs.steps import ChunkedSource, FailedPreparation, Known, chunk_source, embed_sources
-from ragkit.readers import ReaderPool, ReadLimits
+from ragkit.readers import ReaderPool, ReadLimits, ReadResult
 from ragkit.retrieval.base import ChunkEmbedder
-from ragkit.types import Chunk
+from ragkit.types import Chunk, Document
 
 # A group is committed at the latest after this many chunks, so that a kill costs half a minute of embedding.
 COMMIT_CHUNKS = 512
+# A table of more rows is committed in parts of so many.
+PART_DOCUMENTS = 2048
 
 _MEGABYTE = 1 << 20
 
@@ -61,6 +63,12 @@ class LocalExecutor:
         with ReaderPool(limits=self._limits) as pool:
             for item, result in zip(work, pool.map(item.source for item in work), strict=True):
                 watch.check()
+                if isinstance(result, ReadResult) and len(result.documents) > PART_DOCUMENTS:
+                    if group.sources:
+                        yield self._embedded(group, watch)
+                        group = _Group()
+                    yield from self._in_parts(item, result, known, watch)
+                    continue
                 started, before = time.perf_counter(), len(group.chunks)
                 outcome = chunk_source(result, self._chunker, self._max_tokens, known, group.chunks)
                 group.chunk_seconds += time.perf_counter() - started
@@ -74,6 +82,28 @@ class LocalExecutor:
                     group = _Group()
         if group.sources:
             yield self._embedded(group, watch)
+
+    def _in_parts(self, item: PlannedSource, result: ReadResult, known: Known, watch: Watch) -> Iterator[PreparedGroup]:
+        """Yield a source of many documents part by part, so that never all of them are in memory."""
+        stops = list(_part_stops(result.documents, self._commit_bytes))
+        start = 0
+        for stop in stops:
+            group = _Group()
+            started = time.perf_counter()
+            part = replace(result, documents=result.documents[start:stop])
+            outcome = chunk_source(part, self._chunker, self._max_tokens, known, group.chunks)
+            group.chunk_seconds = time.perf_counter() - started
+            if isinstance(outcome, FailedPreparation):
+                yield PreparedGroup([(item, outcome)])
+                return
+            group.add(item, outcome, 0)
+            prepared = self._embedded(group, watch)
+            ((_, done),) = prepared.outcomes
+            if isinstance(done, FailedPreparation):
+                yield prepared
+                return
+            yield PreparedGroup([(item, replace(done, more=stop < stops[-1]))], prepared.seconds)
+            start = stop
 
     def __enter__(self) -> LocalExecutor:
         return self
@@ -95,6 +125,18 @@ class LocalExecutor:
         }
         items = [item for item, _ in group.sources]
         return PreparedGroup(list(zip(items, outcomes, strict=True)), seconds)
+
+
+def _part_stops(documents: Sequence[Document], most_characters: int) -> Iterator[int]:
+    """Yield where the parts of a source's documents end: at so many documents, or at so much text."""
+    start = characters = 0
+    for index, document in enumerate(documents):
+        characters += len(document.text)
+        if index + 1 - start >= PART_DOCUMENTS or characters >= most_characters:
+            yield index + 1
+            start, characters = index + 1, 0
+    if start < len(documents):
+        yield len(documents)
 
 
 def read_limits(config: IngestConfig) -> ReadLimits:

@@ -43,10 +43,11 @@ class ChunkedSource:
 
 @dataclass(frozen=True, slots=True)
 class PreparedSource:
-    """A source that is ready to be committed."""
+    """A source that is ready to be committed; with `more` a part of one, and the next groups hold the rest in order."""
 
     facts: SourceFacts
     documents: tuple[IndexedDocument | KnownDocument, ...]
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,11 +96,19 @@ class Changes:
         self.drop_links(source_id)
         self.connection.execute("DELETE FROM sources WHERE source_id = ?", (source_id,))
 
-    def drop_links(self, source_id: int) -> None:
-        """Unlink every document of a source; `finish` deletes those that nothing links to any more."""
-        rows = self.connection.execute("SELECT doc_key FROM links WHERE source_id = ?", (source_id,))
+    def drop_links(self, source_id: int, before: int | None = None) -> None:
+        """Unlink the documents of a source, all of them or those of links with keys below `before`.
+
+        `finish` deletes those that nothing links to any more.
+        """
+        bounds = (source_id, (1 << 62) if before is None else before)
+        rows = self.connection.execute("SELECT doc_key FROM links WHERE source_id = ? AND link_id < ?", bounds)
         self._loose_documents.update(doc_key for (doc_key,) in rows)
-        self.connection.execute("DELETE FROM links WHERE source_id = ?", (source_id,))
+        self.connection.execute("DELETE FROM links WHERE source_id = ? AND link_id < ?", bounds)
+
+    def next_link_id(self) -> int:
+        """Return the key of the link that is made next; those that are there have lower ones."""
+        return self._next("links", "link_id")
 
     def drop_link(self, link_id: int) -> None:
         """Unlink one document."""
@@ -109,13 +117,16 @@ class Changes:
         self.connection.execute("DELETE FROM links WHERE link_id = ?", (link_id,))
 
     def link(self, source_id: int, documents: Sequence[tuple[int, str, Metadata]]) -> None:
-        """Link a source to documents: (document key, URI, metadata) in order."""
-        link_id = self._next("links", "link_id")
+        """Link a source to documents, behind those that it has: (document key, URI, metadata) in order."""
+        first_link = self.next_link_id()
+        sql = "SELECT ifnull(max(position), -1) + 1 FROM links WHERE source_id = ?"
+        (first_position,) = self.connection.execute(sql, (source_id,)).fetchone()
         links, values = [], []
-        for position, (doc_key, uri, metadata) in enumerate(documents):
-            row = (link_id + position, source_id, position, doc_key, to_sql(uri), metadata_to_json(uri, metadata))
+        for index, (doc_key, uri, metadata) in enumerate(documents):
+            link_id, position = first_link + index, first_position + index
+            row = (link_id, source_id, position, doc_key, to_sql(uri), metadata_to_json(uri, metadata))
             links.append((*row, row_crc(*row)))
-            values += filter_rows(link_id + position, metadata)
+            values += filter_rows(link_id, metadata)
         self.connection.executemany(f"INSERT INTO links ({LINK_COLUMNS}, crc) VALUES (?,?,?,?,?,?,?)", links)  # noqa: S608
         self.connection.executemany("INSERT INTO link_values (link_id, key, value) VALUES (?,?,?)", values)
 

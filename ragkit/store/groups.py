@@ -23,6 +23,8 @@ def check_group(group: Sequence[SourceUpdate], dim: int) -> None:
         seen.add(update.uri)
         if update.failure is not None and update.documents:
             raise UsageError(f"{update.uri} has both documents and a failure: give one of them")
+        if update.failure is not None and update.more:
+            raise UsageError(f"{update.uri} failed, and more of it is to follow: give one of them")
         if update.failure is not None and not update.failure.code:
             raise UsageError(f"{update.uri} failed without a code: give a stable reason such as 'corrupt'")
         for item in update.documents:

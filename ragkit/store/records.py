@@ -113,6 +113,10 @@ class SourceUpdate:
     """The new state of one source: its documents, or why there are none.
 
     With `failure` the documents that the source had before stay visible, and the failure is recorded beside them.
+
+    With `more` these are not all documents of a large source: others follow, in later commits of the same writer, and
+    the last of them is without it. Until then the source counts as not read, so that a job that is cut off reads it
+    again, and what it had before stays visible beside what has come.
     """
 
     uri: str
@@ -124,11 +128,14 @@ class SourceUpdate:
     recipe: str = ""
     documents: tuple[IndexedDocument | KnownDocument, ...] = ()
     failure: SourceFailure | None = None
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CommitReport:
     """What one commit did; URIs in the order of the group, `rows` is the number of chunks that were added.
+
+    A source that comes in parts is named by the commit of its last one.
 
     `heirs` names, by the id of a chunk that was replaced, the chunk that has its text now.
     """

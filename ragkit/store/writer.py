@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,14 @@ def open_writer(folder: Path, lock_timeout_s: float) -> Iterator[Writer]:
         lock.release()
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A source that comes in parts: the key of its first new link, and whether it was indexed before."""
+
+    first_link_id: int
+    was_visible: bool
+
+
 class Writer:
     """Writes a store while it holds the lock; made by `Store.writer`."""
 
@@ -70,6 +79,7 @@ class Writer:
         self._folder = folder
         self._connection = connection
         self._transactions = Transactions(folder, connection, lock)
+        self._parts: dict[str, _Parts] = {}  # sources of which more is to come
 
     def configure(
         self, *, embedder_id: str, dim: int, chunker: str, chunker_fingerprint: str, tokenizer_id: str
@@ -102,7 +112,7 @@ class Writer:
             check_group(group, int(read_meta(self._connection, "dim", "0")))
             next_row = int(read_meta(self._connection, "last_row_id")) + 1
             new = self._new_documents(group, next_row)
-            before = {update.uri: self._is_visible(update.uri) for update in group}
+            before = {update.uri: self._was_visible(update.uri) for update in group}
         rows = sum(len(item.indexed.chunks) for item in new.values())
         needed = group_bytes(group)
         with translated(self._folder, needed):
@@ -117,7 +127,7 @@ class Writer:
             generation = changes.generation
         heirs = changes.heirs
         failed = tuple(update.uri for update in group if update.failure is not None)
-        stored = [update.uri for update in group if update.failure is None]
+        stored = [update.uri for update in group if update.failure is None and not update.more]
         added = tuple(uri for uri in stored if not before[uri])
         return CommitReport(generation, added, tuple(uri for uri in stored if before[uri]), failed, rows, heirs)
 
@@ -246,7 +256,16 @@ class Writer:
         return write_vector_segment(self._folder, np.arange(first_row, first_row + rows, dtype=np.int64), vectors)
 
     def _apply(self, changes: Changes, update: SourceUpdate, keys: Mapping[str, int]) -> None:
-        source_id = changes.put_source(update)
+        parts = self._parts.get(update.uri)
+        if update.more and parts is None:
+            parts = _Parts(changes.next_link_id(), self._is_visible(update.uri))
+            self._parts[update.uri] = parts
+        known = self._source_id(update.uri) if update.more else None
+        # What is not whole says nothing of its content: a job that is cut off would else take it for done.
+        outline = SourceUpdate(update.uri, "", 0, 0, recipe=update.recipe) if update.more else update
+        source_id = changes.put_source(outline) if known is None else known
+        if not update.more:
+            self._parts.pop(update.uri, None)
         if update.failure is not None:
             return
         links: list[tuple[int, str, Metadata]] = []
@@ -261,7 +280,8 @@ class Writer:
                 assert doc_key is not None
                 changes.rewrite_document(doc_key, recipe=update.recipe)
             links.append((doc_key, uri, metadata))
-        changes.drop_links(source_id)
+        if not update.more:
+            changes.drop_links(source_id, None if parts is None else parts.first_link_id)
         changes.link(source_id, links)
 
     def _is_stored(self, item: IndexedDocument) -> bool:
@@ -281,6 +301,11 @@ class Writer:
     def _source_id(self, uri: str) -> int | None:
         row = self._connection.execute("SELECT source_id FROM sources WHERE uri = ?", (to_sql(uri),)).fetchone()
         return None if row is None else int(row[0])
+
+    def _was_visible(self, uri: str) -> bool:
+        """Whether a source has been indexed before this commit, or before the first of its parts."""
+        parts = self._parts.get(uri)
+        return self._is_visible(uri) if parts is None else parts.was_visible
 
     def _is_visible(self, uri: str) -> bool:
         """Whether a source has been indexed before."""
