@@ -6,9 +6,9 @@
 Three tables. What a pass over 1 to 32 tokens costs beside a step. What a step of drafting over a short context costs,
 with the model's own weights and with its copy of 4 bits. And whole loops, of which everything runs: drafts, verifying,
 choosing, the control of lengths. Random weights accept nothing, so that what stands is imposed after all of it is
-computed: each drafted token with the same chance, or as many as FILE says that stood on real weights: JSON whose
-`result.stood` names drafters and lists, for each, how many drafted tokens stood in pass after pass. The ceiling is what
-the best fixed length would reach at that acceptance if verifying cost a plain step and nothing else cost anything.
+computed: each drafted token with the same chance, or as many as FILE says that stood on real weights, which
+`benchmarks/draft_runs.py` writes: how many tokens were proposed and how many stood, pass after pass. The ceiling is
+what the best fixed length would reach at that acceptance if verifying cost a plain step and nothing else cost anything.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,11 @@ def main() -> None:
         print(f"\nraw numbers: {write_result('speculative_speed', result)}")
 
 
-def stood_runs(path: Path | None) -> dict[str, list[int]]:
-    """Return how many drafted tokens stood in each pass on real weights, by drafter."""
+def stood_runs(path: Path | None) -> dict[str, list[list[int]]]:
+    """Return how many tokens were proposed and stood in each pass on real weights, by drafter."""
     if path is None:
         return {}
-    stood: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))["result"]["stood"]
+    stood: dict[str, list[list[int]]] = json.loads(path.read_text(encoding="utf-8"))["result"]["stood"]
     return stood
 
 
@@ -107,19 +108,34 @@ def print_tables(result: dict[str, Any]) -> None:
 
 
 class Stands:
-    """Says how many drafted tokens stand: each with one chance, or as a list says in turn."""
+    """Says how many drafted tokens stand: each with one chance, or as on real weights.
 
-    def __init__(self, chance: float = 0.0, runs: Sequence[int] = ()) -> None:
+    Args:
+        chance: of a token whose predecessors stand.
+        runs: tokens proposed and standing in pass after pass; what was not drafted of a run stands in the next pass.
+    """
+
+    def __init__(self, chance: float = 0.0, runs: Sequence[Sequence[int]] = ()) -> None:
         self._chance = chance
         self._runs = runs
         self._next = 0
+        self._left: int | None = None
         self._random = random.Random(0)
 
+    @property
+    def proposed(self) -> int:
+        """Tokens that a drafter finds now."""
+        if not self._runs:
+            return MOST_DEPTH
+        return self._runs[self._next % len(self._runs)][0] if self._left is None else self._left
+
     def of(self, drafted: int) -> int:
-        """Return how many of the first `drafted` tokens stand."""
+        """Return how many of the first `drafted` tokens stand, and go on to the next pass."""
         if self._runs:
-            run = self._runs[self._next % len(self._runs)]
-            self._next += 1
+            run = self._runs[self._next % len(self._runs)][1] if self._left is None else self._left
+            self._next += self._left is None
+            left = run - drafted - 1  # the token behind a draft that stands is one of the run
+            self._left = left if left > 0 else None
             return min(run, drafted)
         stands = 0
         while stands < drafted and self._random.random() < self._chance:
@@ -131,15 +147,12 @@ class Stands:
         """How likely the draft of each depth stands, all before it having to as well."""
         if not self._runs:
             return [self._chance**depth for depth in range(1, MOST_DEPTH + 1)]
-        return [sum(run >= depth for run in self._runs) / len(self._runs) for depth in range(1, MOST_DEPTH + 1)]
+        return [sum(run >= depth for _, run in self._runs) / len(self._runs) for depth in range(1, MOST_DEPTH + 1)]
 
     @property
     def expected(self) -> list[float]:
         """Tokens that a pass over a draft of 0, 1, 2 ... tokens brings."""
-        sums = [1.0]
-        for chance in self.chances:
-            sums.append(sums[-1] + chance)
-        return sums
+        return list(accumulate(self.chances, initial=1.0))
 
 
 class ImposedAcceptance:
@@ -250,9 +263,9 @@ class LookupDrafter:
     def propose(self, sessions: Sequence[LookupSession], budgets: Sequence[DraftBudget]) -> list[DraftTree]:
         """Return a chain a session."""
         chances = self._stands.chances
+        lengths = [min(budget.depth, self._stands.proposed) for budget in budgets]
         return [
-            dataclasses.replace(DraftTree.chain([7] * budget.depth), chances=tuple(chances[: budget.depth]))
-            for budget in budgets
+            dataclasses.replace(DraftTree.chain([7] * length), chances=tuple(chances[:length])) for length in lengths
         ]
 
 
