@@ -28,7 +28,7 @@ asked = REPORTS if data.exists() else PAGES
 
 questions, answers = Path("questions.jsonl"), Path("answers.jsonl")
 rows = [
-    {"id": f"{path.stem} {name}", "question": question, "document": str(path)}
+    {"id": f"{path.stem} {name}", "question": question, "filter": {"uri": f"*/{path.name}"}}
     for path in documents
     for name, question in asked.items()
 ]
