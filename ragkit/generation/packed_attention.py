@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ragkit.generation.attention import causal_attention
+from ragkit.generation.host_attention import causal_host_attention, one_token_host_attention
 from ragkit.generation.packed_pass import PackedPiece, PackedRequest, PackedRowsPlan
 from ragkit.kernels.paged_decode_attention import paged_decode_attention
 from ragkit.kernels.rope_write_kv import rope_write_kv
-from ragkit.kernels.selected_attention import selected_attention
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.rope import RotaryTable
 
@@ -121,23 +121,18 @@ class PackedAttention:
 
 
 def one_token_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Return (q_heads, head_dim): one token attends to all rows, scores in fp32.
+    """Return (q_heads, head_dim): one token attends to all rows of a request.
 
     Args:
         queries: (q_heads, head_dim), rotated.
         keys, values: (kv_heads, rows, head_dim), keys rotated.
         scale: factor on the scores.
     """
-    # The query heads of one key head stand as rows of one product: the keys are read once for all of them.
-    grouped = queries.unflatten(0, (keys.shape[0], -1))
-    if keys.dtype == torch.float32:
-        return functional.scaled_dot_product_attention(
-            grouped.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), scale=scale
-        )[0].flatten(0, 1)
-    # Measured on an AMD core with AVX-512, 3 x 3 heads of 64 over 1,600 rows in bf16: 160 us, 280 by torch's SDPA.
-    scores = torch.bmm(grouped.float(), keys.float().transpose(1, 2)).mul_(scale)
-    shares = torch.softmax(scores, dim=-1, out=scores).to(values.dtype)
-    return torch.bmm(shares, values).flatten(0, 1)
+    if queries.dtype == torch.bfloat16:
+        return one_token_host_attention(queries, keys, values, scale)
+    grouped = queries.unflatten(0, (keys.shape[0], -1)).unsqueeze(0)
+    attended = functional.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0), scale=scale)
+    return attended[0].flatten(0, 1)
 
 
 def _kept(piece: PackedPiece, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,8 +147,6 @@ def _kept(piece: PackedPiece, layer: int, start: int, keys: Tensor, values: Tens
 
 
 def _causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
-        # Half of the time of torch's SDPA for 1,600 tokens where the processor has no AMX; the same where it has.
-        positions = torch.arange(len(keys) - len(queries), len(keys), dtype=torch.int32)
-        return selected_attention(queries, keys.contiguous(), values.contiguous(), positions, scale=scale)
+    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+        return causal_host_attention(queries, keys, values, scale)
     return causal_attention(queries, keys, values, scale)
