@@ -80,6 +80,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
+    pytest.importorskip("aiohttp", reason="the extra remote is not installed")
     server = Server()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
