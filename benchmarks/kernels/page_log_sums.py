@@ -17,9 +17,36 @@ from ragkit.kernels.testing import assert_matches
 def cases(device: torch.device) -> list[KernelCase]:
     """Return one query, and eight, over 128K rows and over a million as codes; on a CPU small cases."""
     if device.type == "cpu":
-        return [_case(1, 5, bits, device) for bits in (0, 4)]
+        return [*(_case(1, 5, bits, device) for bits in (0, 4)), _listed(1, 5, 3, 4, device)]
     sizes = [(tokens, 2048, bits) for tokens in (1, 8) for bits in (0, 8, 4)]
-    return [_case(*size, device) for size in (*sizes, (1, 16384, 4))]
+    cases = [_case(*size, device) for size in (*sizes, (1, 16384, 4))]
+    return [*cases, *(_listed(tokens, 2048, 114, 4, device) for tokens in (1, 8))]
+
+
+def _listed(tokens: int, pages: int, count: int, bits: int, device: torch.device) -> KernelCase:
+    """Return the case of some pages that are listed, as a selector finds them."""
+    shape = model_shape(device)
+    queries = normal(tokens, shape.q_heads, shape.head_dim, shape=shape, device=device)
+    numbers = kv_rows(pages * BLOCK_SIZE, shape, device).unflatten(0, (pages, BLOCK_SIZE))
+    keys = quantized(numbers, numbers, bits)[0]
+    listed = torch.randperm(pages, device=device)[:count].sort().values.int().unsqueeze(0)
+    scale = shape.head_dim**-0.5
+
+    def run() -> Tensor:
+        return page_log_sums(queries, keys, scale=scale, listed=listed, backend=Backend.TRITON)
+
+    def check() -> None:
+        expected = page_log_sums_torch(queries, keys, scale=scale, listed=listed)
+        assert_matches(run().to(shape.dtype), expected, reduced=4)
+
+    return KernelCase(
+        name=f"page_log_sums of listed pages, int{bits}",
+        shape=f"{tokens} tokens, {count} of {pages:,} pages of {BLOCK_SIZE}, {shape.heads}",
+        run=run,
+        check=check,
+        work=keys.nbytes * count / pages + tokens * shape.q_heads * count * 4,
+        kind="bandwidth",
+    )
 
 
 def _case(tokens: int, pages: int, bits: int, device: torch.device) -> KernelCase:
