@@ -20,7 +20,9 @@ from ragkit.generation.drafter import DraftBudget
 _NODES = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32)  # how many are told apart in what a pass costs
 _NEWEST = 0.2  # say of the newest pass in what a pass costs
 _OUTLIER = 3.0  # a pass that took so many times what is known counts as this
-_UNKNOWN_NODE = 0.02  # of a plain step: what a node is taken to cost before it was measured
+# Of a plain step: what a node is taken to cost before it was measured. A CPU computes where a GPU waits for memory.
+_UNKNOWN_NODE = {"cpu": 0.08, "cuda": 0.02}
+_NOMINAL_NODE = 0.02
 _FORGET = 0.9  # of acceptance, a pass
 _FORGET_SLOWLY = 0.98
 _PRIOR_ACCEPTANCE = 0.7
@@ -69,9 +71,14 @@ class Costs(Protocol):
 
 
 class MeasuredCosts:
-    """Milliseconds as they were measured, on one engine for all its requests. Safe to use from threads."""
+    """Milliseconds as they were measured, on one engine for all its requests. Safe to use from threads.
 
-    def __init__(self) -> None:
+    Args:
+        device: cpu or cuda, which says what to expect before anything is known.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._node = _UNKNOWN_NODE[device]
         self._lock = threading.Lock()
         self._known: dict[tuple[int, int, int], float] = {}
         self._seen: set[tuple[int, int, int]] = set()
@@ -81,14 +88,14 @@ class MeasuredCosts:
         sizes = context.bit_length(), requests.bit_length()
         known = [(count, self._known[*sizes, count]) for count in _NODES if (*sizes, count) in self._known]
         if not known:
-            return 1.0 + _UNKNOWN_NODE * nodes
+            return 1.0 + self._node * nodes
         below = [one for one in known if one[0] <= nodes]
         above = [one for one in known if one[0] >= nodes]
         if below and above:
             (low, start), (high, stop) = below[-1], above[0]
             return start if low == high else start + (stop - start) * (nodes - low) / (high - low)
         nearest, ms = below[-1] if below else above[0]
-        return ms * (1 + _UNKNOWN_NODE * nodes) / (1 + _UNKNOWN_NODE * nearest)
+        return ms * (1 + self._node * nodes) / (1 + self._node * nearest)
 
     def of_draft(self, measured_ms: float, share: float) -> float:
         """Return milliseconds; `share` says nothing that the clock does not."""
@@ -110,7 +117,7 @@ class NominalCosts:
 
     def of_pass(self, context: int, nodes: int, requests: int = 1) -> float:
         """Return a plain step and a little more for every node."""
-        return 1.0 + _UNKNOWN_NODE * nodes
+        return 1.0 + _NOMINAL_NODE * nodes
 
     def of_draft(self, measured_ms: float, share: float) -> float:
         """Return the share."""

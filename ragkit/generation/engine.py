@@ -84,7 +84,7 @@ class Engine:
         self.rotary = RotaryCache(decoder)
         self._builders: dict[str, PromptBuilder] = {}
         self._building = threading.Lock()
-        self._draft_costs = MeasuredCosts()
+        self._draft_costs = MeasuredCosts(decoder.device.type)
         self._runner: StepRunner = (
             DecodeRunner(decoder, self.pool) if decoder.device.type == "cuda" else ContiguousDecodeRunner(decoder)
         )
