@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import socket
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,11 +49,11 @@ def import_ray() -> ModuleType:
 
 def _obey_environment() -> None:
     """Have Ray read its settings again where the program imported it before the environment was set."""
-    from ray._raylet import AuthenticationMode, Config, get_authentication_mode
-
-    if os.environ["RAY_AUTH_MODE"].lower() == "token" and get_authentication_mode() != AuthenticationMode.TOKEN:
-        Config.initialize("")
-        if get_authentication_mode() != AuthenticationMode.TOKEN:
+    raylet: Any = import_module("ray._raylet")
+    token = raylet.AuthenticationMode.TOKEN
+    if os.environ["RAY_AUTH_MODE"].lower() == "token" and raylet.get_authentication_mode() != token:
+        raylet.Config.initialize("")
+        if raylet.get_authentication_mode() != token:
             raise JobError("Ray was imported without authentication: set RAY_AUTH_MODE=token before the program starts")
 
 
