@@ -74,7 +74,7 @@ def main() -> None:
         arguments.contexts = [100, 200]
     began = time.perf_counter()
     with torch.inference_mode():
-        bench = Bench(torch.device(arguments.device), max(arguments.contexts), tiny=arguments.tiny)
+        bench = Bench(torch.device(arguments.device), arguments.contexts, tiny=arguments.tiny)
         print(f"model made after {time.perf_counter() - began:.0f} s", flush=True)
         result = bench.measure(arguments.contexts, arguments.drafters, stood_runs(arguments.stood))
     result["seconds"] = time.perf_counter() - began
@@ -272,7 +272,7 @@ class LookupDrafter:
 class Bench:
     """A model with its copy, requests over random rows, and the measurements."""
 
-    def __init__(self, device: torch.device, most_context: int, *, tiny: bool) -> None:
+    def __init__(self, device: torch.device, contexts: Sequence[int], *, tiny: bool) -> None:
         self.device = device
         self.tiny = tiny
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -280,14 +280,15 @@ class Bench:
         self.decoder, self.copy = random_decoders(config, device, dtype)
         self.draft_context = 64 if tiny else DRAFT_CONTEXT
         room = WARM_UP_TOKENS + TIMED_TOKENS + 64
-        blocks = sum(-(-(tokens + room) // 64) for tokens in (most_context, self.draft_context)) + 2
+        blocks = sum(-(-(tokens + room) // 64) for tokens in (*contexts, self.draft_context)) + 2
         self.pool = KVPool(self.decoder.layout, blocks, device)
         for pool in (*self.pool.keys, *self.pool.values):
             pool.normal_()
-        self.rotary = RotaryTable.build(config.rope, config.head_dim, most_context + room, device)
+        self.rotary = RotaryTable.build(config.rope, config.head_dim, max(contexts) + room, device)
         self.runner = DecodeRunner(self.decoder, self.pool)
         self.verifier = VerifyRunner(self.decoder, self.pool, self.runner.scratch_slot)
-        self.state = self._state(most_context + room)
+        # Each with blocks of its own: a step looks at all that its request has.
+        self.states = {context: self._state(context + room) for context in contexts}
         self.draft_state = self._state(self.draft_context + room)
         self.draft_runners = {}
         for name, model in (("self", self.decoder), ("self-4bit", self.copy)):
@@ -324,14 +325,15 @@ class Bench:
 
     def passes(self, context: int) -> list[dict[str, Any]]:
         """Return what a plain step (0 tokens drafted or verified) and passes over some tokens take, in turns."""
-        kv = self.state.kv
+        state = self.states[context]
+        kv = state.kv
 
         def step() -> None:
-            int(self.runner.step([self.state], [5])[0].argmax())
+            int(self.runner.step([state], [5])[0].argmax())
 
         def verify(tokens: int) -> Callable[[], object]:
             tree = DraftTree.chain([7] * (tokens - 1))
-            return lambda: self.verifier.verify([self.state], [5], [tree])[0].argmax(-1).tolist()
+            return lambda: self.verifier.verify([state], [5], [tree])[0].argmax(-1).tolist()
 
         runs: dict[int, Callable[[], object]] = {0: step} | {tokens: verify(tokens) for tokens in PASSES}
         spent: dict[int, list[float]] = {tokens: [] for tokens in runs}
@@ -376,12 +378,12 @@ class Bench:
 
     def plain_loop(self, context: int) -> float:
         """Return milliseconds a token of plain decoding, the choice of tokens included."""
-        kv = self.state.kv
-        kv.num_tokens = context
+        state = self.states[context]
+        state.kv.num_tokens = context
         token, count = 5, 8 if self.tiny else 64
         started = time.perf_counter()
         for _ in range(count):
-            token = int(self.runner.step([self.state], [token])[0].argmax())
+            token = int(self.runner.step([state], [token])[0].argmax())
         return (time.perf_counter() - started) * 1e3 / count
 
     def loop(self, context: int, name: str, stands: Stands, draft_ms: float, plain_pass_ms: float) -> dict[str, Any]:
@@ -398,8 +400,8 @@ class Bench:
         prompt = Prompt((Segment((1,)),))
         request = SpeculativeRequest(drafting, prompt, sampling, frozenset(), self.costs)
         request._acceptance = ImposedAcceptance(stands)  # type: ignore[assignment]
-        self.state.kv.num_tokens = context
-        request.state = self.state
+        request.state = self.states[context]
+        request.state.kv.num_tokens = context
         request.first(torch.zeros(self.decoder.config.vocab_size, device=self.device))
         started, at = 0.0, 0
         use = request.use()

@@ -239,7 +239,7 @@ def test_eight_tokens_of_a_large_model_stand_in_one_tile_of_a_gpu():
     queries = torch.empty(8, 32, 128, dtype=torch.bfloat16, device="meta")
     assert verify_tile(queries, 1, pool, pool).pairs == 16  # the interpreter's
     if torch.cuda.is_available():
-        assert verify_tile(queries.to("cuda"), 1, pool, pool).pairs == 32
+        assert verify_tile(torch.empty_like(queries, device="cuda"), 1, pool, pool).pairs == 32
 
 
 def test_more_tokens_than_a_mask_has_bits_are_refused(device, rng):
