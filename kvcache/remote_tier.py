@@ -9,6 +9,7 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ragkit.credentials import public_url, safe_cause, without_credentials
 from ragkit.errors import KVCacheError, MissingExtraError
 from ragkit.kvcache.backing_tier import KnownRecord
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
@@ -38,10 +39,12 @@ class RemoteTier:
     def __init__(
         self, url: str, budget_bytes: int, policy: EvictionPolicy, options: dict[str, Any] | None = None
     ) -> None:
+        shown = public_url(url)
         try:
             import fsspec  # type: ignore[import-untyped]
         except ImportError as error:
-            raise MissingExtraError(f"the KV tier {url} needs fsspec: pip install 'ragkit[remote]'") from error
+            raise MissingExtraError(f"the KV tier {shown} needs fsspec: pip install 'ragkit[remote]'") from error
+        self._url = url
         self.name = urllib.parse.urlsplit(url).scheme or "file"
         self.budget_bytes = budget_bytes
         self._lock = threading.Lock()
@@ -53,7 +56,7 @@ class RemoteTier:
             self._files, self._root = fsspec.core.url_to_fs(url, **(options or {}))
             found = self._files.find(self._root, detail=True) if self._files.exists(self._root) else {}
         except Exception as error:  # every file system has errors of its own
-            raise KVCacheError(f"the KV tier {url} cannot be opened: {error}") from error
+            raise KVCacheError(f"the KV tier {shown} cannot be opened: {self._said(error)}") from safe_cause(error, url)
         for path, about in sorted(found.items()):
             name = str(path).rsplit("/", 1)[-1]
             with contextlib.suppress(KVCacheError):  # other files may lie there
@@ -64,7 +67,9 @@ class RemoteTier:
         try:
             return {key for key in keys if self._files.exists(self._path(key))}
         except Exception as error:  # every file system has errors of its own
-            raise KVCacheError(f"{self.name} cannot be asked for chunk KV: {error}") from error
+            raise KVCacheError(f"{self.name} cannot be asked for chunk KV: {self._said(error)}") from safe_cause(
+                error, self._url
+            )
 
     def known(self, keys: Sequence[KVKey]) -> dict[KVKey, KnownRecord]:
         """Return the sizes of objects that were there at the start, or that this process wrote."""
@@ -79,7 +84,9 @@ class RemoteTier:
         except FileNotFoundError as error:
             raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not at {self.name}") from error
         except Exception as error:
-            raise KVMissError(MissReason.UNREADABLE, f"the KV of {ref.key} cannot be fetched: {error}") from error
+            raise KVMissError(
+                MissReason.UNREADABLE, f"the KV of {ref.key} cannot be fetched: {self._said(error)}"
+            ) from safe_cause(error, self._url)
         reader = RecordReader(MemorySource(content), ref, codec_id, num_layers)
         with self._lock:
             if ref.key in self._sizes:
@@ -101,7 +108,9 @@ class RemoteTier:
             except Exception as error:
                 with self._lock:
                     self._forget(chunk.ref.key)
-                raise KVCacheError(f"chunk KV could not be written to {self.name}: {error}") from error
+                raise KVCacheError(
+                    f"chunk KV could not be written to {self.name}: {self._said(error)}"
+                ) from safe_cause(error, self._url)
             kept += 1
         return kept
 
@@ -118,12 +127,18 @@ class RemoteTier:
             except FileNotFoundError:  # another machine was faster
                 continue
             except Exception as error:  # every file system has errors of its own
-                _log.warning("the KV of %s could not be removed from %s and stays: %s", key, self.name, error)
+                _log.warning(
+                    "the KV of %s could not be removed from %s and stays: %s", key, self.name, self._said(error)
+                )
                 with self._lock:
                     self.failed_removals += 1
                     self._note(key, size)  # as though it had just been used, so that others are tried next
         with self._lock:
             return self.bytes_used + nbytes <= self.budget_bytes
+
+    def _said(self, error: Exception) -> str:
+        """Return what a file system says, without the credentials that the URL may hold."""
+        return without_credentials(str(error) or type(error).__name__, self._url)
 
     def _path(self, key: KVKey) -> str:
         return f"{self._root.rstrip('/')}/{key.digest[:2]}/{key.digest}.kv"

@@ -209,7 +209,7 @@ def _placed(target: str) -> Iterator[Path]:
 
 
 def _upload(target: str, files: Any, path: str, file: Path) -> None:
-    from ragkit.readers.credentials import public_url, safe_cause, without_credentials
+    from ragkit.credentials import public_url, safe_cause, without_credentials
     from ragkit.readers.file_systems import scheme_of
 
     direct = scheme_of(target) in _WHOLE_OR_NOT and not type(files).__module__.endswith(".arrow")

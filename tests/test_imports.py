@@ -27,6 +27,7 @@ LEVELS = (
         "reports",
         "settings",
         "setting_names",
+        "credentials",
         "setting_values",
         "setting_checks",
         "figures",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ragkit.config import (
@@ -18,6 +17,7 @@ from ragkit.config import (
 )
 from ragkit.errors import UsageError
 from ragkit.progress import Progress, Silent
+from ragkit.readers.file_systems import is_url, stored_name
 from ragkit.types import MetadataValue
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | N
 
 
 def document_uri(parts: Parts, document: str) -> str:
-    """Return the stored URI that a user means: as given, or as a path relative to the working folder.
+    """Return the stored URI that a user means: as given, as a path relative to the working folder, or as a signed URL.
 
     Raises:
         UsageError: the store holds no such document.
@@ -112,10 +112,11 @@ def document_uri(parts: Parts, document: str) -> str:
         return document
     if parts.store.rows_where({"uri": document}).size:
         return document
-    absolute = str(Path(document).absolute())
-    if parts.store.rows_where({"uri": absolute}).size:
-        return absolute
-    raise UsageError(f"the store holds no document {document!r}; `ragkit ls` lists what it holds")
+    stored = stored_name(document)
+    if parts.store.rows_where({"uri": stored}).size:
+        return stored
+    shown = stored if is_url(document) else document
+    raise UsageError(f"the store holds no document {shown!r}; `ragkit ls` lists what it holds")
 
 
 def _draft(config: DraftConfig, changes: QuestionChanges) -> DraftConfig:

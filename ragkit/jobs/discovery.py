@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ragkit.config import IngestConfig
+from ragkit.credentials import public_url
 from ragkit.errors import ReadError
 from ragkit.readers import Skipped, Source, discover
-from ragkit.readers.credentials import public_url
 from ragkit.readers.file_systems import is_url, refuse_network
 from ragkit.readers.source import Findable
 from ragkit.reports import FailedSource

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from ragkit.credentials import public_url, safe_cause, without_credentials
 from ragkit.errors import JobError, StoreLockedError, UsageError
 from ragkit.jobs.question_files import lies_elsewhere, local_path
 from ragkit.jobs.result_log import ResultLog
-from ragkit.readers.credentials import public_url, safe_cause, without_credentials
 from ragkit.readers.file_systems import open_file_system
 from ragkit.store.files import TEMPORARY_PREFIX, sync_folder, write_file_atomically
 

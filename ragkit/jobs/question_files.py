@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ragkit.credentials import public_url, safe_cause, without_credentials
 from ragkit.errors import ReadError, UsageError
-from ragkit.readers.credentials import public_url, safe_cause, without_credentials
 from ragkit.readers.csv import MAX_FIELD_CHARS, SAMPLE_CHARS, header, layout, values_of
 from ragkit.readers.encodings import detect_file
 from ragkit.readers.file_systems import is_url, open_file_system, scheme_of

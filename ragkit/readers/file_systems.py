@@ -8,8 +8,8 @@ import re
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from ragkit.credentials import public_url, safe_cause, without_credentials
 from ragkit.errors import MissingExtraError, OfflineError, UsageError
-from ragkit.readers.credentials import public_url, safe_cause, without_credentials
 
 logger = logging.getLogger(__name__)
 

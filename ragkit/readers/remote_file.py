@@ -17,9 +17,9 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from ragkit.credentials import public_url, safe_cause, without_credentials
 from ragkit.errors import ReadError, StoreSpaceError, UsageError
 from ragkit.readers.base import ParseContext
-from ragkit.readers.credentials import public_url, safe_cause, without_credentials
 from ragkit.readers.file_systems import open_file_system, scheme_of
 from ragkit.readers.globs import PathFilter
 from ragkit.readers.origin import ReadLocal, Skipped, Source

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
+from ragkit.credentials import public_url, safe_cause, without_credentials
 from ragkit.errors import MissingExtraError, ReadError, UsageError
 from ragkit.readers.base import FailedRow, ParseContext, ParsedDocument, Remark
-from ragkit.readers.credentials import public_url, safe_cause, without_credentials
 from ragkit.readers.media_type import MediaType
 from ragkit.readers.origin import ReadLocal, Source
 from ragkit.readers.result import Collected, ReadResult

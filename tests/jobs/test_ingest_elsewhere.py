@@ -240,3 +240,12 @@ def test_a_source_is_removed_by_the_url_that_it_was_ingested_by(pipeline, memory
     with pytest.raises(UsageError, match=r"memory://lib/other\.md"):
         pipeline.remove(["memory://lib/other.md"])
     assert pipeline.remove(["memory://lib/frogs.md?token=abc"]) == ("memory://lib/frogs.md",)
+
+
+def test_a_question_may_name_a_document_by_a_signed_url(pipeline, memory):
+    from ragkit.answers.options import document_uri
+
+    pipeline.ingest(["memory://lib/frogs.md"])
+    assert document_uri(pipeline.parts, "memory://lib/frogs.md?token=sesame") == "memory://lib/frogs.md"
+    with pytest.raises(UsageError, match=r"holds no document 'memory://lib/none\.md'"):
+        document_uri(pipeline.parts, "memory://lib/none.md?token=sesame")

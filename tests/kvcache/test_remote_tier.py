@@ -126,3 +126,31 @@ def test_sizes_are_known_of_what_was_there_at_the_start_and_of_what_was_written(
     known = tier.known([ref.key for ref in refs])
     assert list(known) == [ref.key for ref in refs[:2]]
     assert sum(record.nbytes for record in known.values()) == tier.bytes_used
+
+
+def test_credentials_of_the_place_show_neither_in_errors_nor_in_the_log(monkeypatch, caplog):
+    import traceback
+
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def refusing(self, *_, **__):
+        raise PermissionError("token sesame refused by memory://me:hunter2@kv")
+
+    url = "memory://me:hunter2@kv?token=sesame"
+    tier = RemoteTier(url, 10**9, make_policy("lru"))
+    for name in ("exists", "cat_file", "pipe_file"):
+        monkeypatch.setattr(MemoryFileSystem, name, refusing)
+    said = []
+    for fails in (
+        lambda: tier.holds([ref_of(1).key]),
+        lambda: load(tier, ref_of(1)),
+        lambda: tier.save([encoded_of(CODEC, ref_of(1))]),
+        lambda: RemoteTier(url, 10**9, make_policy("lru")),
+    ):
+        with pytest.raises((KVCacheError, KVMissError)) as caught:
+            fails()
+        said += traceback.format_exception(caught.value)
+    assert "***" in "".join(said)
+    shown = "".join(line for line in said if "raise " not in line) + caplog.text
+    assert "hunter2" not in shown
+    assert "sesame" not in shown

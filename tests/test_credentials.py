@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ragkit.readers.credentials import public_url, safe_cause, without_credentials
+from ragkit.credentials import public_url, safe_cause, without_credentials
 
 
 @pytest.mark.parametrize(
