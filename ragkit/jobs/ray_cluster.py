@@ -10,7 +10,10 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -129,7 +132,7 @@ class RayCluster:
         try:
             # Ray puts the driver's working folder on its workers' module path. In a checkout that folder holds
             # folders named like our packages, which would hide the installed ones.
-            with contextlib.chdir("/"):
+            with contextlib.chdir("/"), _own_signals():
                 self.ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError, self.ray.exceptions.RayError) as error:
             where = f"the Ray cluster at {address!r} cannot be used" if address else "Ray could not be started here"
@@ -138,6 +141,17 @@ class RayCluster:
                 f"{where}: {reason}; check --ray-address, and that RAY_AUTH_TOKEN (or the file that "
                 "RAY_AUTH_TOKEN_PATH names) is the cluster's token"
             ) from error
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the program's handler of SIGTERM, which Ray replaces by one that leaves at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _refuse_silent(address: str) -> None:

@@ -343,6 +343,19 @@ def test_a_cluster_refuses_another_token(cluster: Any) -> None:
     assert "RAY_AUTH_TOKEN" in done.stderr
 
 
+def test_the_handler_of_sigterm_stays_the_program_s(cluster: Any) -> None:
+    def handler(number: int, frame: Any) -> None:
+        raise AssertionError(number)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with RayCluster(JobsConfig(ray_address=cluster.address)) as connection:
+            connection.connect()
+            assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_models_that_were_handed_over_are_refused(tmp_path: Path, docs: Path, models: Path) -> None:
     config = config_of(models, "127.0.0.1:1")
     with (
