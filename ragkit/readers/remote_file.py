@@ -164,6 +164,9 @@ def _write(spool: IO[bytes], block: bytes, uri: str) -> None:
 def _reason(error: Exception, url: str) -> str:
     """Return what went wrong in one line, without credentials."""
     if isinstance(error, FileNotFoundError):
-        return "there is nothing"
+        cause = error.__cause__  # over HTTP every failure ends as a missing file
+        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410):
+            return "there is nothing"
+        return without_credentials(str(cause) or type(cause).__name__, url)
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return without_credentials(text, url)

@@ -209,6 +209,12 @@ def test_errors_of_http_name_the_place_and_no_credentials(server):
     assert str(caught.value) == f"cannot read '{server.url}/gone': there is nothing"
 
 
+def test_a_server_that_does_not_answer_is_told_from_a_missing_page():
+    pytest.importorskip("aiohttp", reason="the extra remote is not installed")
+    with pytest.raises(UsageError, match=r"cannot read 'http://127\.0\.0\.1:1/a': Cannot connect to host 127"):
+        discover(["http://bob:hunter2@127.0.0.1:1/a"])
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/x", "https://example.org/a", "gs://bucket"])
 def test_offline_nothing_leaves_this_machine(url: str):
     with pytest.raises(OfflineError, match="would have to be fetched"):
