@@ -211,7 +211,7 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         window = self.options.window_tokens
-        count = min(READ_WINDOWS, tokens // window // 4)
+        count = max(3, min(READ_WINDOWS, tokens // window // 4))
         last = tokens // window - count
         rates = {}
         resident = ResidentPages(self.codec(self.sizes.config.codec), tokens // self.options.page_size, self.device)
@@ -342,9 +342,13 @@ class Bench:
             started = time.perf_counter()
             work()
             return 1e3 * (time.perf_counter() - started)
+
+        def run() -> None:
+            work()
+
         recorder = GraphRecorder(self.device)
         recorder.begin()
-        replay = recorder.record(lambda: work() and None)
+        replay = recorder.record(run)
         recorder.end()
         if recorder._failed:
             raise SystemExit("a CUDA graph could not be recorded")
