@@ -2,16 +2,22 @@
 
 import pytest
 import torch
+from draft_doubles import ScriptedDrafter, random_trees
 
 from ragkit.errors import GenerationError
+from ragkit.generation.acceptance import Acceptance
 from ragkit.generation.decode_runner import DecodeRunner
+from ragkit.generation.draft_control import NominalCosts
 from ragkit.generation.draft_runner import DraftRunner, DrawnSteps
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.generation.sampling import SamplingConfig
+from ragkit.generation.speculative_decode import Drafting, SpeculativeRequest, advance
 from ragkit.generation.verify_runner import MOST_NODES, VerifyRunner
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
+from ragkit.types import Prompt, Segment
 
 from .conftest import decoder_of, hf_model
 
@@ -182,3 +188,41 @@ def test_nothing_pending_or_too_many_steps_are_refused(scene):
         with pytest.raises(GenerationError, match="steps behind at least one token"):
             scene.drafts.draft([state], pending, steps)
     state.kv.release()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drafted_greedy_answers_are_those_of_plain_steps(seed, scene):
+    plain = [int(scene.plain(40, [7])[-1].argmax())]
+    while len(plain) < 24:
+        plain.append(int(scene.plain(40, [7, *plain])[-1].argmax()))
+    state = scene.request(40)
+    first = scene.steps.step([state], [7])[0]
+    drafting = Drafting(ScriptedDrafter(random_trees(seed, 300, plain)))
+    request = SpeculativeRequest(
+        drafting, Prompt((Segment((1,)),)), SamplingConfig(max_new_tokens=24), frozenset(), NominalCosts()
+    )
+    request.state = state
+    request.first(first)
+    while request.reason is None:
+        advance([request], scene.steps, scene.verify)
+    assert request.token_ids == plain
+    assert request.use().accepted > 0
+    state.kv.release()
+
+
+def test_drafts_of_the_model_itself_all_stand(scene):
+    state, drafter = scene.request(40), scene.request(40)
+    token, pending, answer = 7, [7], []
+    for _ in range(3):
+        (chain,) = scene.drafts.draft([drafter], [pending], 4)
+        (logits,) = scene.verify.verify([state], [token], [chain])
+        nodes, token = Acceptance(SamplingConfig(temperature=0)).accept(logits, chain)
+        assert nodes == (0, 1, 2, 3)
+        scene.verify.commit(state, nodes)
+        drafter.kv.num_tokens += 3  # the row of the last draft is not written
+        pending = [chain.token_ids[3], token]
+        answer += [*chain.token_ids, token]
+    expected = scene.plain(40, [7, *answer[:-1]]).argmax(-1).tolist()
+    assert answer == expected
+    for each in (state, drafter):
+        each.kv.release()
