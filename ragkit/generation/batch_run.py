@@ -46,6 +46,7 @@ class BatchRun:
         self._shared: dict[SharedEntry, tuple[int, ...]] = {}  # tokens
         self._packed: dict[SharedEntry, PackedRequest] = {}
         self._begun: set[Entry] = set()
+        self._gave_up: list[BatchResult] = []  # of requests that found the pool taken too often
         self._recomputed: dict[str, float] = {}  # part of the prompt that a strategy computed last
         self._supply = supply = _Supply(engine.pool, engine.max_context, self._release)
         self._scheduler = BatchScheduler(supply, config.token_budget, config.max_running)
@@ -90,7 +91,7 @@ class BatchRun:
         if step.started or step.by_strategy:
             self._count_bytes()
         decodes = [self._jobs[entry] for entry in step.decodes if self._reserve(self._jobs[entry])]
-        pieces = [piece for piece in step.pieces if self._is_open(piece.entry)]
+        pieces = step.pieces
         if decodes or pieces:
             self._stats.mixed_steps += bool(decodes and pieces)
             self._stats.decode_tokens += len(decodes)
@@ -102,6 +103,8 @@ class BatchRun:
             self._stats.prefill_tokens_computed += sum(piece.stop - piece.start for piece in pieces)
             ended = [self._jobs[one.entry] for one in pieces if one.is_last and isinstance(one.entry, RequestEntry)]
             results += self._take([*decodes, *ended], logits)
+        results += self._gave_up
+        self._gave_up = []
         self._stats.steps += 1
         self._stats.preemptions += self._scheduler.preemptions
         self._stats.prefill_tokens_repeated += self._scheduler.repeated_tokens
@@ -143,9 +146,15 @@ class BatchRun:
                 self._open_one(entry, None if above is None else self._packed[above])
             except CacheCapacityError:
                 failed.add(entry)
+        if not failed:
+            return
         for entry in reversed(step.started):
             if entry in failed and isinstance(entry, RequestEntry):
                 self._wait_again(self._jobs[entry])
+            elif entry in failed and isinstance(entry, SharedEntry):
+                self._scheduler.give_up(entry)
+        step.started = [entry for entry in step.started if entry not in failed]
+        step.pieces = [piece for piece in step.pieces if piece.entry not in failed]
 
     def _open_one(self, entry: Entry, above: PackedRequest | None) -> None:
         if isinstance(entry, SharedEntry):
@@ -167,9 +176,12 @@ class BatchRun:
             job.prefilled = job.strategy.prefill(self._engine.decoder, request)
             kv.reserve(entry.rows)
             job.packed = self._runner.adopt(kv, len(job.token_ids) + answer)
+            if job.prefilled.afterwards is not None:  # nobody waits for this very token
+                job.prefilled.afterwards()
         except CacheCapacityError as error:
             kv.release()
-            return self._wait_again(job, error)
+            self._wait_again(job, error)
+            return []
         except (RagkitError, torch.OutOfMemoryError) as error:
             kv.release()
             return [self._failed(job, error)]
@@ -180,8 +192,6 @@ class BatchRun:
             return []
         results = self._take([job], job.prefilled.logits.unsqueeze(0))
         entry.blocks = blocks
-        if job.prefilled.afterwards is not None:
-            job.prefilled.afterwards()
         return results
 
     def _reserve(self, job: BatchJob) -> bool:
@@ -200,11 +210,6 @@ class BatchRun:
             return PackedPiece(self._packed[entry], self._shared[entry][piece.start : piece.stop], wants_logits=False)
         job = self._jobs[entry]
         return PackedPiece(_rows_of(job), job.tokens(piece.start, piece.stop), wants_logits=piece.is_last)
-
-    def _is_open(self, entry: Entry) -> bool:
-        if isinstance(entry, SharedEntry):
-            return entry in self._packed
-        return self._jobs[entry].packed is not None
 
     def _take(self, jobs: Sequence[BatchJob], logits: Tensor) -> list[BatchResult]:
         """Choose the next token of each of `jobs` from its row of `logits`; return those that ended."""
@@ -232,14 +237,14 @@ class BatchRun:
         )
         return BatchResult(job.request.request_id, "", error=error)
 
-    def _wait_again(self, job: BatchJob, error: RagkitError | None = None) -> list[BatchResult]:
+    def _wait_again(self, job: BatchJob, error: RagkitError | None = None) -> None:
         """Let a job wait that found the pool taken; after some times, fail."""
         job.retries += 1
         if job.retries > _MOST_RETRIES:
             failed = error or CacheCapacityError("the KV pool was taken by other requests again and again")
-            return [self._failed(job, failed)]
-        self._scheduler.preempt(job.entry)
-        return []
+            self._gave_up.append(self._failed(job, failed))
+        else:
+            self._scheduler.preempt(job.entry)
 
     def _failed(self, job: BatchJob, error: BaseException) -> BatchResult:
         self._end(job)

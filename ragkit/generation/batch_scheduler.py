@@ -192,6 +192,10 @@ class BatchScheduler:
         self._waiting.appendleft(entry)
         _await(entry.beginning)
 
+    def give_up(self, one: SharedEntry) -> None:
+        """Note that a beginning that was to start found no room after all; nobody may list it now."""
+        self._release_shared(one)
+
     def close(self) -> None:
         """Give all rows up."""
         for entry in [*self._running]:

@@ -228,6 +228,39 @@ def test_a_strategy_that_finds_no_room_is_tried_again(engine):
     assert strategy.calls == 3
 
 
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_a_pool_that_others_take_blocks_from_changes_no_answer(tiny_folder, monkeypatch, every):
+    own = Engine.load(tiny_folder, device="cpu", dtype="float32", kv_tokens=64 * 100)
+    allocate, calls = own.pool.allocate, []
+
+    def taken(count, **options):
+        calls.append(count)
+        if len(calls) % every == 0 and len(calls) < 40:
+            raise CacheCapacityError("somebody else was quicker")
+        return allocate(count, **options)
+
+    monkeypatch.setattr(own.pool, "allocate", taken)
+    made = requests()
+    results = {result.request_id: result for result in BatchEngine(own, BatchConfig(64)).run(made)}
+    monkeypatch.undo()
+    assert len(calls) > 10
+    for request in made:
+        assert results[request.request_id].finished.token_ids == alone(own, request).token_ids
+    assert own.pool.num_free == own.pool.num_blocks
+
+
+def test_a_pool_that_others_keep_fails_requests_but_not_the_run(tiny_folder, monkeypatch):
+    own = Engine.load(tiny_folder, device="cpu", dtype="float32", kv_tokens=64 * 100)
+
+    def taken(count, **options):
+        raise CacheCapacityError("somebody else was quicker")
+
+    monkeypatch.setattr(own.pool, "allocate", taken)
+    results = list(BatchEngine(own, BatchConfig(64)).run(requests(5)))
+    assert len(results) == 5
+    assert all(isinstance(result.error, CacheCapacityError) for result in results)
+
+
 def test_closing_the_run_gives_everything_back(engine):
     free = engine.pool.num_free
     results = BatchEngine(engine, BatchConfig(40)).run(requests())
