@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ragkit.parts import Parts
 
 SAMPLED_ROWS = 32  # retrieved, to count the tokens of their prompts
-MEASURED_ROWS = 4  # generated from, to measure the generator
+MEASURED_ROWS = 3  # generated from, to measure the generator
 _MEASURED_TOKENS = 16
 
 
@@ -106,7 +106,6 @@ class _Speed:
         some = prepared[:MEASURED_ROWS]
         if not some:
             return cls()
-        _generated(generator, some[:1], 1)  # warms up
         first = _generated(generator, some, 1)
         more = _generated(generator, some, 1 + _MEASURED_TOKENS)
         decoding = max(more - first, 1e-9)
