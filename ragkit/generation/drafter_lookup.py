@@ -115,13 +115,13 @@ class LookupSession:
         token_ids: list[int] = []
         parents: list[int] = []
         chances: list[float] = []
-        # (-chance, -last place, order, token, parent, its state, tokens matched before it)
-        waiting: list[tuple[float, int, int, int, int, int, int]] = []
+        # (-chance, order, token, parent, its state, tokens matched before it)
+        waiting: list[tuple[float, int, int, int, int, int]] = []
         order = 0
         if budget.depth > 0 and self._length > 0:
             order = self._expand(waiting, order, ROOT, self._state, self._length, 1.0)
         while waiting and len(token_ids) < budget.nodes:
-            negative, _, _, token, parent, state, length = heapq.heappop(waiting)
+            negative, _, token, parent, state, length = heapq.heappop(waiting)
             node = len(token_ids)
             token_ids.append(token)
             parents.append(parent)
@@ -131,7 +131,7 @@ class LookupSession:
         return DraftTree(tuple(token_ids), tuple(parents), chances=tuple(chances))
 
     def _expand(
-        self, waiting: list[tuple[float, int, int, int, int, int, int]], order: int, node: int, state: int,
+        self, waiting: list[tuple[float, int, int, int, int, int]], order: int, node: int, state: int,
         length: int, chance: float,
     ) -> int:  # fmt: skip
         count, last_end = self._texts.count, self._texts.last_end
@@ -142,9 +142,9 @@ class LookupSession:
             # The learned chance is that of the first; the others share what it leaves, by how often each followed.
             first = self._chance(length)
             share = count[behind] / total
-            likely = chance * (first if rank == 0 else (1 - first) * share)
+            likely = chance * (first if rank == 0 else min(first, (1 - first) * share))
             if likely >= _LEAST_CHANCE:
-                heapq.heappush(waiting, (-likely, -last_end[behind], order, token, node, behind, length + 1))
+                heapq.heappush(waiting, (-likely, order, token, node, behind, length + 1))
                 order += 1
         return order
 

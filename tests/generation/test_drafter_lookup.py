@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter import DraftBudget, DraftContext
@@ -114,3 +116,32 @@ def test_a_closed_session_proposes_nothing():
     session.close()
     session.close()
     assert len(session.propose(MUCH)) == 0
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=10), max_size=3), st.lists(st.integers(0, 3), min_size=1)
+)
+def test_the_first_proposal_is_what_most_often_followed_the_longest_match(chunks, answer):
+    session = session_of(*chunks)
+    session.accept(answer)
+    texts = [*chunks, answer]
+    for length in range(len(answer), 0, -1):
+        end, followed, place = answer[-length:], {}, 0
+        earlier = False
+        for text in texts:
+            for start in range(len(text) - length + 1):
+                is_itself = text is answer and start == len(answer) - length
+                if text[start : start + length] == end and not is_itself:
+                    earlier = True
+                    if start + length < len(text):
+                        count, _ = followed.get(text[start + length], (0, 0))
+                        followed[text[start + length]] = (count + 1, place + start + length)
+            place += len(text)
+        if earlier:
+            break
+    else:
+        length, followed = 0, {}
+    tree = session.propose(MUCH)
+    assert session.match_length == length
+    if tree.token_ids:
+        assert tree.token_ids[0] == max(followed, key=followed.get)

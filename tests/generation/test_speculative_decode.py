@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ragkit.errors import ConfigError
+from ragkit.errors import ConfigError, RagkitError
 from ragkit.generation.acceptance import Transfer
 from ragkit.generation.contiguous_decode import ContiguousDecodeRunner
 from ragkit.generation.decode import decode
@@ -21,7 +21,7 @@ from ragkit.generation.speculative_decode import Drafting, SpeculativeRequest, a
 from ragkit.generation.steps import Finished, FinishReason, GeneratedToken
 from ragkit.kvcache.request_kv import RequestKV, pack_rows
 from ragkit.setting_names import DraftMode
-from ragkit.types import Prompt, Segment
+from ragkit.types import Chunk, Prompt, Segment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from draft_doubles import ScriptedDrafter, drawn_trees, random_trees
@@ -335,3 +335,48 @@ def test_what_is_drafted_from_is_retrieved_anew_where_acceptance_falls(engine):
     assert len(asked) == 1
     assert 50 < asked[0] < 70
     assert drafter.sessions[0].prompts == [PROMPT, other]
+
+
+@pytest.mark.slow
+def test_greedy_answers_of_the_bundled_model_are_those_of_plain_decoding():
+    """200 prompts of random runs of English words, in fp32, drafted by lookup and by the model over fewer chunks."""
+    from ragkit.generation.drafter_self import self_drafter
+    from ragkit.generation.engine import Engine
+
+    try:
+        bundled = Engine.load("smollm2-135m-instruct", device="cpu", dtype="float32", offline=True)
+    except RagkitError as error:
+        pytest.skip(f"the bundled model is not there: {error}")
+    chance, accepted = random.Random(3), 0
+    words = [
+        "the",
+        "old",
+        "miller",
+        "sold",
+        "his",
+        "grain",
+        "at",
+        "the",
+        "market",
+        "below",
+        "the",
+        "bridge",
+        "where",
+        "otters",
+        "live",
+        "by",
+        "the",
+        "river",
+    ]
+    drafters = [LookupDrafter(), self_drafter(bundled, context_tokens=60)]
+    for number in range(200):
+        texts = [" ".join(chance.choices(words, k=30)) + "." for _ in range(4)]
+        chunks = [Chunk(str(at), "d", at, text, 0, len(text), 40) for at, text in enumerate(texts)]
+        prompt = bundled.prompt_builder().build(
+            f"What is said of the {chance.choice(words)}?", chunks, max_new_tokens=32
+        )
+        plain = run(bundled, sampling(32), prompt=prompt.prompt).token_ids
+        drafted = run(bundled, sampling(32), Drafting(drafters[number % 2], limits=FIXED), prompt.prompt)
+        assert drafted.token_ids == plain
+        accepted += drafted.draft.accepted
+    assert accepted > 1000
