@@ -104,18 +104,19 @@ def warm_up(pipeline: Any) -> None:
 
     _ = pipeline.parts.embedder
     engine, config = pipeline.engine, pipeline.config
+    if engine.decoder.device.type != "cuda":
+        return
     paging = Paging(engine, config.pages, KVConfig(), None)
     options = paging.prefill.options
-    count = 2 * (options.sink_pages + options.local_pages + options.budget_pages * options.found_times)
+    count = 8 + options.sink_pages + options.local_pages + options.budget_pages * options.found_times
     text = "And it came to pass. " * (count * options.page_size // 5)
     with paging.document(PagedText("warm", text, "warm")) as opened:
         paging.read(opened)
         for _ in paging.answer(opened, QUESTIONS[2], SamplingConfig(6)).steps():
             pass
     paging.close()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 def pipeline_of(arguments: argparse.Namespace) -> Any:
