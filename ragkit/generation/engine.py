@@ -201,7 +201,8 @@ class Engine:
         timings.setdefault("first_token", timings["total"])
         usage = TokenUsage(len(prompt), prefilled.reused, prefilled.recomputed, len(ended.token_ids))
         yield Finished(
-            ended.piece, ended.reason, ended.token_ids, usage, timings, prefilled.kv, prefilled.warnings,
+            ended.piece, ended.reason, ended.token_ids, usage, timings, prefilled.kv,
+            prefilled.warnings + (() if drafted is None else drafted.warnings),
             DraftUse() if drafted is None else drafted.use(),
         )  # fmt: skip
 

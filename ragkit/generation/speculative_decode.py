@@ -6,13 +6,14 @@ and the rows that are left behind are those of plain decoding, whatever was draf
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ragkit.errors import ConfigError
+from ragkit.errors import CacheCapacityError, ConfigError
 from ragkit.generation.acceptance import Acceptance, Transfer
 from ragkit.generation.decode import Decoded
 from ragkit.generation.decode_state import DecodeState, StepRunner
@@ -27,6 +28,8 @@ from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.setting_names import DraftMode
 from ragkit.types import DraftUse, Prompt, TextTokenizer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class SpeculativeRequest:
         width = drafting.drafter.width
         self._controller = DraftController(NominalCosts() if draws else costs, drafting.limits, width)
         self._session: DraftSession | None = None
+        self.warnings: tuple[str, ...] = ()  # what was not drafted, and why
         self.state: DecodeState | None = None
         self.token_ids: list[int] = []
         self.reason: FinishReason | None = None
@@ -110,10 +114,16 @@ class SpeculativeRequest:
     def budget(self, requests: int = 1) -> DraftBudget:
         """Return how much to draft now, for a pass over so many requests."""
         assert self.state is not None
+        if self.warnings:
+            return DraftBudget(0, 0)
         kv = self.state.kv
         remaining = self._sampling.max_new_tokens - len(self.token_ids)
         room = kv.num_reserved - kv.num_tokens - 1
-        session = self.session
+        try:
+            session = self.session
+        except CacheCapacityError as error:  # the answer does not depend on its drafts
+            self._give_up(error)
+            return DraftBudget(0, 0)
         return self._controller.budget(kv.num_tokens, remaining, room, session.step_ms, session.step_share, requests)
 
     def cut(self, tree: DraftTree, budget: DraftBudget) -> DraftTree:
@@ -150,7 +160,10 @@ class SpeculativeRequest:
             self._controller.refreshed()
             prompt = self.drafting.retrieve(self.token_ids)
             if prompt is not None:
-                self.session.refresh(prompt)
+                try:
+                    self.session.refresh(prompt)
+                except CacheCapacityError as error:
+                    self._give_up(error)
 
     def use(self) -> DraftUse:
         """Return what drafting did."""
@@ -167,6 +180,11 @@ class SpeculativeRequest:
         """Give the drafter's memory back; twice is harmless."""
         if self._session is not None:
             self._session.close()
+
+    def _give_up(self, error: CacheCapacityError) -> None:
+        self.warnings = (f"drafting ended after {self._passes} steps: {error}",)
+        _log.warning("%s", self.warnings[0])
+        self.close()
 
     def _take(self, tokens: Sequence[int]) -> list[int]:
         taken: list[int] = []

@@ -273,6 +273,16 @@ def test_models_with_ids_that_the_target_lacks_are_refused(engine, smaller):
         ModelDrafter("engine", DraftModel.of(engine), smaller)
 
 
+def test_an_answer_goes_on_without_drafts_where_there_is_no_room_for_them(engine, tiny_folder):
+    small = Engine.load(tiny_folder, device="cpu", dtype="float32", kv_tokens=64)
+    free = small.pool.num_free
+    finished = run(small, sampling(20), Drafting(everything(small), limits=FIXED))
+    assert finished.token_ids == run(engine, sampling(20)).token_ids
+    assert finished.draft.drafted == 0
+    assert [warning.startswith("drafting ended after 0 steps: asked for") for warning in finished.warnings] == [True]
+    assert small.pool.num_free == free
+
+
 def test_a_prompt_that_fills_the_drafters_window_is_refused(engine):
     drafter = everything(engine)
     with pytest.raises(CacheCapacityError, match="draft from fewer chunks"):
