@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ragkit.errors import ChunkingError
 from ragkit.types import Chunk, Document
@@ -34,6 +34,30 @@ class Chunker(Protocol):
             ChunkingError: the text cannot be cut under the cap.
         """
         ...
+
+
+@runtime_checkable
+class PackingChunker(Chunker, Protocol):
+    """A chunker that cuts several documents sooner together than one by one: its model's batches are fuller."""
+
+    def chunk_many(self, documents: Sequence[Document]) -> list[list[Chunk]]:
+        """Return the chunks of each document, the same as `chunk` one by one.
+
+        Raises:
+            ChunkingError: the text of one of them cannot be cut under the cap.
+        """
+        ...
+
+
+def chunk_documents(chunker: Chunker, documents: Sequence[Document]) -> list[list[Chunk]]:
+    """Return the chunks of each document, cut together where the chunker can do that.
+
+    Raises:
+        ChunkingError: the text of one of them cannot be cut under the cap.
+    """
+    if isinstance(chunker, PackingChunker):
+        return chunker.chunk_many(documents)
+    return [chunker.chunk(document) for document in documents]
 
 
 def check_chunks(document: Document, chunks: Sequence[Chunk], max_tokens: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ragkit.chunking.base import Chunker, check_chunks
+from ragkit.chunking.base import Chunker, check_chunks, chunk_documents
 from ragkit.chunking.metadata import with_metadata
 from ragkit.errors import ChunkingError, ReadError, RetrievalError
 from ragkit.readers import ReadFailure, ReadResult
@@ -16,6 +16,9 @@ from ragkit.readers.origin import Source
 from ragkit.retrieval.base import ChunkEmbedder, FloatMatrix
 from ragkit.store.base import DocumentSpans, IndexedDocument, KnownDocument
 from ragkit.types import Chunk, Document
+
+# Rows of a table that are cut together: they fill the passes of a chunker's model, and bound what waits for it.
+_CUT_TOGETHER = 256
 
 Known = Callable[[str], bool]  # whether the store has a document, by its id, in the chunks that it would get now
 
@@ -82,20 +85,19 @@ def chunk_source(
         return FailedPreparation(result.source, result.error)
     facts = facts_of(result)
     seen = {} if seen is None else seen
-    documents: list[tuple[Document, Sequence[Chunk] | None]] = []
+    documents = list(result.documents)
+    stored = {document.doc_id for document in documents if known(document.doc_id)}
+    fresh = list({one.doc_id: one for one in documents if one.doc_id not in stored and one.doc_id not in seen}.values())
     try:
-        for document in result.documents:
-            if known(document.doc_id):
-                documents.append((document, None))
-                continue
-            if document.doc_id not in seen:
-                chunks = with_metadata(document, chunker.chunk(document))
+        for start in range(0, len(fresh), _CUT_TOGETHER):
+            together = fresh[start : start + _CUT_TOGETHER]
+            for document, cut in zip(together, chunk_documents(chunker, together), strict=True):
+                chunks = with_metadata(document, cut)
                 check_chunks(document, chunks, max_tokens)
                 seen[document.doc_id] = chunks
-            documents.append((document, seen[document.doc_id]))
     except ChunkingError as error:
         return FailedPreparation(result.source, ReadError(str(error), code=error.code, stage="chunk"), facts)
-    return ChunkedSource(facts, documents)
+    return ChunkedSource(facts, [(one, None if one.doc_id in stored else seen[one.doc_id]) for one in documents])
 
 
 def facts_of(result: ReadResult) -> SourceFacts:
