@@ -6,7 +6,7 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from ragkit.answers.options import QuestionChanges
@@ -17,8 +17,6 @@ from ragkit.jobs.question_files import Record
 from ragkit.jobs.rows import QuestionRow, RowError, RowShape
 from ragkit.types import MetadataValue
 
-_OPTIONS = tuple(item.name for item in fields(QuestionChanges))
-_KNOWN = frozenset({"id", "question", *_OPTIONS})
 _NAMED_COLUMNS = 8
 
 
@@ -64,7 +62,11 @@ class RowReader:
             question = values.get("question")
             if not isinstance(question, str) or not question.strip():
                 raise UsageError(f"a row needs a question, got {question!r}")
-            changes = {name: _CONVERTERS[name](name, values[name]) for name in _OPTIONS if values.get(name) is not None}
+            changes = {
+                name: convert(name, values[name])
+                for name, convert in _CONVERTERS.items()
+                if values.get(name) is not None
+            }
             return replace(row, question=question, changes=self._merged(changes))
         except UsageError as error:
             return replace(row, error=RowError.of(error))
@@ -163,3 +165,5 @@ _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
     "top_p": _number,
     "seed": _whole,
 }
+# What else a question may change (how it is drafted) means nothing to a batch.
+_KNOWN = frozenset({"id", "question", *_CONVERTERS})

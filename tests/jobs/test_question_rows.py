@@ -70,6 +70,13 @@ def test_parquet_rows_keep_their_types_and_leave_nulls_out(tmp_path: Path) -> No
     assert (two.row_id, two.changes) == (2, QuestionChanges(k=5))
 
 
+@pytest.mark.parametrize("column", ["draft", "draft_mode"])
+def test_options_that_a_batch_does_not_have_are_left_out_and_said(tmp_path: Path, column: str) -> None:
+    rows, remarks = read(write_jsonl(tmp_path / "q.jsonl", [{"question": "a", column: "auto"}]))
+    assert (rows[0].changes, rows[0].error) == (QuestionChanges(), None)
+    assert remarks == [f"columns that mean nothing to a batch were left out: '{column}'"]
+
+
 def test_unknown_columns_are_left_out_and_said_with_the_nearest_name(tmp_path: Path) -> None:
     rows, remarks = read(write_jsonl(tmp_path / "q.jsonl", [{"question": "a", "temprature": 1, "gold": "x"}]))
     assert rows[0].changes == QuestionChanges()
