@@ -6,7 +6,7 @@ tokens each step computes, and a `BatchRunner` computes them. Answers are those 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from ragkit.config import BatchConfig, BatchOrder, ChunkPlacement
@@ -49,11 +49,13 @@ class BatchEngine:
         run = BatchRun(self._engine, self._config, self.stats)
         try:
             while True:
-                if not run.num_waiting:
-                    yield from self._counted(self._look_ahead(source, run))
-                if not run.num_waiting and not run.num_running:
+                coming = [] if run.num_waiting else list(islice(source, self._config.look_ahead))
+                if not coming and not run.num_waiting and not run.num_running:
                     return
-                yield from self._counted(run.step())
+                if coming:
+                    yield from self._counted(self._plan_ahead(coming, run))
+                if run.num_waiting or run.num_running:
+                    yield from self._counted(run.step())
         finally:
             run.close()
 
@@ -63,10 +65,10 @@ class BatchEngine:
             self.stats.failed += result.error is not None
             yield result
 
-    def _look_ahead(self, source: Iterator[BatchRequest], run: BatchRun) -> Iterator[BatchResult]:
-        """Pull the next requests, plan them and let them wait; yield those that are wrong."""
+    def _plan_ahead(self, requests: Sequence[BatchRequest], run: BatchRun) -> Iterator[BatchResult]:
+        """Plan the next requests and let them wait; yield those that are wrong."""
         jobs: list[BatchJob] = []
-        for request in islice(source, self._config.look_ahead):
+        for request in requests:
             try:
                 jobs.append(self._job(request))
             except RagkitError as error:

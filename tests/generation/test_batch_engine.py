@@ -270,6 +270,15 @@ def test_closing_the_run_gives_everything_back(engine):
     assert engine.pool.num_free == free
 
 
+def test_requests_behind_a_window_of_wrong_ones_are_answered(engine):
+    wrong = [BatchRequest(f"wrong{index}", Prompt(())) for index in range(7)]
+    results = list(
+        BatchEngine(engine, BatchConfig(look_ahead=3)).run([*wrong, BatchRequest("right", prompt(1), FORCED)])
+    )
+    assert [one.request_id for one in results if one.error is None] == ["right"]
+    assert len(results) == 8
+
+
 def test_requests_are_pulled_no_further_ahead_than_configured(engine):
     pulled = []
 
