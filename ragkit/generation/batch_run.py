@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ragkit.config import BatchConfig
 from ragkit.errors import CacheCapacityError, GenerationError, RagkitError
-from ragkit.generation.batch_entries import Entry, RequestEntry, SharedEntry
+from ragkit.generation.batch_entries import Entry, RequestEntry, SharedEntry, beginnings
 from ragkit.generation.batch_job import BatchJob
 from ragkit.generation.batch_request import BatchResult
 from ragkit.generation.batch_runner import BatchRunner
@@ -70,6 +70,7 @@ class BatchRun:
             jobs: what is to run.
             shared: the tokens of the common beginnings that they list.
         """
+        self._forget_shared()
         self._shared.update(shared)
         for job in jobs:
             if job.strategy is not None:
@@ -114,6 +115,12 @@ class BatchRun:
     def close(self) -> None:
         """Give all rows back."""
         self._scheduler.close()
+
+    def _forget_shared(self) -> None:
+        """Let go of common beginnings that no request lists any more: a job may have any number of them."""
+        used = {one for entry in self._jobs for one in beginnings(entry)} | self._packed.keys()
+        self._shared = {one: tokens for one, tokens in self._shared.items() if one in used}
+        self._begun &= used | self._jobs.keys()
 
     def _add(self, job: BatchJob) -> None:
         try:
@@ -185,6 +192,9 @@ class BatchRun:
         except (RagkitError, torch.OutOfMemoryError) as error:
             kv.release()
             return [self._failed(job, error)]
+        except BaseException:  # it ends the run, which knows nothing of these rows yet
+            kv.release()
+            raise
         self._count_prefilled(job, job.prefilled)
         blocks = kv.num_reserved // self._engine.pool.block_size
         if entry.replayed:

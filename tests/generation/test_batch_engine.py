@@ -10,6 +10,7 @@ import torch
 
 from ragkit.config import BatchConfig, BatchOrder, ChunkPlacement
 from ragkit.errors import CacheCapacityError, GenerationError
+from ragkit.generation import batch_engine
 from ragkit.generation.batch_engine import BatchEngine
 from ragkit.generation.batch_request import BatchRequest
 from ragkit.generation.decode_runner import DecodeRunner
@@ -220,6 +221,13 @@ def test_a_strategy_that_fails_fails_its_request_alone(engine):
     assert all(results[one.request_id].error is None for one in made)
 
 
+def test_a_strategy_that_ends_the_run_leaves_no_rows_behind(engine):
+    free = engine.pool.num_free
+    with pytest.raises(KeyboardInterrupt):
+        list(BatchEngine(engine).run([BatchRequest("bad", prompt(1), FORCED, Strategy(1, KeyboardInterrupt()))]))
+    assert engine.pool.num_free == free
+
+
 def test_a_strategy_that_finds_no_room_is_tried_again(engine):
     strategy = Strategy(2)
     made = [*requests(3), BatchRequest("late", prompt(1), FORCED, strategy)]
@@ -277,6 +285,17 @@ def test_requests_behind_a_window_of_wrong_ones_are_answered(engine):
     )
     assert [one.request_id for one in results if one.error is None] == ["right"]
     assert len(results) == 8
+
+
+def test_memory_does_not_grow_with_the_common_beginnings_of_a_long_job(engine):
+    runs, made = [], [BatchRequest(str(one), prompt(one // 4, question=one), FORCED) for one in range(48)]
+    create = batch_engine.BatchRun
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_engine, "BatchRun", lambda *given: runs.append(create(*given)) or runs[0])
+        most = 0
+        for _ in BatchEngine(engine, BatchConfig(look_ahead=8, max_running=4)).run(made):
+            most = max(most, len(runs[0]._shared), len(runs[0]._begun) - len(runs[0]._jobs))
+    assert most <= 16  # of two windows; the job has 13 beginnings that differ, some of them in every window
 
 
 def test_requests_are_pulled_no_further_ahead_than_configured(engine):
