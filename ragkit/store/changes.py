@@ -79,6 +79,12 @@ class Changes:
         new_uri = to_sql(uri if moved_to is None else moved_to)
         self._write("sources", SOURCE_COLUMNS, (row[0], new_uri, row[2], size, mtime_ns, *row[5:-1]))
 
+    def forget_content(self, source_id: int) -> None:
+        """Forget the digest, size and time of a source's content, so that it is read again; it stays as it is."""
+        row = self._read("sources", SOURCE_COLUMNS, "source_id", source_id)
+        assert row is not None, source_id
+        self._write("sources", SOURCE_COLUMNS, (*row[:2], "", 0, 0, *row[5:-1]))
+
     def mark_source(self, source_id: int) -> None:
         """Give a source the status `damaged` and forget its content's digest, so that it is read again."""
         row = self._read("sources", SOURCE_COLUMNS, "source_id", source_id)

@@ -260,8 +260,12 @@ class Writer:
         if update.more and parts is None:
             parts = _Parts(changes.next_link_id(), self._is_visible(update.uri))
             self._parts[update.uri] = parts
+            begun = self._source_id(update.uri)
+            if begun is not None:
+                changes.forget_content(begun)
         known = self._source_id(update.uri) if update.more else None
-        # What is not whole says nothing of its content: a job that is cut off would else take it for done.
+        # What is not whole says nothing of its content: a job that is cut off would else take it for done, and one
+        # that finds the old content again would leave what has come beside it.
         outline = SourceUpdate(update.uri, "", 0, 0, recipe=update.recipe) if update.more else update
         source_id = changes.put_source(outline) if known is None else known
         if not update.more:
