@@ -18,7 +18,7 @@ from ragkit.errors import GenerationError
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.draft_tree import DraftTree
-from ragkit.generation.request_tables import HostInputs, RecordedForward, RequestTables, table_bucket
+from ragkit.generation.request_tables import HostInputs, RecordedForward, RequestTables, TablesByBucket
 from ragkit.generation.verify_runner import VerifyRunner
 from ragkit.kernels.paged_decode_attention import paged_decode_attention
 from ragkit.kernels.paged_verify_attention import MOST_DRAFTED
@@ -59,6 +59,7 @@ class DraftRunner:
         self._pool = pool
         self._verify = verify
         self._scratch_slot = scratch_slot
+        self._tables = TablesByBucket(pool)
         self._buckets: dict[tuple[int, int, bool, bool], _Bucket] = {}
         self._lock = threading.Lock()
 
@@ -108,10 +109,10 @@ class DraftRunner:
         return logits
 
     def _bucket(self, states: Sequence[DecodeState], is_drawn: bool) -> _Bucket:
-        key = (*table_bucket(states), is_drawn)
+        tables = self._tables.of(states)
+        key = (*tables.bucket, is_drawn)
         bucket = self._buckets.get(key)
-        if bucket is None or not bucket.tables.fits(states[0].rotary):
-            tables = RequestTables(self._pool, *key[:3], states[0].rotary)
+        if bucket is None or bucket.tables is not tables:
             bucket = self._buckets[key] = _Bucket(self._decoder, self._pool, self._scratch_slot, tables, is_drawn)
         return bucket
 
@@ -143,11 +144,11 @@ class _Bucket:
         """Load what the steps read: rows are written from `num_tokens` of each request on."""
         self.tables.load(states)
         if not self._is_recorded:  # which steps several times over
-            self._is_recorded = True
             self._inputs.load(torch.full(self._inputs.device.shape, self._scratch_slot))
             self._inputs.device[:, -1] = 0
             self._step.fill_(1)
             self._recorded.run()
+            self._is_recorded = True
         rows = []
         for state in states:
             first = state.kv.num_tokens

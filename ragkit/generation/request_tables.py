@@ -35,6 +35,7 @@ class RequestTables:
         rotary: the first requests' table; later ones may not be longer.
 
     Attributes:
+        bucket: size, entries and has_field.
         block_tables: (size, entries) int32.
         row_positions: (size, entries, block_size) int32.
         num_entries: (size,) int32; 0 at places that no request has.
@@ -45,6 +46,7 @@ class RequestTables:
     def __init__(self, pool: KVPool, size: int, entries: int, has_field: bool, rotary: RotaryTable) -> None:
         device = pool.device
         self._pool = pool
+        self.bucket = (size, entries, has_field)
         self.block_tables = torch.zeros((size, entries), dtype=torch.int32, device=device)
         self.row_positions = torch.zeros((size, entries, pool.block_size), dtype=torch.int32, device=device)
         self.num_entries = torch.zeros(size, dtype=torch.int32, device=device)
@@ -114,6 +116,25 @@ class RequestTables:
             rows = len(rotary.cos)
             self.cos[:rows], self.sin[:rows] = rotary.cos, rotary.sin
             self._rotary_source = rotary
+
+
+class TablesByBucket:
+    """The tables of each bucket, made when it is first used. Passes that do not overlap share them.
+
+    Tables of a long context are large, its field above all, and are filled anew for every other request.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        self._pool = pool
+        self._made: dict[tuple[int, int, bool], RequestTables] = {}
+
+    def of(self, states: Sequence[DecodeState]) -> RequestTables:
+        """Return the tables that hold these requests; others than before where their rotary table is longer."""
+        key, rotary = table_bucket(states), states[0].rotary
+        tables = self._made.get(key)
+        if tables is None or not tables.fits(rotary):
+            tables = self._made[key] = RequestTables(self._pool, *key, rotary)
+        return tables
 
 
 class HostInputs:

@@ -17,7 +17,7 @@ from ragkit.errors import GenerationError
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.draft_tree import DraftTree
-from ragkit.generation.request_tables import HostInputs, RecordedForward, RequestTables, table_bucket
+from ragkit.generation.request_tables import HostInputs, RecordedForward, RequestTables, TablesByBucket
 from ragkit.kernels.backend import next_power_of_2
 from ragkit.kernels.paged_verify_attention import MOST_DRAFTED, paged_verify_attention
 from ragkit.kernels.rope_write_kv import rope_write_kv
@@ -29,8 +29,8 @@ MOST_NODES = MOST_DRAFTED - 1  # of a tree; the last accepted token is verified 
 class VerifyRunner:
     """The `Verifier` with the paged kernel, as a CUDA graph a bucket (plain launches elsewhere, for tests).
 
-    Buckets are those of `DecodeRunner`, and powers of two of the tokens of a request. Thread-safe: passes of one runner
-    do not overlap.
+    Buckets are those of `DecodeRunner`, and powers of two of the tokens of a request; they share their tables.
+    Thread-safe: passes of one runner do not overlap.
 
     Args:
         decoder: the model.
@@ -42,6 +42,7 @@ class VerifyRunner:
         self._decoder = decoder
         self._pool = pool
         self._scratch_slot = scratch_slot
+        self._tables = TablesByBucket(pool)
         self._buckets: dict[tuple[int, int, bool, int], _Bucket] = {}
         self._moves = _RowMoves(pool, scratch_slot)
         self._lock = threading.Lock()
@@ -73,10 +74,10 @@ class VerifyRunner:
         kv.num_tokens = start + len(accepted)
 
     def _bucket(self, states: Sequence[DecodeState], rows: int) -> _Bucket:
-        key = (*table_bucket(states), next_power_of_2(rows))
+        tables = self._tables.of(states)
+        key = (*tables.bucket, next_power_of_2(rows))
         bucket = self._buckets.get(key)
-        if bucket is None or not bucket.tables.fits(states[0].rotary):
-            tables = RequestTables(self._pool, *key[:3], states[0].rotary)
+        if bucket is None or bucket.tables is not tables:
             bucket = self._buckets[key] = _Bucket(self._decoder, self._pool, self._scratch_slot, tables, key[3])
         return bucket
 
@@ -156,8 +157,11 @@ class _RowMoves:
     def run(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy all layers' rows from the first slot of each pair to the second; all are read before one is written."""
         if not self._is_recorded:  # which moves several times over
+            self._move([])
             self._is_recorded = True
-            self.run([])
+        self._move(moves)
+
+    def _move(self, moves: Sequence[tuple[int, int]]) -> None:
         self._inputs.load(torch.tensor([*moves, *[self._unused] * (MOST_NODES - len(moves))]).T)
         self._recorded.run()
 

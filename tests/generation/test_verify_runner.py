@@ -5,8 +5,10 @@ import torch
 from draft_doubles import ScriptedDrafter, random_trees
 
 from ragkit.errors import GenerationError
+from ragkit.generation import request_tables
 from ragkit.generation.acceptance import Acceptance
 from ragkit.generation.decode_runner import DecodeRunner
+from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.draft_control import NominalCosts
 from ragkit.generation.draft_runner import DraftRunner, DrawnSteps
 from ragkit.generation.draft_tree import DraftTree
@@ -17,6 +19,7 @@ from ragkit.generation.speculative_decode import Drafting, SpeculativeRequest, a
 from ragkit.generation.verify_runner import MOST_NODES, VerifyRunner
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.rope import RotaryTable
 from ragkit.types import Prompt, Segment
 
 from .conftest import decoder_of, hf_model
@@ -120,6 +123,38 @@ def test_the_logits_of_a_pass_outlast_the_next(scene):
     assert torch.equal(first, kept)
     for state in states:
         state.kv.release()
+
+
+def test_passes_of_all_sizes_share_the_tables_of_a_request_until_a_longer_rotary_table_comes(scene, monkeypatch):
+    verify, made = VerifyRunner(scene.decoder, scene.pool, scene.steps.scratch_slot), []
+    of_tables = request_tables.RequestTables.__init__
+    monkeypatch.setattr(
+        request_tables.RequestTables, "__init__", lambda self, *args: made.append(args[1:4]) or of_tables(self, *args)
+    )
+    state = scene.request(40)
+    for nodes in (0, 1, 3, 9):
+        verify.verify([state], [7], [DraftTree.chain(range(20, 20 + nodes))])
+    assert made == [(1, 256, False)]
+    longer = DecodeState(state.kv, RotaryTable.build(scene.decoder.config.rope, 8, 300, scene.pool.device, 0))
+    for nodes in (3, 1):
+        tokens = [7, *range(20, 20 + nodes)]
+        (got,) = verify.verify([longer], tokens[:1], [DraftTree.chain(tokens[1:])])
+        _close(got, scene.plain(40, tokens))
+    assert made == [(1, 256, False)] * 2
+    state.kv.release()
+
+
+def test_rows_are_moved_once_though_the_first_recording_failed(scene, monkeypatch):
+    verify = VerifyRunner(scene.decoder, scene.pool, scene.steps.scratch_slot)
+    moves, runs = verify._moves, []
+    monkeypatch.setattr(moves._recorded, "run", lambda: runs.append(moves._inputs.device.clone()) or 1 / len(runs[1:]))
+    for _ in range(2):
+        try:
+            moves.run([(5, 6)])
+        except ZeroDivisionError:
+            assert len(runs) == 1
+    unused = [scene.steps.scratch_slot] * 2
+    assert [run[:, 0].tolist() for run in runs] == [unused, unused, [5, 6]]
 
 
 def test_more_drafted_tokens_than_a_pass_takes_are_refused(scene):
