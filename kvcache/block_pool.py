@@ -40,6 +40,11 @@ class BlockPool:
         """Blocks that nobody holds."""
         return len(self._free)
 
+    def free_after_reclaim(self, wanted: int) -> int:
+        """Return how many blocks are free, after a tier gave some back where these are fewer than `wanted`."""
+        reclaim = self.reclaim
+        return reclaim(wanted) if reclaim is not None and self.num_free < wanted else self.num_free
+
     def blocks_for(self, tokens: int) -> int:
         """Return how many blocks `tokens` rows take."""
         return -(-tokens // self.block_size)

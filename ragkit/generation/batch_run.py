@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +18,11 @@ from ragkit.generation.batch_stats import BatchStats
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.engine import Engine
 from ragkit.generation.packed_pass import PackedPiece, PackedRequest
+from ragkit.generation.pool_supply import PoolSupply
 from ragkit.generation.strategy import PrefillRequest, PrefillResult
-from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
 
 _MOST_RETRIES = 8  # of a request that finds the pool taken by somebody else
-_ROOMY_WINDOWS = 4  # a pool of so many windows of the model keeps one free, for questions from other threads
 
 
 class BatchRun:
@@ -48,7 +47,7 @@ class BatchRun:
         self._begun: set[Entry] = set()
         self._gave_up: list[BatchResult] = []  # of requests that found the pool taken too often
         self._recomputed: dict[str, float] = {}  # part of the prompt that a strategy computed last
-        self._supply = supply = _Supply(engine.pool, engine.max_context, self._release)
+        self._supply = supply = PoolSupply(engine, self._release)
         self._scheduler = BatchScheduler(supply, config.token_budget, config.max_running)
 
     @property
@@ -114,7 +113,10 @@ class BatchRun:
 
     def close(self) -> None:
         """Give all rows back."""
-        self._scheduler.close()
+        try:
+            self._scheduler.close()
+        finally:
+            self._supply.close()
 
     def _forget_shared(self) -> None:
         """Let go of common beginnings that no request lists any more: a job may have any number of them."""
@@ -307,27 +309,6 @@ class BatchRun:
         listed = sum(len(kv.block_ids) for kv in held)
         self._stats.kv_bytes_peak = max(self._stats.kv_bytes_peak, own * block + fields)
         self._stats.kv_bytes_listed_peak = max(self._stats.kv_bytes_listed_peak, listed * block + fields)
-
-
-class _Supply:
-    """The pool as the scheduler sees it."""
-
-    def __init__(self, pool: KVPool, window: int, release: Callable[[Entry], None]) -> None:
-        self._pool = pool
-        self.release = release
-        self._kept = pool.blocks_for(window) if pool.num_blocks >= _ROOMY_WINDOWS * pool.blocks_for(window) else 0
-        self.capacity = pool.num_blocks - 1 - self._kept  # on a GPU one belongs to the graphs of decoding
-
-    def blocks_for(self, tokens: int) -> int:
-        """Return how many blocks so many rows take."""
-        return self._pool.blocks_for(tokens)
-
-    def free(self, wanted: int) -> int:
-        """Return how many blocks are free, after tiers gave some back if these are fewer than `wanted`."""
-        free = self._pool.num_free
-        if free < wanted + self._kept and self._pool.reclaim is not None:
-            free = self._pool.reclaim(wanted + self._kept)
-        return free - self._kept
 
 
 def _rows_of(job: BatchJob) -> PackedRequest:

@@ -29,6 +29,15 @@ class BlockSupply(Protocol):
         """Return how many blocks are free, once others gave up what they can spare if that is fewer than `wanted`."""
         ...
 
+    @property
+    def others_wait(self) -> bool:
+        """Whether somebody else waits for blocks, so that nothing new should take any."""
+        ...
+
+    def wait(self) -> bool:
+        """Wait until somebody else gave blocks up; False where there is nobody who could."""
+        ...
+
     def blocks_for(self, tokens: int) -> int:
         """Return how many blocks so many rows take."""
         ...
@@ -144,7 +153,7 @@ class BatchScheduler:
             if budget and _is_ready(entry):
                 budget -= self._plan_piece(step, entry, budget)
         self._admit(step, budget)
-        if not self._running and self._waiting:  # there is no room, and nobody who could make any
+        if not self._running and self._waiting and not self._wait():  # there is no room, and nobody could make any
             refused = self._waiting.popleft()
             refused.stage = Stage.ENDED
             _await_no_more(refused.beginning)
@@ -227,7 +236,15 @@ class BatchScheduler:
             self._prefilling.remove(entry)
         return count
 
+    def _wait(self) -> bool:
+        """Wait for others, who may be waiting for what nobody uses here; return whether it is worth another try."""
+        while self._drop_idle(()):
+            pass
+        return self._supply.wait()
+
     def _admit(self, step: BatchStep, budget: int) -> None:
+        if self._waiting and self._supply.others_wait:
+            return
         while budget > 0 and self._waiting and len(self._running) < self._max_running:
             entry = self._waiting[0]
             if entry.cost > budget and (step.pieces or step.by_strategy):

@@ -56,6 +56,7 @@ class Engine:
         tokenizer: the model's tokenizer.
         decoder: the model.
         pool: its KV blocks.
+        admission: who may take blocks, where several threads ask.
         weights_stamp: `ragkit.models.weights_stamp` of the folder when the weights were loaded.
     """
 
@@ -79,7 +80,7 @@ class Engine:
         kv_tokens = kv_tokens or kv_tokens_that_fit(decoder)
         # One block more than the tokens take: the graph runner keeps one for unused places of a batch.
         self.pool = KVPool(decoder.layout, -(-kv_tokens // BLOCK_SIZE) + 1, decoder.device)
-        self._admission = Admission(self.pool.num_blocks - 1)
+        self.admission = Admission(self.pool.num_blocks - 1, free=self.pool.free_after_reclaim)
         self._strategies: dict[str, PrefillStrategy] = {strategy.name: strategy for strategy in strategies}
         self.rotary = RotaryCache(decoder)
         self._builders: dict[str, PromptBuilder] = {}
@@ -171,11 +172,12 @@ class Engine:
         total = len(prompt) + sampling.max_new_tokens
         # Rows of chunks that are shared, or recomputed beside them, fill their last block only in part.
         blocks = self.pool.blocks_for(total) + len(prompt.segments)
-        with self._admission.admitted(blocks), RequestKV(self.pool) as kv:
+        with self.admission.admitted(blocks) as admitted, RequestKV(self.pool) as kv:
             rotary = self.rotary.table(total, prompt_tokens=len(prompt))
             request = PrefillRequest(prompt, kv, rotary, ratio, sampling.max_new_tokens)
             prefilled = chosen.prefill(self.decoder, request)
             kv.reserve(total)
+            admitted.has_taken()
             stops = frozenset(self.decoder.config.stop_token_ids) | frozenset(sampling.stop_token_ids)
             stops = frozenset() if sampling.ignore_stop_tokens else stops
             drafted = None if drafting is None else self.speculative_request(drafting, prompt, sampling, stops)

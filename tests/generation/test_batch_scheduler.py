@@ -16,6 +16,8 @@ BLOCK = 4
 class CountedPool:
     """Blocks that are counted, each held by who allocated it and by all who list it."""
 
+    others_wait = False
+
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
@@ -23,6 +25,9 @@ class CountedPool:
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // BLOCK)
+
+    def wait(self) -> bool:
+        return False
 
     def free(self, wanted: int) -> int:
         return self.capacity - self.used
