@@ -15,6 +15,7 @@ import torch
 
 from ragkit.errors import CacheCapacityError, ConfigError
 from ragkit.generation.contiguous_draft import ChainRunner, ContiguousDraftRunner
+from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.draft_runner import MOST_STEPS, DraftRunner, DrawnSteps
 from ragkit.generation.draft_tree import DraftTree, joined
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ragkit.generation.engine import Engine
 
 _NEWEST = 0.3  # say of the newest draft in what a step takes
+_OUTLIER = 3.0  # a step that took so many times what is known counts as this
 _SEED_OFFSET = 0x5EED  # the drafter's random numbers are not those that accept
 
 DraftPrompts = Callable[[Prompt], Sequence[Prompt]]
@@ -73,7 +75,8 @@ class GraphDraftRunner:
     @classmethod
     def of(cls, engine: Engine, decoder: Decoder) -> GraphDraftRunner:
         """Return the runner of `decoder`, whose rows lie in the engine's pool."""
-        scratch = engine.pool.allocate(1)[0] * engine.pool.block_size  # for places of a graph that no token has
+        assert isinstance(engine.step_runner, DecodeRunner), "on a GPU steps are graphs"
+        scratch = engine.step_runner.scratch_slot
         verify = VerifyRunner(decoder, engine.pool, scratch)
         return cls(DraftRunner(decoder, engine.pool, verify, scratch))
 
@@ -116,6 +119,7 @@ class ModelDrafter:
         self._target = target
         self._prompts = prompts
         self._width = width
+        self._step_time = _StepTime()
 
     @property
     def name(self) -> str:
@@ -138,7 +142,7 @@ class ModelDrafter:
         Raises:
             CacheCapacityError: the pool has too few free blocks.
         """
-        return ModelSession(self._model, self._target, self._prompts, context)
+        return ModelSession(self._model, self._target, self._prompts, context, self._step_time)
 
     @torch.inference_mode()
     def propose(self, sessions: Sequence[DraftSession], budgets: Sequence[DraftBudget]) -> list[DraftTree]:
@@ -161,8 +165,7 @@ class ModelDrafter:
     ) -> list[DraftTree]:
         started = time.perf_counter()
         paths = [path for session in sessions for path in session.paths]
-        room = min(path.state.kv.num_reserved - path.state.kv.num_tokens - len(path.pending) + 1 for path in paths)
-        steps = min(MOST_STEPS, room, max(budget.depth for budget in budgets))
+        steps = min(MOST_STEPS, *(path.room for path in paths), max(budget.depth for budget in budgets))
         if steps < 1:
             return [DraftTree()] * len(sessions)
         drawn = None
@@ -179,9 +182,7 @@ class ModelDrafter:
                 path.note(chain.token_ids)
                 own.append(self._widened(chain).cut(budget.nodes, budget.depth))
             trees.append(joined(own).cut(budget.nodes, budget.depth))
-        ms = (time.perf_counter() - started) * 1e3 / steps
-        for session in sessions:
-            session.step_ms = ms if session.step_ms == 0 else session.step_ms + _NEWEST * (ms - session.step_ms)
+        self._step_time.note((time.perf_counter() - started) * 1e3 / steps)
         return trees
 
     def _widened(self, chain: DraftTree) -> DraftTree:
@@ -201,14 +202,16 @@ class ModelSession:
         target: the engine that verifies.
         prompts: the prompts to draft from.
         context: the request.
+        step_time: what a step takes.
 
     Attributes:
-        paths: one for each prompt.
+        paths: one for each prompt; none where the model does not know all tokens.
         temperature: that tokens are drawn with; 0 takes the most likely ones.
-        step_ms: measured milliseconds of a step.
     """
 
-    def __init__(self, model: DraftModel, target: Engine, prompts: DraftPrompts, context: DraftContext) -> None:
+    def __init__(
+        self, model: DraftModel, target: Engine, prompts: DraftPrompts, context: DraftContext, step_time: _StepTime
+    ) -> None:
         self._model = model
         self._target = target
         self._prompts = prompts
@@ -217,10 +220,15 @@ class ModelSession:
         # A distribution is needed for transfer even where the target's own tokens are the most likely ones.
         self.temperature = sampling.temperature or float(context.needs_probabilities)
         self._generator = torch.Generator().manual_seed(sampling.seed ^ _SEED_OFFSET)
-        self.step_ms = 0.0
+        self._step_time = step_time
         self._answer: list[int] = []
         self.paths: list[_Path] = []
         self._begin(context.prompt)
+
+    @property
+    def step_ms(self) -> float:
+        """Measured milliseconds of a step."""
+        return self._step_time.ms
 
     @property
     def step_share(self) -> float:
@@ -237,8 +245,8 @@ class ModelSession:
     def accept(self, token_ids: Sequence[int]) -> None:
         """Note the next tokens of the answer; rows of drafts that stood are kept."""
         self._answer += token_ids
-        if max(token_ids, default=0) >= self._model.decoder.config.vocab_size:
-            self.close()  # it does not know this token, and so nothing behind it
+        if not self._knows(token_ids):
+            self.close()  # it knows nothing behind such a token, either
         for path in self.paths:
             path.accept(token_ids)
 
@@ -258,13 +266,19 @@ class ModelSession:
     @torch.inference_mode()
     def _begin(self, prompt: Prompt) -> None:
         try:
-            for one in self._prompts(prompt):
-                self.paths.append(_Path(self._prefilled(one, self._context.sampling)))
+            prompts = self._prompts(prompt)
+            if not all(self._knows(one.token_ids) for one in prompts):
+                return
+            for one in prompts:
+                self.paths.append(self._path(one, self._context.sampling))
         except BaseException:
             self.close()
             raise
 
-    def _prefilled(self, prompt: Prompt, sampling: SamplingConfig) -> DecodeState:
+    def _knows(self, token_ids: Sequence[int]) -> bool:
+        return max(token_ids, default=0) < self._model.decoder.config.vocab_size
+
+    def _path(self, prompt: Prompt, sampling: SamplingConfig) -> _Path:
         model = self._model
         window = model.engine.max_context
         total = min(len(prompt) + sampling.max_new_tokens + MOST_STEPS, window)
@@ -279,19 +293,30 @@ class ModelSession:
             request = PrefillRequest(prompt, kv, rotary, answer_tokens=total - len(prompt))
             model.strategy.prefill(model.decoder, request)
             kv.reserve(total)
-            return model.runner.begin(kv, rotary)
+            return _Path(model.runner.begin(kv, rotary), total)
         except BaseException:
             kv.release()
             raise
 
 
 class _Path:
-    """One prompt's rows, the tokens that are not among them yet, and what was drafted behind."""
+    """One prompt's rows, the tokens that are not among them yet, and what was drafted behind.
 
-    def __init__(self, state: DecodeState) -> None:
+    Args:
+        state: the rows.
+        most_tokens: positions that may be written; blocks may have more, which lie behind the model's window.
+    """
+
+    def __init__(self, state: DecodeState, most_tokens: int) -> None:
         self.state = state
+        self._most_tokens = most_tokens
         self.pending: list[int] = []
         self._drafted: list[int] = []  # whose rows are written, behind the kept ones
+
+    @property
+    def room(self) -> int:
+        """Tokens that can be drafted behind the pending ones: the row of the last is not written."""
+        return self._most_tokens - self.state.kv.num_tokens - len(self.pending) + 1
 
     def note(self, token_ids: Sequence[int]) -> None:
         """Note a chain that was drafted behind the pending tokens, whose rows are kept now."""
@@ -308,6 +333,21 @@ class _Path:
             else:
                 self.pending.append(token)
                 self._drafted = []
+
+
+class _StepTime:
+    """What a step takes, measured over all requests of a drafter."""
+
+    def __init__(self) -> None:
+        self.ms = 0.0
+        self._is_warm = False
+
+    def note(self, ms: float) -> None:
+        """Note the steps of a draft; those of the first may have compiled or recorded something and do not count."""
+        if self._is_warm:
+            known = self.ms or ms
+            self.ms = known + _NEWEST * (min(ms, _OUTLIER * known) - known)
+        self._is_warm = True
 
 
 def _check_vocabulary(name: str, engine: Engine, target: Engine) -> None:

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from ragkit.errors import CacheCapacityError, ConfigError
+from ragkit.generation import drafter_model
 from ragkit.generation.acceptance import Transfer
+from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.draft_control import DraftLimits
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter import DraftBudget, DraftContext
-from ragkit.generation.drafter_model import DraftModel, ModelDrafter
+from ragkit.generation.drafter_model import DraftModel, GraphDraftRunner, ModelDrafter
 from ragkit.generation.drafter_self import (
     AttentionDroppingDecoder,
     redundant_attention,
@@ -179,6 +181,56 @@ def test_a_token_that_the_model_does_not_know_ends_its_drafts(smaller, engine):
     session.accept([33, 295])
     assert drafter.propose([session], [DraftBudget(5, 20)]) == [DraftTree()]
     assert smaller.pool.num_free == free
+
+
+def test_a_prompt_with_tokens_that_the_model_does_not_know_is_not_drafted(smaller, engine):
+    prompt = Prompt((Segment((5, 6, 295, 7)),))
+    finished = run(engine, sampling(12), Drafting(ModelDrafter("smaller", DraftModel.of(smaller), engine)), prompt)
+    assert finished.token_ids == run(engine, sampling(12), prompt=prompt).token_ids
+    assert finished.draft.drafted == 0
+
+
+def test_drafts_end_where_the_window_of_the_model_ends(engine, tmp_path):
+    hf_model("llama", max_position_embeddings=100).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    shorter = Engine.load(tmp_path, device="cpu", dtype="float32")  # the same weights: all drafts stand
+    drafter = ModelDrafter("shorter", DraftModel.of(shorter), engine)
+    prompt = Prompt((Segment(tuple(range(5, 65))),))
+    finished = run(engine, sampling(90), Drafting(drafter, limits=FIXED), prompt)
+    assert finished.token_ids == run(engine, sampling(90), prompt=prompt).token_ids
+    assert 32 <= finished.draft.accepted <= 40
+
+
+def test_a_step_is_timed_over_all_requests_and_without_the_first_draft(smaller, engine, monkeypatch):
+    took = iter([9000.0, 2.0, 3.0, 500.0])  # the first records graphs
+    clock = [0.0]
+    monkeypatch.setattr(drafter_model.time, "perf_counter", lambda: clock[0] / 1e3)
+    model = DraftModel.of(smaller)
+    draft = type(model.runner).draft
+
+    def timed(self, states, pending, steps, drawn=None):
+        clock[0] += next(took) * steps
+        return draft(self, states, pending, steps, drawn)
+
+    monkeypatch.setattr(type(model.runner), "draft", timed)
+    drafter, known = ModelDrafter("smaller", model, engine), []
+    sessions = [drafter.begin(DraftContext(PROMPT, sampling())) for _ in range(2)]
+    for at in range(4):
+        session = sessions[at % 2]
+        session.accept([33])
+        drafter.propose([session], [DraftBudget(3, 20)])
+        known.append(session.step_ms)
+    assert known == pytest.approx([0.0, 2.0, 2.3, 2.3 + 0.3 * 2 * 2.3])
+    for session in sessions:
+        session.close()
+
+
+def test_what_drafts_by_graphs_takes_no_block_for_itself(tiny_folder):
+    engine = Engine.load(tiny_folder, device="cpu", dtype="float32", kv_tokens=256)
+    engine._runner = DecodeRunner(engine.decoder, engine.pool)  # as on a GPU
+    free = engine.pool.num_free
+    GraphDraftRunner.of(engine, engine.decoder)
+    assert engine.pool.num_free == free
 
 
 def test_drafting_from_other_chunks_reads_the_answer_again(engine):
