@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 import traceback
-from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, quote_plus, unquote, unquote_plus, urlsplit
 
 # Schemes in which what stands before @ is part of the place: a container, or an owner and a repository.
 _NAMED_BEFORE_AT = frozenset({"abfs", "abfss", "wasb", "wasbs", "github"})
 _SECRET_PREFIXES = ("x-amz-", "x-goog-", "x-oss-")
-_SECRET_ENDS = ("key", "token", "secret", "password", "passwd", "pwd", "signature", "credential", "credentials", "auth")
-_SECRET_NAMES = frozenset({"sig", "code", "session", "keyid", "accesskeyid", "awsaccesskeyid", "googleaccessid"})
+_SECRET_ENDS = (
+    *("key", "token", "secret", "password", "passwd", "pwd", "passphrase", "signature", "credential", "credentials"),
+    *("credentials_base64", "auth", "authorization", "bearer", "jwt"),
+)
+_SECRET_NAMES = frozenset(
+    {"sig", "code", "session", "pass", "keyid", "accesskeyid", "awsaccesskeyid", "googleaccessid"}
+)
+# A database's settings within one value: what of them names the place, and may be shown.
+_SETTINGS = "odbc_connect"
+_SETTING = re.compile(r"\s*([^;={}]+?)\s*=\s*(\{(?:[^}]|\}\})*\}|[^;]*)")
+_PLACE_SETTINGS = frozenset({"driver", "dsn", "server", "addr", "address", "host", "hostname", "port", "database"})
 # The rest of a shared access signature (Azure), which means nothing without its `sig`.
 _SIGNED_NAMES = frozenset({"sv", "se", "st", "sp", "spr", "sr", "ss", "srt", "sip", "skoid", "sktid", "ske", "skv"})
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+(?:@[^/\s@]*)*@")
@@ -22,14 +31,14 @@ def public_url(url: str) -> str:
 
     The same object has the same name whoever signs for it, so it is recognised when it is read again.
     """
-    parts = urlsplit(url)
+    parts = _split(url)
     host = parts.netloc
     if parts.scheme.lower() not in _NAMED_BEFORE_AT:
         host = host.rpartition("@")[2]
     pairs = _pairs(parts.query)
     signed = any(name.casefold() == "sig" for name, _ in pairs)
     kept = [
-        (name, value)
+        (name, _place(value) if name.casefold() == _SETTINGS else value)
         for name, value in pairs
         if not _is_secret(name) and not (signed and name.casefold() in _SIGNED_NAMES)
     ]
@@ -52,7 +61,7 @@ def safe_cause(error: BaseException, url: str) -> BaseException | None:
 
 def _secrets(url: str) -> set[str]:
     """Return what must not be shown, as it stands in the URL and as a driver may have decoded it."""
-    parts = urlsplit(url)
+    parts = _split(url)
     found: set[str] = set()
     if parts.scheme.lower() not in _NAMED_BEFORE_AT and "@" in parts.netloc:
         info = parts.netloc.rpartition("@")[0]
@@ -63,7 +72,25 @@ def _secrets(url: str) -> set[str]:
     for name, value in _pairs(parts.query):
         if _is_secret(name):
             found |= {value, quote(value, safe=""), quote_plus(value), unquote_plus(value)}
+        elif name.casefold() == _SETTINGS:
+            hidden = {one for key, one in _SETTING.findall(value) if key.casefold() not in _PLACE_SETTINGS}
+            found |= {value, quote(value, safe=""), quote_plus(value), *hidden, *(one.strip("{}") for one in hidden)}
     return {secret for secret in found if len(secret) > 2}
+
+
+def _split(url: str) -> SplitResult:
+    """Return the parts of a URL, of which a password may hold characters that should have been escaped."""
+    parts = urlsplit(url)
+    _, colon, port = parts.netloc.rpartition("]")[2].partition(":")
+    scheme, _, rest = url.partition("://")
+    if "@" in parts.netloc or "@" not in rest or not colon or not port or port.isdigit():
+        return parts
+    info, _, place = rest.partition("@")  # what looks like a port is the beginning of a password
+    return urlsplit(f"{scheme}://{quote(info, safe=':%')}@{place}")
+
+
+def _place(settings: str) -> str:
+    return ";".join(f"{key}={value}" for key, value in _SETTING.findall(settings) if key.casefold() in _PLACE_SETTINGS)
 
 
 def _pairs(query: str) -> list[tuple[str, str]]:

@@ -11,7 +11,15 @@ from ragkit.credentials import public_url, safe_cause, without_credentials
     ("url", "shown"),
     [
         ("s3://bucket/a/b c.pdf", "s3://bucket/a/b c.pdf"),
-        ("s3://AKIA1234:s3cr3t/x@bucket/a.pdf", "s3://AKIA1234:s3cr3t/x@bucket/a.pdf"),  # a path: the host ends at /
+        ("s3://AKIA1234:s3cr3t/x@bucket/a.pdf", "s3://bucket/a.pdf"),  # it should have been escaped
+        ("postgresql://u:p#ss@host/db?query=SELECT+1", "postgresql://host/db?query=SELECT+1"),
+        ("https://host:8080/~a@b/x", "https://host:8080/~a@b/x"),
+        (
+            "mssql+pyodbc:///?odbc_connect=Driver%3D%7BODBC+18%7D%3BServer%3Dh%3BUID%3Dbob%3BPWD%3D%7Ba%3Bserver%3Db%7D",
+            "mssql+pyodbc:///?odbc_connect=Driver%3D%7BODBC+18%7D%3BServer%3Dh",
+        ),
+        ("bigquery://p/d?credentials_base64=ab&location=eu", "bigquery://p/d?location=eu"),
+        ("snowflake://a/db?private_key_passphrase=ab&pass=cd&role=r", "snowflake://a/db?role=r"),
         ("s3://AKIA1234:s3cr3t@bucket/a.pdf", "s3://bucket/a.pdf"),
         ("https://user:p%40ss@host:8080/x?id=3", "https://host:8080/x?id=3"),
         ("https://ghp_token@host/x", "https://host/x"),
@@ -41,6 +49,8 @@ def test_the_same_object_has_one_name_whoever_signs_for_it():
         ("https://user:p%40ss@host/x", "cannot log in to https://user:p%40ss@host/x as user with p@ss"),
         ("https://h/x?token=abc%2Fdef", "bad token abc/def or abc%2Fdef"),
         ("postgresql://bob:hunter2@h/d", "password hunter2 refused for postgresql://bob:hunter2@h/d"),
+        ("postgresql://bob:x/hunter2@h/d", "password x/hunter2 refused"),
+        ("mssql+pyodbc:///?odbc_connect=Server%3Dh%3BPWD%3Dhunter2", "Login failed (Server=h;PWD=hunter2)"),
     ],
 )
 def test_messages_lose_what_is_secret(url: str, message: str):
