@@ -102,13 +102,17 @@ class _Speed:
 
     @classmethod
     def of(cls, generator: BatchGenerator, prepared: Sequence[PreparedQuestion]) -> _Speed:
-        """Generate from these prompts with full prefill, first one token each and then some more."""
+        """Generate from these prompts with full prefill: some tokens each, then one, the difference is decoding.
+
+        The longer run comes first: what is done but once, such as compiling products, makes decoding look slower then,
+        and never prefill look slower than both.
+        """
         some = prepared[:MEASURED_ROWS]
         if not some:
             return cls()
-        first = _generated(generator, some, 1)
         more = _generated(generator, some, 1 + _MEASURED_TOKENS)
-        decoding = max(more - first, 1e-9)
+        first = _generated(generator, some, 1)
+        decoding = more - first if more > first else more  # a busy machine: at most all of it was decoding
         prompt_tokens = sum(len(one.built.prompt) for one in some)
         return cls(prompt_tokens / first, len(some) * _MEASURED_TOKENS / decoding)
 
