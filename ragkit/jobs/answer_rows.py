@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragkit.answers.json_form import answer_json
+from ragkit.credentials import public_url
 from ragkit.errors import UsageError
 from ragkit.jobs.openai_batch import openai_answer
 from ragkit.jobs.rows import RowOutcome, RowShape
+from ragkit.readers.file_systems import is_url
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,7 +30,8 @@ def output_kind(out: str) -> str:
     """
     ending = Path(out.partition("?")[0]).suffix.lower()
     if ending not in _KINDS:
-        raise UsageError(f"--out must end in {', '.join(_KINDS)}, got {out!r}")
+        shown = public_url(out) if is_url(out) else out
+        raise UsageError(f"--out must end in {', '.join(_KINDS)}, got {shown!r}")
     return _KINDS[ending]
 
 
@@ -68,7 +71,20 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     with pq.ParquetWriter(path, schema) as writer:
         while batch := list(islice(rows, _BATCH_ROWS)):
             shaped = [_columns(row, schema.names) for row in batch]
-            writer.write_table(pa.Table.from_pylist(shaped, schema=schema))
+            try:
+                table = pa.Table.from_pylist(shaped, schema=schema)
+            except UnicodeEncodeError:  # half a surrogate pair, which JSON may hold and Parquet may not
+                table = pa.Table.from_pylist(_encodable(shaped), schema=schema)
+            writer.write_table(table)
+
+
+def _encodable(value: Any) -> Any:
+    """Return a value of JSON with what no UTF-8 can hold escaped."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(one) for key, one in value.items()}
+    return type(value)(map(_encodable, value)) if isinstance(value, list | tuple) else value
 
 
 def _columns(row: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -89,7 +105,7 @@ def _schema() -> pa.Schema:
     span = {"token_start": whole, "token_stop": whole, "char_start": whole, "char_stop": whole, "share": number}
     usage = dict.fromkeys(("prompt", "reused", "recomputed", "generated"), whole)
     kv = {"hits": whole, "misses": whole, "holes": whole, "bytes_by_tier": pa.map_(text, whole), "recomputed": whole}
-    draft = {"mode": text, "drafted": whole, "accepted": whole, "ms_per_step": number}
+    draft = {"mode": text, "drafter": text, "drafted": whole, "accepted": whole, "steps": whole, "ms_per_step": number}
     return pa.schema(
         {
             "id": text,

@@ -99,7 +99,8 @@ def local_path(name: str) -> str:
 def _kind_of(name: str) -> str:
     ending = Path(name.partition("?")[0]).suffix.lower()
     if ending not in _ENDINGS:
-        raise UsageError(f"{name!r} must end in {', '.join(_ENDINGS)}, so that it is known how to read it")
+        shown = public_url(name) if is_url(name) else name
+        raise UsageError(f"{shown!r} must end in {', '.join(_ENDINGS)}, so that it is known how to read it")
     return _ENDINGS[ending]
 
 

@@ -197,6 +197,24 @@ def test_parquet_holds_the_same_answers(pipeline: Pipeline, tmp_path: Path) -> N
         for name in ("id", "answer", "citations", "strategy", "tokens", "error"):
             assert row[name] == line.get(name), name
     assert dict(table[0]["timings_ms"]).keys() == lines[0]["timings_ms"].keys()
+    assert table[0]["draft"].keys() == lines[0]["draft"].keys()
+
+
+def test_an_id_that_no_parquet_can_hold_is_escaped(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "q.jsonl", [{"id": "half \ud800", "question": "Where?"}])
+    run_batch(pipeline.parts, BatchJob(str(path), str(tmp_path / "a.parquet")))
+    assert pq.read_table(tmp_path / "a.parquet").column("id").to_pylist() == ["half \\ud800"]
+
+
+@pytest.mark.parametrize("name", ["questions", "out"])
+def test_a_url_with_the_wrong_ending_is_named_without_credentials(
+    pipeline: Pipeline, tmp_path: Path, name: str
+) -> None:
+    path = write_jsonl(tmp_path / "q.jsonl", questions(1))
+    job = replace(BatchJob(str(path), str(tmp_path / "a.jsonl")), **{name: "s3://me:hunter2@bucket/file.txt"})
+    with pytest.raises(UsageError, match=r"s3://bucket/file\.txt") as caught:
+        run_batch(pipeline.parts, job)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_job_at_a_url_is_resumed_there(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
