@@ -95,26 +95,46 @@ class _LocalJobFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = self._lock()
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = os.pread(lock, 64, 0).decode("ascii", "replace").strip()
-                raise StoreLockedError(
-                    f"process {owner or '?'} is working on {self.out} (its folder is {self._folder}): wait for it, "
-                    "stop it, or give another --out"
-                ) from None
             os.ftruncate(lock, 0)
             os.pwrite(lock, str(os.getpid()).encode(), 0)
             try:
                 yield
             finally:
-                if self.manifest() is None:  # nothing was begun, or all of it is done
+                if self._is_ours(lock) and self.manifest() is None:  # nothing was begun
                     self._remove()
         finally:
             os.close(lock)
+
+    def _lock(self) -> int:
+        """Return the descriptor of the lock, which nobody else has."""
+        path = self._folder / _LOCK
+        while True:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # who has just finished took the folder away
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(lock, 64, 0).decode("ascii", "replace").strip()
+                os.close(lock)
+                raise StoreLockedError(
+                    f"process {owner or '?'} is working on {self.out} (its folder is {self._folder}): wait for it, "
+                    "stop it, or give another --out"
+                ) from None
+            if self._is_ours(lock):
+                return lock
+            os.close(lock)
+
+    def _is_ours(self, lock: int) -> bool:
+        """Return whether `lock` still lies in the folder: who finishes takes both away, others make new ones."""
+        try:
+            return os.path.samestat(os.fstat(lock), (self._folder / _LOCK).stat())
+        except FileNotFoundError:
+            return False
 
     def output_exists(self) -> bool:
         return self._target.exists()
