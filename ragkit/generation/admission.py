@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ragkit.errors import CacheCapacityError
+
 _PATIENCE_S = 120.0
 
 
@@ -56,18 +58,31 @@ class Admission:
                 self._waiting.remove(ticket)
                 self._note()  # it may be the turn of the next
             self._users[thread] += 1
-            self._blocks += blocks
-            self._promised += blocks
-        request = AdmittedRequest(self, blocks)
+            request = self._counted_in(blocks)
         try:
             yield request
         finally:
-            request.has_taken()
-            with self._changed:
-                self._users -= Counter((thread,))
-                self._blocks -= blocks
-                self._ended += 1
-                self._note()
+            self._count_out(request, blocks, Counter((thread,)))
+
+    @contextmanager
+    def spare(self, blocks: int) -> Iterator[AdmittedRequest]:
+        """Count in `blocks` until the block ends, for what an admitted request can do without.
+
+        Raises:
+            CacheCapacityError: they do not fit beside the requests, or one of these waits.
+        """
+        with self._changed:
+            fits = not self._waiting and self._blocks + blocks <= self._capacity
+            if not fits or not self._fits_beside_batches(blocks):
+                raise CacheCapacityError(
+                    f"asked for {blocks} KV blocks that are spare, of {self._capacity} requests have {self._blocks} "
+                    f"and {len(self._waiting)} more wait: end other requests, shorten the prompt or enlarge the pool"
+                )
+            request = self._counted_in(blocks)
+        try:
+            yield request
+        finally:
+            self._count_out(request, blocks, Counter())
 
     def join(self) -> BatchShare:
         """Return the part of a batch of this thread, until it is closed."""
@@ -75,6 +90,19 @@ class Admission:
         with self._changed:
             self._batches[thread] += 1
         return BatchShare(self, thread)
+
+    def _counted_in(self, blocks: int) -> AdmittedRequest:
+        self._blocks += blocks
+        self._promised += blocks
+        return AdmittedRequest(self, blocks)
+
+    def _count_out(self, request: AdmittedRequest, blocks: int, users: Counter[int]) -> None:
+        request.has_taken()
+        with self._changed:
+            self._users -= users
+            self._blocks -= blocks
+            self._ended += 1
+            self._note()
 
     def _wait(self, ticket: object, blocks: int, thread: int) -> None:
         while thread not in self._users and thread not in self._batches:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -261,7 +262,7 @@ class ModelSession:
         """Give the rows back."""
         paths, self.paths = self.paths, []
         for path in paths:
-            path.state.kv.release()
+            path.close()
 
     @torch.inference_mode()
     def _begin(self, prompt: Prompt) -> None:
@@ -287,16 +288,17 @@ class ModelSession:
                 f"a prompt of {len(prompt)} tokens leaves no room to draft in a window of {window}: draft from fewer "
                 "chunks (draft.context_tokens)"
             )
-        kv = RequestKV(model.engine.pool)
-        try:
+        pool = model.engine.pool
+        with ExitStack() as held:
+            # Requests are not to find taken what they were let in for: an answer can do without drafts.
+            spare = held.enter_context(model.engine.admission.spare(pool.blocks_for(total) + len(prompt.segments)))
+            kv = held.enter_context(RequestKV(pool))
             rotary = model.engine.rotary.table(total, prompt_tokens=len(prompt))
             request = PrefillRequest(prompt, kv, rotary, answer_tokens=total - len(prompt))
             model.strategy.prefill(model.decoder, request)
             kv.reserve(total)
-            return _Path(model.runner.begin(kv, rotary), total)
-        except BaseException:
-            kv.release()
-            raise
+            spare.has_taken()
+            return _Path(model.runner.begin(kv, rotary), total, held.pop_all())
 
 
 class _Path:
@@ -305,13 +307,19 @@ class _Path:
     Args:
         state: the rows.
         most_tokens: positions that may be written; blocks may have more, which lie behind the model's window.
+        held: gives the rows back.
     """
 
-    def __init__(self, state: DecodeState, most_tokens: int) -> None:
+    def __init__(self, state: DecodeState, most_tokens: int, held: ExitStack) -> None:
         self.state = state
         self._most_tokens = most_tokens
+        self._held = held
         self.pending: list[int] = []
         self._drafted: list[int] = []  # whose rows are written, behind the kept ones
+
+    def close(self) -> None:
+        """Give the rows back; twice is harmless."""
+        self._held.close()
 
     @property
     def room(self) -> int:

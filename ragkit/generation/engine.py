@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
@@ -172,7 +173,7 @@ class Engine:
         total = len(prompt) + sampling.max_new_tokens
         # Rows of chunks that are shared, or recomputed beside them, fill their last block only in part.
         blocks = self.pool.blocks_for(total) + len(prompt.segments)
-        with self.admission.admitted(blocks) as admitted, RequestKV(self.pool) as kv:
+        with self.admission.admitted(blocks) as admitted, RequestKV(self.pool) as kv, ExitStack() as ending:
             rotary = self.rotary.table(total, prompt_tokens=len(prompt))
             request = PrefillRequest(prompt, kv, rotary, ratio, sampling.max_new_tokens)
             prefilled = chosen.prefill(self.decoder, request)
@@ -187,6 +188,7 @@ class Engine:
                 tokens = speculative_decode(
                     drafted, self._runner, self.verifier, kv, rotary, prefilled.logits, self.tokenizer
                 )
+            ending.callback(tokens.close)  # what drafts has blocks, too: nobody is let in before they are free
             timings = {"prefill": (time.perf_counter() - started) * 1e3, **prefilled.timings_ms}
             while True:
                 try:

@@ -6,6 +6,9 @@ import threading
 import time
 from contextlib import ExitStack
 
+import pytest
+
+from ragkit.errors import CacheCapacityError
 from ragkit.generation.admission import Admission
 
 
@@ -74,3 +77,20 @@ def test_patience_ends_where_no_request_does():
         thread.start()
         thread.join(5)
         assert log == [8]
+
+
+def test_what_is_spare_is_counted_until_it_is_given_back():
+    admission, log = Admission(10), []
+    with admission.admitted(4), ExitStack() as stack:
+        stack.enter_context(admission.spare(3))
+        with pytest.raises(CacheCapacityError, match="asked for 4 KV blocks that are spare, of 10 requests have 7"):
+            stack.enter_context(admission.spare(4))
+        thread = threading.Thread(target=enter_and_leave, args=(admission, 5, log))
+        thread.start()
+        time.sleep(0.05)
+        assert log == []
+        with pytest.raises(CacheCapacityError, match="1 more wait"):
+            stack.enter_context(admission.spare(1))
+        stack.close()
+        thread.join(5)
+    assert log == [5]

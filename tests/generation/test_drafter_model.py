@@ -1,5 +1,7 @@
 """Models that draft: another engine, and the target over a shorter prompt."""
 
+import threading
+
 import pytest
 import torch
 
@@ -339,3 +341,19 @@ def test_a_prompt_that_fills_the_drafters_window_is_refused(engine):
     drafter = everything(engine)
     with pytest.raises(CacheCapacityError, match="draft from fewer chunks"):
         drafter.begin(DraftContext(Prompt((Segment((5,) * 256),)), sampling(1)))
+
+
+def test_a_request_beside_a_drafted_one_finds_the_blocks_that_it_was_let_in_for(engine, tiny_folder):
+    small = Engine.load(tiny_folder, device="cpu", dtype="float32", kv_tokens=10 * 64)
+    prompt = Prompt((Segment(tuple(range(5, 205))),))  # with its answer 5 blocks, of which 4 are used
+    drafted = small.generate(prompt, sampling(50), drafting=Drafting(everything(small), limits=FIXED))
+    tokens = [next(drafted).token_id for _ in range(3)]
+    other = []
+    thread = threading.Thread(target=lambda: other.append(run(small, sampling(50), prompt=prompt)))
+    thread.start()
+    thread.join(0.3)  # without drafts it would fit beside the first; with them it waits
+    *rest, finished = drafted
+    thread.join(60)
+    plain = run(engine, sampling(50), prompt=prompt)
+    assert other[0].token_ids == plain.token_ids == finished.token_ids
+    assert finished.token_ids == (*tokens, *(step.token_id for step in rest))
