@@ -190,6 +190,7 @@ class _RemoteJobFolder:
         self._url = out
         self._scratch = scratch
         self._files, self._target = open_file_system(out)
+        self._files.invalidate_cache()  # another machine may have gone on since this process looked last
         self._folder = self._target + SUFFIX
         self._groups = 0
 
@@ -213,7 +214,7 @@ class _RemoteJobFolder:
         yield path
 
     def open_log(self, total: int) -> ResultLog:
-        groups = sorted(self._ask(self._files.glob, f"{self._folder}/{_RESULTS}-*"))
+        groups = self._written_groups()
         with (self._scratch / _RESULTS).open("wb") as file:
             for group in groups:
                 content = bytes(self._ask(self._files.cat_file, group))
@@ -240,12 +241,17 @@ class _RemoteJobFolder:
     def _remove(self) -> None:
         if self._ask(self._files.exists, self._folder):
             ours = [f"{self._folder}/{_MANIFEST}", f"{self._folder}/{_ROWS}"]
-            ours += self._ask(self._files.glob, f"{self._folder}/{_RESULTS}-*")
+            ours += self._written_groups()
             for path in ours:
                 if self._ask(self._files.exists, path):
-                    self._ask(self._files.rm, path)
+                    self._ask(self._files.rm_file, path)  # unlike `rm`, which takes patterns
             with contextlib.suppress(Exception):  # stores of objects have no folders; others may hold what is not ours
                 self._files.rmdir(self._folder)
+
+    def _written_groups(self) -> list[str]:
+        # Listed and compared: to a glob, brackets in the output's name would mean something.
+        found = map(str, self._ask(self._files.find, self._folder, maxdepth=1))
+        return sorted(path for path in found if path.rpartition("/")[2].startswith(f"{_RESULTS}-"))
 
     def _ask(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         try:

@@ -217,19 +217,22 @@ def test_a_url_with_the_wrong_ending_is_named_without_credentials(
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_job_at_a_url_is_resumed_there(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["a.jsonl", "[2024] *.jsonl"])
+def test_a_job_at_a_url_is_resumed_there(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     files = fsspec.filesystem("memory")
     files.pipe_file("/jobs/q.jsonl", write_jsonl(tmp_path / "q.jsonl", questions(5)).read_bytes())
-    job = BatchJob("memory://jobs/q.jsonl", "memory://jobs/a.jsonl")
+    job = BatchJob("memory://jobs/q.jsonl", f"memory://jobs/{name}")
     done = begun(pipeline, monkeypatch, job, 3)
-    assert {Path(path).name for path in files.find("/jobs/a.jsonl.partial")} == {
+    assert {Path(path).name for path in files.find(f"/jobs/{name}.partial")} == {
         "job.json", "rows.jsonl", "results.log-00000000",
     }  # fmt: skip
     rest = Counted(monkeypatch)
     assert run_batch(pipeline.parts, job).resumed == 3
     assert sorted(rest.asked) == sorted({row["id"] for row in questions(5)} - done)
-    assert files.cat_file("/jobs/a.jsonl").count(b"\n") == 5
-    assert files.find("/jobs/a.jsonl.partial") == []
+    assert files.cat_file(f"/jobs/{name}").count(b"\n") == 5
+    assert files.find(f"/jobs/{name}.partial") == []
     with pytest.raises(UsageError, match="is there already"):
         run_batch(pipeline.parts, job)
 
