@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Outcomes that need no generation wait for the next generated one; a long run of them ends the batch at hand instead.
 _WAITING_OUTCOMES = 256
+# Rows that read a document in pages wait for all others, but no more of them than this, so that memory is bounded.
+_WAITING_PAGED = 4096
 
 
 class BatchGenerator(Protocol):
@@ -46,8 +48,8 @@ def answer_many(
 ) -> Iterator[RowOutcome]:
     """Yield what becomes of every row once, in the order in which they end; rows are pulled as they are needed.
 
-    What is wrong with a row is its outcome and stops no other. Rows that read one document in pages come last, those
-    of the same document one after another.
+    What is wrong with a row is its outcome and stops no other. Rows that read one document in pages come last, or when
+    some thousands of them wait, those of the same document one after another.
 
     Args:
         parts: store and models, loaded here where they are not there yet.
@@ -91,7 +93,13 @@ class _Answering:
                             return
                 yield from self._drained()
                 exhausted = requests.source_ended
-        for paged in sorted(self._paged, key=lambda one: one.options.document or ""):
+                if len(self._paged) >= _WAITING_PAGED:
+                    yield from self._paged_outcomes()
+        yield from self._paged_outcomes()
+
+    def _paged_outcomes(self) -> Iterator[RowOutcome]:
+        waiting, self._paged = self._paged, []
+        for paged in sorted(waiting, key=lambda one: one.options.document or ""):
             if self._stop.is_set():
                 return
             yield self._answered_from_pages(paged)
@@ -109,6 +117,8 @@ class _Answering:
                 raise _StoppedError  # through the generator: what it has pulled and not begun must not be begun either
             if isinstance(step, PagedRow):
                 self._paged.append(step)
+                if len(self._paged) >= _WAITING_PAGED:
+                    yield None
                 continue
             ready = self._prepared(step) if isinstance(step, FoundRow) else step
             if isinstance(ready, _Running):

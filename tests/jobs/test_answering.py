@@ -59,6 +59,17 @@ def test_answers_of_a_batch_are_those_of_single_questions(pipeline: Pipeline, st
     assert list(together[0].answer.timings_ms) == list(alone[0].timings_ms)
 
 
+def test_rows_in_pages_do_not_wait_without_bound(
+    pipeline: Pipeline, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ragkit.jobs.answering._WAITING_PAGED", 2)
+    uri = str(sorted((world / "docs").iterdir())[0])
+    paged = [{"id": f"p{one}", "question": "Where?", "strategy": "pages", "document": uri} for one in range(5)]
+    ended = [one.row.row_id for one in pipeline.query_many([*paged[:3], *questions(2), *paged[3:]], in_order=False)]
+    assert ended[:2] == ["p0", "p1"]
+    assert sorted(ended) == ["p0", "p1", "p2", "p3", "p4", "q0", "q1"]
+
+
 def test_a_document_in_pages_is_answered_as_alone_and_last(pipeline: Pipeline, world: Path) -> None:
     uri = str(world / "docs" / "0.txt")
     asked = [{"id": "p", "question": "Where?", "strategy": "pages", "document": uri}, *questions(2)]
