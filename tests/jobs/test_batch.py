@@ -200,6 +200,15 @@ def test_parquet_holds_the_same_answers(pipeline: Pipeline, tmp_path: Path) -> N
     assert table[0]["draft"].keys() == lines[0]["draft"].keys()
 
 
+def test_drafting_that_is_configured_is_said_to_be_left_out(world: Path, engine: Engine, tmp_path: Path) -> None:
+    job = BatchJob(str(write_jsonl(tmp_path / "q.jsonl", questions(1))), str(tmp_path / "a.jsonl"))
+    config = replace(FULL, draft=replace(FULL.draft, drafter="lookup"))
+    with open_world(world, engine, config) as pipeline:
+        assert run_batch(pipeline.parts, job).warnings == (
+            "a batch generates without drafts, draft.drafter = 'lookup' or not",
+        )
+
+
 def test_an_id_that_no_parquet_can_hold_is_escaped(pipeline: Pipeline, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "q.jsonl", [{"id": "half \ud800", "question": "Where?"}])
     run_batch(pipeline.parts, BatchJob(str(path), str(tmp_path / "a.parquet")))
