@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from ragkit.async_stream import PIECES_AHEAD, AsyncAnswerStream
-from ragkit.config import Strategy
+from ragkit.config import DraftMode, Strategy
 from ragkit.types import Answer, MetadataValue
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class AsyncQuestions:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        draft: str | None = None,
+        draft_mode: DraftMode | str | None = None,
         progress: Progress | None = None,
     ) -> Answer:
         """Return the answer to `question`; arguments and errors as for `Pipeline.stream`.
@@ -52,6 +54,8 @@ class AsyncQuestions:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            draft=draft,
+            draft_mode=draft_mode,
             progress=progress,
         )
         async with stream:
@@ -71,6 +75,8 @@ class AsyncQuestions:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        draft: str | None = None,
+        draft_mode: DraftMode | str | None = None,
         progress: Progress | None = None,
         ahead: int = PIECES_AHEAD,
     ) -> AsyncAnswerStream:
@@ -97,6 +103,8 @@ class AsyncQuestions:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            draft=draft,
+            draft_mode=draft_mode,
             progress=progress,
         )
         return AsyncAnswerStream(start, ahead)

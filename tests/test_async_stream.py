@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -223,3 +224,11 @@ def test_errors_of_the_arguments_come_with_the_first_piece(tmp_path: Path, engin
             asyncio.run(empty.aquery("anything?"))
         with pytest.raises(UsageError, match="the question is empty"):
             asyncio.run(empty.aquery("  "))
+
+
+@pytest.mark.parametrize("name", ["aquery", "astream"])
+def test_what_may_be_asked_is_what_a_stream_takes(name: str):
+    def options(call):
+        return {key: one for key, one in inspect.signature(call).parameters.items() if key != "ahead"}
+
+    assert options(getattr(Pipeline, name)) == options(Pipeline.stream)
