@@ -99,6 +99,12 @@ def test_unknown_modes_are_refused(pipeline):
         pipeline.query(QUESTIONS[0], draft="lookup", draft_mode="fast")
 
 
+@pytest.mark.parametrize("draft", [None, "none"])
+def test_a_mode_without_a_drafter_is_refused(pipeline, draft):
+    with pytest.raises(UsageError, match="transfer says what drafts may do: name a drafter"):
+        pipeline.query(QUESTIONS[0], draft=draft, draft_mode="transfer")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

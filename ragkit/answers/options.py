@@ -128,7 +128,10 @@ def _draft(config: DraftConfig, changes: QuestionChanges) -> DraftConfig:
             raise UsageError(
                 f"there is no draft mode {changes.draft_mode!r}; take one of {', '.join(DraftMode)}"
             ) from None
-    return replace(config, **wanted) if wanted else config
+    changed = replace(config, **wanted) if wanted else config
+    if changes.draft_mode is not None and changed.drafter == "none":
+        raise UsageError(f"the draft mode {changes.draft_mode} says what drafts may do: name a drafter with draft")
+    return changed
 
 
 def _strategy(name: Strategy | str) -> Strategy:
