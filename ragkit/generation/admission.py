@@ -43,6 +43,7 @@ class Admission:
         self._batches: Counter[int] = Counter()  # batches likewise
         self._blocks = 0
         self._promised = 0  # of these, what is not taken from the pool yet
+        self._planned: dict[BatchShare, int] = {}  # blocks that a batch's step is about to take
         self._ended = 0
         self._changes = 0
 
@@ -114,7 +115,7 @@ class Admission:
                 return
 
     def _fits_beside_batches(self, blocks: int) -> bool:
-        wanted = self._promised + min(blocks, self._capacity)
+        wanted = self._promised + sum(self._planned.values()) + min(blocks, self._capacity)
         return not self._batches or self._free(wanted) >= wanted
 
     def _note(self) -> None:
@@ -145,12 +146,30 @@ class BatchShare:
         self._is_open = True
         self._seen = 0
 
-    def look(self) -> tuple[int, int]:
-        """Return the blocks of single requests that are let in, and how many of them they have not taken yet."""
+    def free(self, wanted: int, kept: int) -> int:
+        """Return how many blocks are free for the batch, once tiers gave some back if that is fewer than `wanted`.
+
+        Where there are enough, `wanted` of them are set aside until `settle`.
+
+        Args:
+            wanted: what the step at hand takes in all.
+            kept: blocks that are left to single requests, unless they have so many.
+        """
         admission = self._admission
         with admission._changed:
             self._seen = admission._changes
-            return admission._blocks, admission._promised
+            others = sum(blocks for share, blocks in admission._planned.items() if share is not self)
+            left_alone = admission._promised + others + max(kept - admission._blocks, 0)
+            free = admission._free(wanted + left_alone) - left_alone
+            if free >= wanted:
+                admission._planned[self] = max(wanted, admission._planned.get(self, 0))
+            return free
+
+    def settle(self) -> None:
+        """Note that the step has taken its blocks."""
+        with self._admission._changed:
+            if self._admission._planned.pop(self, 0):
+                self._admission._note()
 
     @property
     def others_wait(self) -> bool:
@@ -182,6 +201,7 @@ class BatchShare:
         with admission._changed:
             if self._is_open:
                 self._is_open = False
+                admission._planned.pop(self, None)
                 admission._batches -= Counter((self._thread,))
                 admission._ended += 1
                 admission._note()

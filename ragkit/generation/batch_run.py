@@ -91,6 +91,7 @@ class BatchRun:
         if step.started or step.by_strategy:
             self._count_bytes()
         decodes = [self._jobs[entry] for entry in step.decodes if self._reserve(self._jobs[entry])]
+        self._supply.settle()
         pieces = step.pieces
         if decodes or pieces:
             self._stats.mixed_steps += bool(decodes and pieces)

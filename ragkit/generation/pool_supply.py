@@ -38,9 +38,11 @@ class PoolSupply:
 
         What others were promised is not among them, nor is the window that is kept for them, unless they have it.
         """
-        theirs, promised = self._share.look()
-        left_alone = promised + max(self._kept - theirs, 0)
-        return self._pool.free_after_reclaim(wanted + left_alone) - left_alone
+        return self._share.free(wanted, self._kept)
+
+    def settle(self) -> None:
+        """Note that the step at hand has taken its blocks."""
+        self._share.settle()
 
     @property
     def others_wait(self) -> bool:

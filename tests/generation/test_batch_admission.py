@@ -86,6 +86,31 @@ def test_a_thread_may_ask_while_it_reads_the_results_of_its_batch(engine):
     assert len(list(results)) == 3
 
 
+def test_two_batches_and_two_askers_on_a_small_pool_end_without_an_error(engine):
+    errors, answered = [], []
+
+    def batch(first: int) -> None:
+        made = (request(first + one, 60 + 20 * (one % 7), 10 + 8 * (one % 6)) for one in range(25))
+        for result in BatchEngine(engine, BatchConfig(128)).run(made):
+            (answered if result.error is None else errors).append(result)
+
+    def asker(first: int) -> None:
+        for one in range(4):
+            try:
+                answered.append(ask(engine, request(first + one, 190)))
+            except CacheCapacityError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=act, args=(first,)) for act in (batch, asker) for first in (0, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    assert len(answered) == 58
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
 def test_a_batch_that_alone_has_no_room_is_told_at_once():
     share = Admission(10).join()
     assert not share.wait()
@@ -111,10 +136,25 @@ def test_a_batch_leaves_what_was_promised_and_not_taken_yet():
     admission = Admission(10, free=lambda wanted: 10)
     share = admission.join()
     with admission.admitted(4) as admitted:
-        assert share.look() == (4, 4)
+        assert share.free(7, kept=0) == 6
+        assert share.free(7, kept=5) == 5
         admitted.has_taken()
-        assert share.look() == (4, 0)
-    assert share.look() == (0, 0)
+        assert share.free(7, kept=0) == 10
+    assert share.free(7, kept=5) == 5
+
+
+def test_nobody_is_promised_what_a_step_of_a_batch_is_about_to_take():
+    admission, log = Admission(10, free=lambda wanted: 10), []
+    share, second = admission.join(), admission.join()
+    assert share.free(7, kept=0) == 10
+    assert second.free(4, kept=0) == 3
+    other = threading.Thread(target=lambda: enter(admission, 4, log))
+    other.start()
+    wait_for(lambda: share.others_wait)
+    assert log == []
+    share.settle()
+    other.join(10)
+    assert log == [4]
 
 
 def test_a_batch_that_ends_lets_in_who_waits():
