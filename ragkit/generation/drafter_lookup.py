@@ -65,6 +65,7 @@ class LookupSession:
     """
 
     def __init__(self, prompt: Prompt) -> None:
+        self._prompt = prompt
         self._texts = SuffixAutomaton(segment.token_ids for segment in prompt.segments)
         self._answer: list[int] = []
         self._state, self._length = ROOT_STATE, 0  # the longest stretch that the answer ends with
@@ -97,10 +98,11 @@ class LookupSession:
             self._answer.append(token)
 
     def refresh(self, prompt: Prompt) -> None:
-        """Go on with other texts, behind which the answer stands as before."""
+        """Go on with further texts beside the prompt's own, which the model goes on to copy from."""
         answer, self._answer = self._answer, []
         hits, tries = self._hits, self._tries
-        self._texts = SuffixAutomaton(segment.token_ids for segment in prompt.segments)
+        texts = dict.fromkeys(segment.token_ids for segment in (*self._prompt.segments, *prompt.segments))
+        self._texts = SuffixAutomaton(texts)
         self._state, self._length = ROOT_STATE, 0
         self.accept(answer)
         self._hits, self._tries = hits, tries  # noted when the answer came, not once more

@@ -100,14 +100,16 @@ def test_chances_follow_what_became_of_matches_drafted_or_not():
     assert not strayed or strayed[0] < 0.15
 
 
-def test_other_chunks_take_the_place_of_those_before_and_the_answer_stays():
-    session = session_of([1, 2, 30])
+def test_other_chunks_come_beside_the_prompts_own_and_the_answer_stays():
+    session = session_of([1, 2, 30], [40, 41, 42, 43])
     session.accept([5, 1, 2])
     session.refresh(Prompt((Segment((1, 2, 77)), Segment((9, 5, 1, 2, 88)))))
     assert session.match_length == 3
     assert session.propose(MUCH).token_ids[0] == 88
     session.accept([88, 5, 1])
     assert session.propose(MUCH).token_ids[0] == 2
+    session.accept([40, 41])  # the model sees the prompt as before
+    assert session.propose(MUCH).token_ids[:2] == (42, 43)
 
 
 def test_a_closed_session_proposes_nothing():
