@@ -1,6 +1,6 @@
 """Every kernel against a ceiling of the same card in the same run, and against the strongest simple baseline.
 
-    python benchmarks/kernel_speed.py [--only STEM ...]
+    python benchmarks/kernel_speed.py [--only STEM ... [--name RESULT]]
     python benchmarks/kernel_speed.py --device cpu      small shapes in Triton's interpreter: does the script work?
 
 Ceilings: GB/s of a copy within the card's memory (read and written), for kernels that move bytes; useful TFLOP/s of
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stems = sorted(path.stem for path in CASES.glob("*.py"))
     parser.add_argument("--only", nargs="+", metavar="STEM", choices=stems, help=f"of {', '.join(stems)}")
+    parser.add_argument("--name", help="name of the result; kernel_speed with those of --only unless given")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="run each case once or twice; nothing is written")
     arguments = parser.parse_args()
@@ -56,11 +57,16 @@ def main() -> None:
     with torch.inference_mode():
         ceilings = measure_ceilings(clock)
         print(ceilings, flush=True)
-        rows = [row for stem in arguments.only or stems for row in measure_module(stem, clock, ceilings)]
+        rows = []
+        for stem in arguments.only or stems:
+            rows += measure_module(stem, clock, ceilings)
+            if clock.is_lost():
+                print(f"the device is lost since a case of {stem}: nothing after it was measured", flush=True)
+                break
     failed = [row for row in rows if "failed" in row]
     print(markdown_table(rows, COLUMNS))
     if not arguments.tiny:
-        name = "kernel_speed" + "".join(f"_{stem}" for stem in arguments.only or [])
+        name = arguments.name or "_".join(["kernel_speed", *(arguments.only or [])])
         print(f"\nraw numbers: {write_result(name, {'ceilings': ceilings, 'cases': rows})}")
     if failed:
         sys.exit(f"{len(failed)} of {len(rows)} cases failed: " + "; ".join(row["kernel"] for row in failed))
@@ -96,6 +102,16 @@ class Clock:
             end.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
+
+    def is_lost(self) -> bool:
+        """Return whether a run's fault left the device unusable for this process."""
+        try:
+            self._flush[:1].zero_()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
     def median(self, run: Callable[[], object]) -> float:
         """Return the median milliseconds of a run."""
@@ -166,6 +182,10 @@ def measure_module(stem: str, clock: Clock, ceilings: dict[str, Any]) -> list[di
         except Exception as error:  # the cases after it are still worth their time
             traceback.print_exc()
             row = {"kernel": case.name, "shape": case.shape, "failed": f"{type(error).__name__}: {error}"}
+            rows.append(row)
+            if clock.is_lost():
+                break
+            continue
         print(row, flush=True)
         rows.append(row)
     gc.collect()
