@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--quote", action="store_true")
     parser.add_argument("--name", default="draft_acceptance")
     options = parser.parse_args()
-    engine = Engine.load(options.generator, options.device, options.dtype, offline=True)
+    room = 2 * (options.tokens + options.new_tokens + options.context_tokens)  # for a prompt, its answer and its drafts
+    engine = Engine.load(options.generator, options.device, options.dtype, kv_tokens=room, offline=True)
     drafters = {name: drafter_of(name, engine, options.context_tokens) for name in options.drafters.split(",")}
     data = Path(os.environ["RAGKIT_DATA"]) if "RAGKIT_DATA" in os.environ else None
     results = {}

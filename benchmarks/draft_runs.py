@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument("--quote", action="store_true")
     parser.add_argument("--name", default="draft_runs")
     options = parser.parse_args()
-    engine = Engine.load(options.generator, options.device, options.dtype, offline=True)
+    room = 2 * (options.tokens + options.new_tokens + options.context_tokens)  # for a prompt, its answer and its drafts
+    engine = Engine.load(options.generator, options.device, options.dtype, kv_tokens=room, offline=True)
     data = Path(os.environ["RAGKIT_DATA"]) if "RAGKIT_DATA" in os.environ else None
     prompts = [
         prompt

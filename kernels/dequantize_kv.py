@@ -18,7 +18,7 @@ from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, reso
 from ragkit.kernels.launched import launched
 from ragkit.kernels.quantize_kv import QuantizedHeads
 
-_CODE_BYTES = 8192  # that one program reads, behind each other
+_CODE_BYTES = 4096  # that one program reads, behind each other
 
 
 def dequantize_kv(
@@ -56,12 +56,12 @@ def dequantize_kv(
         HEADS=num_heads, HEAD_DIM=out.shape[2], WIDTH=width, WIDTH_PADDED=next_power_of_2(width),
         TOKEN_GROUP=token_group, CHANNEL_GROUP=channel_group,
         GROUPS_PADDED=next_power_of_2(rows * width // channel_group), ROWS=rows, BY_CHANNEL=by_channel,
-        FOUR_BITS=bits == 4, HAS_SLOTS=slots is not None, num_warps=8,
+        FOUR_BITS=bits == 4, HAS_SLOTS=slots is not None, num_warps=4,
     )  # fmt: skip
 
 
 def rows_of_a_program(row_bytes: int, most: int) -> int:
-    """Return how many rows of codes a program treats: a power of two, up to `most` or little more, of about 8 KB."""
+    """Return how many rows of codes a program treats: a power of two, up to `most` or little more, of about 4 KB."""
     return min(next_power_of_2(most), max(1, _CODE_BYTES // next_power_of_2(row_bytes)))
 
 

@@ -245,7 +245,7 @@ def verify_tile(queries: Tensor, requests: int, key_pool: Blocks, value_pool: Bl
         most = max(16, next_power_of_2(group))  # interpreted: a few tokens have several tiles
     pairs = min(max(_PAIRS, next_power_of_2(drafted * group)), most)
     rows = min(32 if is_large else 64, stored_as(key_pool, value_pool)[1])
-    return VerifyTile(pairs, rows, 4 if is_large else 8, 2)
+    return VerifyTile(pairs, rows, 4 if is_large or pairs <= 64 else 8, 2, adds_angles=not is_large)
 
 
 def _check_drafted(

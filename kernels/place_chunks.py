@@ -97,7 +97,7 @@ def place_chunks(
         HEADS=heads, HEAD_DIM=head_dim, WIDTH=width, WIDTH_PADDED=next_power_of_2(width),
         TOKEN_GROUP=form.token_group, CHANNEL_GROUP=form.channel_group,
         VALUE_GROUPS_PADDED=next_power_of_2(rows * width // form.channel_group),
-        ROWS=rows, PARTS=TABLE_ROWS // rows, FOUR_BITS=form.bits == 4, HAS_SLOTS=slots is not None, num_warps=8,
+        ROWS=rows, PARTS=TABLE_ROWS // rows, FOUR_BITS=form.bits == 4, HAS_SLOTS=slots is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -210,6 +210,7 @@ def test_steps_that_are_recorded_on_a_gpu_say_what_a_cpu_says(selector):
             attend.begin(len(QUESTION), choose=True)
             decoder.run(torch.tensor(QUESTION, device=device), attend)
             steps = PageSteps.of(decoder, attend, 2, len(QUESTION))
-            logits.append(torch.cat([steps.step([], [token]).cpu() for token in (5, 6, 7, 8, 9, 10)]))
+            # Each step writes where the one before did.
+            logits.append(torch.cat([steps.step([], [token]).clone() for token in (5, 6, 7, 8, 9, 10)]).cpu())
         assert device == "cpu" or not steps._recorder._failed
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-2)

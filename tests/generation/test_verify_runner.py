@@ -126,6 +126,7 @@ def test_the_logits_of_a_pass_outlast_the_next(scene):
 
 
 def test_passes_of_all_sizes_share_the_tables_of_a_request_until_a_longer_rotary_table_comes(scene, monkeypatch):
+    scene.plain(40, [7])  # plain steps have tables of their own, which other tests may not have made yet
     verify, made = VerifyRunner(scene.decoder, scene.pool, scene.steps.scratch_slot), []
     of_tables = request_tables.RequestTables.__init__
     monkeypatch.setattr(
