@@ -116,8 +116,8 @@ class NominalCosts:
     """Plain steps, by the bytes that are read: the same on every machine, so that seeds give the same answers."""
 
     def of_pass(self, context: int, nodes: int, requests: int = 1) -> float:
-        """Return a plain step and a little more for every node."""
-        return 1.0 + _NOMINAL_NODE * nodes
+        """Return a plain step and a little more for every node of every request."""
+        return 1.0 + _NOMINAL_NODE * nodes * requests
 
     def of_draft(self, measured_ms: float, share: float) -> float:
         """Return the share."""
@@ -180,8 +180,7 @@ class DraftController:
         """Return the part of `tree` that is worth verifying; for trees that tell their nodes' chances."""
         if tree.chances is None or self._limits.length or not len(tree):
             return tree
-        trust = self._stood / self._hoped
-        gains = accumulate((trust * chance for chance in tree.chances), initial=1.0)
+        gains = accumulate((self.trust * chance for chance in tree.chances), initial=1.0)
         rates = [gain / self._costs.of_pass(context, nodes, self._requests) for nodes, gain in enumerate(gains)]
         best = max(range(len(rates)), key=rates.__getitem__)
         return tree.cut(best if rates[best] > _GAIN * rates[0] else 0, tree.depth)
@@ -201,6 +200,11 @@ class DraftController:
         first = float(accepted > 0)
         self._recent += (1 - _FORGET) * (first - self._recent)
         self._usual += (1 - _FORGET_SLOWLY) * (first - self._usual)
+
+    @property
+    def trust(self) -> float:
+        """How many nodes stood for each that should have, by the chances that trees tell."""
+        return self._stood / self._hoped
 
     @property
     def wants_refresh(self) -> bool:
