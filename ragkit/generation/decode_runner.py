@@ -48,17 +48,25 @@ class DecodeRunner:
 
     def step(self, states: Sequence[DecodeState], token_ids: Sequence[int]) -> Tensor:
         """Return (requests, vocab_size) logits after one more token a request."""
-        key = table_bucket(states)
         with self._lock:
-            bucket = self._buckets.get(key)
-            if bucket is None or not bucket.tables.fits(states[0].rotary):
-                tables = RequestTables(self._pool, *key, states[0].rotary)
-                bucket = self._buckets[key] = _Bucket(self._decoder, self._pool, self.scratch_slot, tables)
             # A copy: the graph of the bucket writes there again for the next step, which may be another thread's.
-            logits = bucket.run(states, token_ids)[: len(states)].clone()
+            logits = self._bucket(states).run(states, token_ids)[: len(states)].clone()
         for state in states:
             state.kv.num_tokens += 1
         return logits
+
+    def prepare(self, states: Sequence[DecodeState]) -> None:
+        """Record what a step of these requests will replay, so that no token waits for it."""
+        with self._lock:
+            self._bucket(states).prepare(states)
+
+    def _bucket(self, states: Sequence[DecodeState]) -> _Bucket:
+        key, rotary = table_bucket(states), states[0].rotary
+        bucket = self._buckets.get(key)
+        if bucket is None or not bucket.tables.fits(rotary):
+            tables = RequestTables(self._pool, *key, rotary)
+            bucket = self._buckets[key] = _Bucket(self._decoder, self._pool, self.scratch_slot, tables)
+        return bucket
 
 
 class _Bucket:
@@ -83,6 +91,13 @@ class _Bucket:
         columns += [(0, 0, self._scratch_slot)] * (self.tables.size - len(states))
         self._inputs.load(torch.tensor(columns).T)
         return self._recorded.run()
+
+    def prepare(self, states: Sequence[DecodeState]) -> None:
+        """Record the step where it is not, over places that no request has."""
+        if not self._recorded.is_recorded:
+            self.tables.load(states)
+            self._inputs.load(torch.tensor([(0, 0, self._scratch_slot)] * self.tables.size).T)
+            self._recorded.record()
 
     def _forward(self) -> Tensor:
         return self._decoder.logits(self._decoder.run(self._inputs.device[0], self._attend))

@@ -1,8 +1,8 @@
 """Drafting on the GPU: several steps of a model behind each other, of which the host waits for the last alone.
 
-The tokens that the drafter has not seen yet are one pass (`VerifyRunner`); each further token is the replay of a CUDA
-graph that chooses its own token and leaves position, slot and token where its next replay reads them. So any number
-of steps takes one graph a batch bucket, and one copy to the host.
+The tokens that the drafter has not seen yet are one pass (`VerifyRunner`), and one more before it where they are many;
+each further token is the replay of a CUDA graph that chooses its own token and leaves position, slot and token where
+its next replay reads them. So any number of steps takes one graph a batch bucket, and one copy to the host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from ragkit.errors import GenerationError
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.draft_tree import DraftTree
-from ragkit.generation.request_tables import HostInputs, RecordedForward, RequestTables, TablesByBucket
+from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.request_tables import (
+    GraphMemory,
+    HostInputs,
+    RecordedForward,
+    RequestTables,
+    TablesByBucket,
+)
 from ragkit.generation.verify_runner import VerifyRunner
 from ragkit.kernels.paged_decode_attention import paged_decode_attention
 from ragkit.kernels.paged_verify_attention import MOST_DRAFTED
@@ -26,6 +33,9 @@ from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kvcache.pool import KVPool
 
 MOST_STEPS = MOST_DRAFTED
+# Tokens that a pass over what is not read yet is recorded for: a draft that stood or fell leaves one or two. More than
+# the last are read by a pass without a graph, as a prompt is, however many they are.
+PENDING_BUCKETS = (2, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +60,18 @@ class DraftRunner:
     Args:
         decoder: the model.
         pool: where its requests' rows are.
-        verify: passes over the tokens that are not written yet.
+        verify: passes over the tokens that are not written yet, at least the last of `PENDING_BUCKETS`.
         scratch_slot: a row that nobody reads.
+        reader: reads tokens that a draft is far behind; the model itself by default. Weights of 4 bits are made for few
+            rows, and the target's read any number at once.
     """
 
-    def __init__(self, decoder: Decoder, pool: KVPool, verify: VerifyRunner, scratch_slot: int) -> None:
+    def __init__(
+        self, decoder: Decoder, pool: KVPool, verify: VerifyRunner, scratch_slot: int, reader: Decoder | None = None
+    ) -> None:
         self._decoder = decoder
+        self._reader = reader or decoder
+        self._memory = GraphMemory()
         self._pool = pool
         self._verify = verify
         self._scratch_slot = scratch_slot
@@ -83,7 +99,7 @@ class DraftRunner:
         """
         if not 1 <= steps <= MOST_STEPS or not all(pending):
             raise GenerationError(f"1 to {MOST_STEPS} steps behind at least one token are drafted, got {steps} steps")
-        last = [self._all_but_last_pass(state, tokens) for state, tokens in zip(states, pending, strict=True)]
+        last = [self._caught_up(state, tokens) for state, tokens in zip(states, pending, strict=True)]
         logits = self._written(states, last)
         with self._lock:
             bucket = self._bucket(states, drawn is not None)
@@ -93,12 +109,21 @@ class DraftRunner:
                 bucket.step()
             return bucket.chains(len(states), steps)
 
-    def _all_but_last_pass(self, state: DecodeState, tokens: Sequence[int]) -> Sequence[int]:
-        """Return those of `tokens` that one pass can take; the ones before are written."""
-        while len(tokens) > MOST_DRAFTED:
-            self._written([state], [tokens[:MOST_DRAFTED]])
-            tokens = tokens[MOST_DRAFTED:]
-        return tokens
+    def prepare(self, states: Sequence[DecodeState]) -> None:
+        """Record what drafts for these requests will replay, drawn and not, so that no token waits for it."""
+        self._verify.prepare(states, PENDING_BUCKETS[-1] - 1)
+        with self._lock:
+            for is_drawn in (False, True):
+                bucket = self._bucket(states, is_drawn)
+                bucket.tables.load(states)
+                bucket.prepare()
+
+    def _caught_up(self, state: DecodeState, tokens: Sequence[int]) -> Sequence[int]:
+        """Return those of `tokens` that are left to the recorded pass; the ones before are written, all in one pass."""
+        if len(tokens) <= PENDING_BUCKETS[-1]:
+            return tokens
+        FullPrefill().extend(self._reader, state.kv, state.rotary, torch.tensor(tokens[:-1], device=self._pool.device))
+        return tokens[-1:]
 
     def _written(self, states: Sequence[DecodeState], pending: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return the logits after each of the tokens, whose rows are kept."""
@@ -113,7 +138,9 @@ class DraftRunner:
         key = (*tables.bucket, is_drawn)
         bucket = self._buckets.get(key)
         if bucket is None or bucket.tables is not tables:
-            bucket = self._buckets[key] = _Bucket(self._decoder, self._pool, self._scratch_slot, tables, is_drawn)
+            bucket = self._buckets[key] = _Bucket(
+                self._decoder, self._pool, self._scratch_slot, tables, is_drawn, self._memory
+            )
         return bucket
 
 
@@ -121,8 +148,9 @@ class _Bucket:
     """The buffers and the graph of one further step of up to as many requests as the tables have places."""
 
     def __init__(
-        self, decoder: Decoder, pool: KVPool, scratch_slot: int, tables: RequestTables, is_drawn: bool
-    ) -> None:
+        self, decoder: Decoder, pool: KVPool, scratch_slot: int, tables: RequestTables, is_drawn: bool,
+        memory: GraphMemory,
+    ) -> None:  # fmt: skip
         device, size = pool.device, tables.size
         self._decoder = decoder
         self._pool = pool
@@ -137,18 +165,20 @@ class _Bucket:
         shape = (size, MOST_STEPS, decoder.config.vocab_size) if is_drawn else (0, 0, 0)
         self._probabilities = torch.zeros(shape, dtype=torch.float32, device=device)
         self._is_drawn = is_drawn
-        self._recorded = RecordedForward(self._forward, device)
-        self._is_recorded = False
+        self._recorded = RecordedForward(self._forward, device, memory)
+
+    def prepare(self) -> None:
+        """Record the step where it is not; recording steps several times over. The tables are loaded."""
+        if not self._recorded.is_recorded:
+            self._inputs.load(torch.full(self._inputs.device.shape, self._scratch_slot))
+            self._inputs.device[:, -1] = 0
+            self._step.fill_(1)
+            self._recorded.record()
 
     def begin(self, states: Sequence[DecodeState], steps: int, drawn: DrawnSteps | None) -> None:
         """Load what the steps read: rows are written from `num_tokens` of each request on."""
         self.tables.load(states)
-        if not self._is_recorded:  # which steps several times over
-            self._inputs.load(torch.full(self._inputs.device.shape, self._scratch_slot))
-            self._inputs.device[:, -1] = 0
-            self._step.fill_(1)
-            self._recorded.run()
-            self._is_recorded = True
+        self.prepare()
         rows = []
         for state in states:
             first = state.kv.num_tokens

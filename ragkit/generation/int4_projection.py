@@ -19,6 +19,7 @@ from ragkit.generation.projection import Linear, Projection
 from ragkit.generation.weights import load_weights
 from ragkit.kernels.int4_linear import MOST_ROWS, Int4Weight, int4_linear, quantize_int4
 
+_MOST_SLICED = 64  # rows that are multiplied a few at a time; more are multiplied by the weights as numbers
 GROUP = 32  # columns that share a scale: wider ones save a bit a weight and lose most of what a small model knows
 _CPU_FEATURES = 16  # torch's product on a CPU takes multiples of this
 
@@ -26,8 +27,8 @@ _CPU_FEATURES = 16  # torch's product on a CPU takes multiples of this
 class Int4Projection:
     """`x -> x weight^T + bias` with weights of 4 bits.
 
-    On a GPU `int4_linear` reads the codes; more rows than it takes are multiplied by the weights as numbers. On a CPU
-    it is torch's own product, whose scales are in the dtype of the rows.
+    On a GPU `int4_linear` reads the codes, anew for every few rows; many rows are multiplied by the weights as numbers,
+    which cost more to make. On a CPU it is torch's own product, whose scales are in the dtype of the rows.
     """
 
     __slots__ = ("_bias", "_on_cpu", "_weight")
@@ -47,8 +48,10 @@ class Int4Projection:
         """Return (tokens, out) for `rows` (tokens, in)."""
         if self._on_cpu is not None:
             product = self._on_cpu(rows)
-        elif len(rows) > MOST_ROWS:
+        elif len(rows) > _MOST_SLICED:
             return functional.linear(rows, self._weight.numbers(rows.dtype), self._bias)
+        elif len(rows) > MOST_ROWS:
+            product = torch.cat([int4_linear(some, self._weight) for some in rows.split(MOST_ROWS)])
         else:
             product = int4_linear(rows, self._weight)
         return product if self._bias is None else product + self._bias

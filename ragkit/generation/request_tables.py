@@ -156,29 +156,54 @@ class HostInputs:
             self._copied.record()
 
 
-class RecordedForward:
-    """A pass over fixed buffers: recorded as a CUDA graph when it is first run, launched plainly elsewhere.
+class GraphMemory:
+    """Memory that several recorded passes take for what they compute, one at a time; made when the first is recorded.
 
-    Args:
-        forward: the pass; the first `run` does it several times over.
-        device: where it runs.
+    What a pass returns stays its own. The passes may not overlap: who runs them holds one lock for all.
     """
 
-    def __init__(self, forward: Callable[[], Tensor], device: torch.device) -> None:
+    def __init__(self) -> None:
+        self._handle: tuple[int, int] | None = None
+
+    @property
+    def handle(self) -> tuple[int, int]:
+        """What `torch.cuda.graph` takes as its pool."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+
+class RecordedForward:
+    """A pass over fixed buffers: recorded as a CUDA graph, by `record` or the first run; launched plainly elsewhere.
+
+    Args:
+        forward: the pass; recording does it several times over.
+        device: where it runs.
+        memory: shared with other passes; None takes its own.
+    """
+
+    def __init__(self, forward: Callable[[], Tensor], device: torch.device, memory: GraphMemory | None = None) -> None:
         self._forward = forward
         self._device = device
+        self._memory = memory
         self._graph: torch.cuda.CUDAGraph | None = None
         self._out = torch.empty(0)
+        self.is_recorded = False
 
     def run(self) -> Tensor:
         """Return what the pass returns; the next run writes to the same place."""
-        if self._device.type != "cuda":
-            return self._forward()
+        if not self.is_recorded:
+            self.record()
         if self._graph is None:
-            self._capture()
-        assert self._graph is not None
+            return self._forward()
         self._graph.replay()
         return self._out
+
+    def record(self) -> None:
+        """Record the pass, over whatever its buffers hold."""
+        if self._device.type == "cuda":
+            self._capture()
+        self.is_recorded = True
 
     def _capture(self) -> None:
         stream = torch.cuda.Stream()
@@ -188,6 +213,8 @@ class RecordedForward:
                 self._forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads' requests go on meanwhile
+        pool = None if self._memory is None else self._memory.handle
+        # Other threads' requests go on meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._out = self._forward()
         self._graph = graph

@@ -17,34 +17,45 @@ from ragkit.errors import GenerationError
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.draft_tree import DraftTree
-from ragkit.generation.request_tables import HostInputs, RecordedForward, RequestTables, TablesByBucket
-from ragkit.kernels.backend import next_power_of_2
+from ragkit.generation.request_tables import (
+    GraphMemory,
+    HostInputs,
+    RecordedForward,
+    RequestTables,
+    TablesByBucket,
+)
 from ragkit.kernels.paged_verify_attention import MOST_DRAFTED, paged_verify_attention
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kvcache.pool import KVPool
 
 MOST_NODES = MOST_DRAFTED - 1  # of a tree; the last accepted token is verified with them
+ROW_BUCKETS = (2, 4, 8, 16, MOST_DRAFTED)  # tokens of a request that graphs are recorded for
 
 
 class VerifyRunner:
     """The `Verifier` with the paged kernel, as a CUDA graph a bucket (plain launches elsewhere, for tests).
 
-    Buckets are those of `DecodeRunner`, and powers of two of the tokens of a request; they share their tables.
-    Thread-safe: passes of one runner do not overlap.
+    Buckets are those of `DecodeRunner`, and of each some numbers of tokens of a request; they share their tables and
+    the memory of their graphs. Thread-safe: passes of one runner do not overlap.
 
     Args:
         decoder: the model.
         pool: where the rows are.
         scratch_slot: a row that nobody reads (`DecodeRunner.scratch_slot`); places that no token has write there.
+        row_buckets: tokens of a request that a graph takes, ascending; the last is the most that a pass can.
     """
 
-    def __init__(self, decoder: Decoder, pool: KVPool, scratch_slot: int) -> None:
+    def __init__(
+        self, decoder: Decoder, pool: KVPool, scratch_slot: int, row_buckets: Sequence[int] = ROW_BUCKETS
+    ) -> None:
         self._decoder = decoder
         self._pool = pool
         self._scratch_slot = scratch_slot
+        self._row_buckets = tuple(row_buckets)
         self._tables = TablesByBucket(pool)
+        self._memory = GraphMemory()
         self._buckets: dict[tuple[int, int, bool, int], _Bucket] = {}
-        self._moves = _RowMoves(pool, scratch_slot)
+        self._moves = _RowMoves(pool, scratch_slot, self._memory)
         self._lock = threading.Lock()
 
     def verify(
@@ -53,11 +64,13 @@ class VerifyRunner:
         """Return (nodes + 1, vocab_size) logits a request, as `Verifier` says.
 
         Raises:
-            GenerationError: a tree has more than `MOST_NODES` nodes.
+            GenerationError: a tree has more nodes than a pass takes, `MOST_NODES` or fewer.
         """
         most = max(len(tree) for tree in trees)
-        if most > MOST_NODES:
-            raise GenerationError(f"a pass verifies at most {MOST_NODES} drafted tokens of a request, got {most}")
+        if most >= self._row_buckets[-1]:
+            raise GenerationError(
+                f"a pass verifies at most {self._row_buckets[-1] - 1} drafted tokens of a request, got {most}"
+            )
         with self._lock:
             logits = self._bucket(states, most + 1).run(states, token_ids, trees)
             # Copies: the graph of the bucket writes there again for the next pass, which may be another thread's.
@@ -73,19 +86,32 @@ class VerifyRunner:
                 self._moves.run([(kv.slot(source), kv.slot(target)) for source, target in moved])
         kv.num_tokens = start + len(accepted)
 
+    def prepare(self, states: Sequence[DecodeState], most_nodes: int = MOST_NODES) -> None:
+        """Record what passes over these requests, of trees with up to so many nodes, will replay."""
+        with self._lock:
+            for rows in self._row_buckets:
+                self._bucket(states, rows).prepare(states)
+                if rows > most_nodes:
+                    break
+            self._moves.prepare()
+
     def _bucket(self, states: Sequence[DecodeState], rows: int) -> _Bucket:
         tables = self._tables.of(states)
-        key = (*tables.bucket, next_power_of_2(rows))
+        key = (*tables.bucket, next(bucket for bucket in self._row_buckets if bucket >= rows))
         bucket = self._buckets.get(key)
         if bucket is None or bucket.tables is not tables:
-            bucket = self._buckets[key] = _Bucket(self._decoder, self._pool, self._scratch_slot, tables, key[3])
+            bucket = self._buckets[key] = _Bucket(
+                self._decoder, self._pool, self._scratch_slot, tables, key[3], self._memory
+            )
         return bucket
 
 
 class _Bucket:
     """The buffers and the graph of up to as many requests as the tables have places, with `rows` tokens each."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool, scratch_slot: int, tables: RequestTables, rows: int) -> None:
+    def __init__(
+        self, decoder: Decoder, pool: KVPool, scratch_slot: int, tables: RequestTables, rows: int, memory: GraphMemory
+    ) -> None:
         self._decoder = decoder
         self._pool = pool
         self._rows = rows
@@ -97,7 +123,15 @@ class _Bucket:
         self._token_ids, self._positions, self._slots, self._masks = self._inputs.device[: 4 * tokens].view(4, tokens)
         self._first_positions = self._inputs.device[4 * tokens :]
         self._ancestors = torch.zeros(tokens, dtype=torch.int32, device=pool.device)
-        self._recorded = RecordedForward(self._forward, pool.device)
+        self._recorded = RecordedForward(self._forward, pool.device, memory)
+
+    def prepare(self, states: Sequence[DecodeState]) -> None:
+        """Record the pass where it is not, over places that no token has."""
+        if not self._recorded.is_recorded:
+            self.tables.load(states)
+            unused = torch.tensor([self._unused] * (self._rows * self.tables.size)).T.flatten()
+            self._inputs.load(torch.cat((unused, torch.zeros(self.tables.size, dtype=torch.int64))))
+            self._recorded.record()
 
     def run(self, states: Sequence[DecodeState], token_ids: Sequence[int], trees: Sequence[DraftTree]) -> Tensor:
         """Return (size, rows, vocab_size) logits; those of places that no token has mean nothing."""
@@ -147,23 +181,26 @@ def _columns(state: DecodeState, token: int, tree: DraftTree) -> list[tuple[int,
 class _RowMoves:
     """Moves rows of all layers to other slots at once; a CUDA graph, of which the slots are the only input."""
 
-    def __init__(self, pool: KVPool, scratch_slot: int) -> None:
+    def __init__(self, pool: KVPool, scratch_slot: int, memory: GraphMemory) -> None:
         self._pool = pool
         self._unused = (scratch_slot, scratch_slot)
         self._inputs = HostInputs((2, MOST_NODES), pool.device)
-        self._recorded = RecordedForward(self._forward, pool.device)
-        self._is_recorded = False
+        self._recorded = RecordedForward(self._forward, pool.device, memory)
 
     def run(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy all layers' rows from the first slot of each pair to the second; all are read before one is written."""
-        if not self._is_recorded:  # which moves several times over
-            self._move([])
-            self._is_recorded = True
-        self._move(moves)
-
-    def _move(self, moves: Sequence[tuple[int, int]]) -> None:
-        self._inputs.load(torch.tensor([*moves, *[self._unused] * (MOST_NODES - len(moves))]).T)
+        self.prepare()
+        self._load(moves)
         self._recorded.run()
+
+    def prepare(self) -> None:
+        """Record the moves where they are not; recording moves several times over."""
+        if not self._recorded.is_recorded:
+            self._load([])
+            self._recorded.record()
+
+    def _load(self, moves: Sequence[tuple[int, int]]) -> None:
+        self._inputs.load(torch.tensor([*moves, *[self._unused] * (MOST_NODES - len(moves))]).T)
 
     def _forward(self) -> Tensor:
         sources, targets = self._inputs.device.unbind()

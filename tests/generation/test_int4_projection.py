@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ragkit.generation import int4_projection
 from ragkit.generation.attention import StandaloneAttention
 from ragkit.generation.int4_projection import GROUP, Int4Projection, int4_copy, int4_linear_of
 from ragkit.generation.projection import Projection
@@ -21,6 +22,17 @@ def test_gives_the_product_with_the_rounded_weights_and_the_bias(tokens, feature
     weight, bias, rows = weight[:features], torch.arange(features).float(), torch.randn(tokens, 128)
     expected = rows @ quantize_int4(weight, GROUP).numbers().T + bias
     torch.testing.assert_close(Int4Projection(weight, bias)(rows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "products"), [(16, 1), (17, 2), (64, 4), (65, 0)])
+def test_the_codes_are_read_for_a_few_rows_at_a_time_and_made_numbers_for_many(tokens, products, weight, monkeypatch):
+    made, product = [], int4_projection.int4_linear
+    monkeypatch.setattr(int4_projection, "int4_linear", lambda *args: made.append(1) or product(*args))
+    projection = Int4Projection(weight[:41])
+    rows = torch.randn(tokens, 128)
+    expected = rows @ quantize_int4(weight[:41], GROUP).numbers().T
+    torch.testing.assert_close(projection(rows), expected, rtol=1e-4, atol=1e-4)
+    assert len(made) == products
 
 
 def test_takes_an_eighth_of_fp32_weights_and_their_scales(weight):

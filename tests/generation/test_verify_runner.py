@@ -10,7 +10,7 @@ from ragkit.generation.acceptance import Acceptance
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.draft_control import NominalCosts
-from ragkit.generation.draft_runner import DraftRunner, DrawnSteps
+from ragkit.generation.draft_runner import PENDING_BUCKETS, DraftRunner, DrawnSteps
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.rotary_cache import RotaryCache
@@ -148,7 +148,15 @@ def test_passes_of_all_sizes_share_the_tables_of_a_request_until_a_longer_rotary
 def test_rows_are_moved_once_though_the_first_recording_failed(scene, monkeypatch):
     verify = VerifyRunner(scene.decoder, scene.pool, scene.steps.scratch_slot)
     moves, runs = verify._moves, []
-    monkeypatch.setattr(moves._recorded, "run", lambda: runs.append(moves._inputs.device.clone()) or 1 / len(runs[1:]))
+    record = moves._recorded.record
+
+    def noted(recording):
+        runs.append(moves._inputs.device.clone())
+        return recording() if len(runs) > 1 else 1 / 0
+
+    monkeypatch.setattr(moves._recorded, "record", lambda: noted(record))
+    run = moves._recorded.run
+    monkeypatch.setattr(moves._recorded, "run", lambda: noted(run))
     for _ in range(2):
         try:
             moves.run([(5, 6)])
@@ -156,6 +164,83 @@ def test_rows_are_moved_once_though_the_first_recording_failed(scene, monkeypatc
             assert len(runs) == 1
     unused = [scene.steps.scratch_slot] * 2
     assert [run[:, 0].tolist() for run in runs] == [unused, unused, [5, 6]]
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Return what was recorded since, by the name of its class."""
+    made, record = [], request_tables.RecordedForward.record
+    monkeypatch.setattr(
+        request_tables.RecordedForward,
+        "record",
+        lambda self: made.append(self._forward.__self__.__class__.__module__) or record(self),
+    )
+    return made
+
+
+def test_what_was_prepared_records_nothing_while_it_answers(scene, recordings):
+    steps = DecodeRunner(scene.decoder, scene.pool)
+    verify = VerifyRunner(scene.decoder, scene.pool, steps.scratch_slot)
+    own = VerifyRunner(scene.decoder, scene.pool, steps.scratch_slot, PENDING_BUCKETS)
+    drafts = DraftRunner(scene.decoder, scene.pool, own, steps.scratch_slot)
+    rows = scene.request(40)
+    for _ in range(2):
+        steps.prepare([rows])
+        verify.prepare([rows])
+        drafts.prepare([rows])
+    # Of passes five sizes and the moves, of a draft two sizes, the moves, and a step drawn and not.
+    assert len(recordings) == 1 + 6 + 5
+    state = scene.request(40)
+    steps.step([state], [7])
+    for nodes in (1, 3, 6, 15, 31):
+        tree = DraftTree((*range(20, 20 + nodes), 9), (*range(-1, nodes - 1), -1)) if nodes < 31 else DraftTree.chain(
+            range(20, 51)
+        )  # fmt: skip
+        verify.verify([state], [7], [tree])
+        verify.commit(state, [nodes] if nodes < 31 else [])
+    for pending in ([7], [7, 8], [*range(10, 22)], [*range(10, 50)]):
+        state.kv.num_tokens = 50
+        drafts.draft([state], [pending], 4)
+        state.kv.num_tokens = 50
+        drafts.draft([state], [pending], 2, DrawnSteps(1.0, torch.full((1, 2), 0.5)))
+    assert len(recordings) == 12
+    for one in (rows, state):
+        one.kv.release()
+
+
+def test_preparing_writes_no_row_of_a_request(scene, monkeypatch):
+    monkeypatch.setattr(request_tables.RecordedForward, "record", lambda self: self._forward())  # as on a GPU
+    state = scene.request(40)
+    slots = [state.kv.slot(at) for at in range(100)]
+    for pool in (*scene.pool.keys, *scene.pool.values):
+        pool.flatten(0, 1)[slots] = 3.0
+    verify = VerifyRunner(scene.decoder, scene.pool, scene.steps.scratch_slot)
+    DecodeRunner(scene.decoder, scene.pool).prepare([state])
+    verify.prepare([state])
+    DraftRunner(scene.decoder, scene.pool, verify, scene.steps.scratch_slot).prepare([state])
+    for pool in (*scene.pool.keys, *scene.pool.values):
+        assert (pool.flatten(0, 1)[slots] == 3.0).all()
+    state.kv.release()
+
+
+@pytest.mark.parametrize(("pending", "passes"), [(1, [1]), (2, [2]), (16, [16]), (17, [16, 1]), (45, [44, 1])])
+def test_what_a_draft_is_behind_is_read_in_one_pass_and_the_last_token_in_another(pending, passes, scene, monkeypatch):
+    reader, read = decoder_of(hf_model("llama")), []
+    reader.weights = scene.decoder.weights
+    for decoder in (reader, scene.decoder):
+        run = decoder.run
+        monkeypatch.setattr(
+            decoder, "run", lambda ids, attend, run=run, own=decoder: read.append((own, len(ids))) or run(ids, attend)
+        )
+    verify = VerifyRunner(scene.decoder, scene.pool, scene.steps.scratch_slot)
+    drafts = DraftRunner(scene.decoder, scene.pool, verify, scene.steps.scratch_slot, reader)
+    state = scene.request(20)
+    drafts.draft([state], [[*range(10, 10 + pending)]], 3)
+    sizes = {1: 2, 2: 2, 16: 16}  # recorded passes have places that no token has
+    by_reader = passes[:-1]
+    forwards = [(reader, count) for count in by_reader] + [(scene.decoder, sizes[passes[-1]])]
+    assert read[1:] == forwards + [(scene.decoder, 1)] * 2  # the first read the prompt
+    state.kv.release()
 
 
 def test_more_drafted_tokens_than_a_pass_takes_are_refused(scene):
