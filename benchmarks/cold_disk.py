@@ -107,6 +107,7 @@ class ColdBench(RandomBench):
     """A random model, and the KV of one prompt's chunks in a store on disk, once in each codec."""
 
     def __init__(self, device: torch.device, tiny: bool, tokens: int, folder: Path, load_threads: int) -> None:
+        self._started = time.perf_counter()
         super().__init__(device, tiny, [tokens])
         self._folder = folder
         self._load_threads = load_threads
@@ -124,11 +125,13 @@ class ColdBench(RandomBench):
         result: dict[str, Any] = {"dtype": str(self.decoder.dtype), "device": str(self.device), "chunk": self.chunk}
         result |= {"tokens": len(self.asked), "load_threads": self._load_threads, "encoder": self._fill_disk()}
         result["rates"] = self._disk_rates()
-        print(result["encoder"], result["rates"], flush=True)
+        self._say(f"KV of all codecs is on the disk: {result['encoder']} {result['rates']}")
         result["gap_between_decisions"] = self._check()
+        self._say("loading and computing agree")
         for name in AUTO:
             for _ in range(LEARNING_ROUNDS):
                 self._cold_run(name, is_auto=True)
+        self._say("controllers have learned their rates")
         result["rows"] = self._measure_all(rounds)
         costs = {name: self._kept[name].controller.costs() for name in AUTO}
         result["costs"] = {
@@ -140,6 +143,9 @@ class ColdBench(RandomBench):
         }
         result["unit"] = f"tokens for {COMPUTING!r}, else bytes"
         return result
+
+    def _say(self, what: str) -> None:
+        print(f"{time.perf_counter() - self._started:.0f} s: {what}", flush=True)
 
     def _on_disk(self, name: str) -> OnDisk:
         codec = make_codec(name, self.decoder.layout)
@@ -255,6 +261,7 @@ class ColdBench(RandomBench):
         for turn in range(rounds):
             for side in [*names[turn % len(names) :], *names[: turn % len(names)]]:
                 samples[side].append(sides[side]()[1])
+            self._say(f"round {turn + 1} of {rounds}")
         rows = [self._row(side, codec_of.get(side), samples[side]) for side in names]
         fastest = min(row["total_ms"] for row in rows if row["side"] not in codec_of)
         return [row | {"speed_up": fastest / row["total_ms"]} for row in rows]
