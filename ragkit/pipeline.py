@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from ragkit.progress import Progress, Silent
 from ragkit.reports import ExportReport, IngestReport, KVStatus, SearchResult
 from ragkit.store import Store
 from ragkit.store.base import GcReport, SourceRecord, StoreCounts, StoreMeta, VerifyReport
-from ragkit.types import Answer, MetadataValue, TextTokenizer
+from ragkit.types import Answer, Document, MetadataValue, TextTokenizer
 
 if TYPE_CHECKING:
     from ragkit.generation.engine import Engine
@@ -102,7 +103,7 @@ class Pipeline(AsyncQuestions, ManyQuestions):
 
     def ingest(
         self,
-        sources: Sequence[Findable],
+        sources: Findable | Sequence[Findable],
         *,
         prune: bool = False,
         reembed: bool = False,
@@ -119,7 +120,7 @@ class Pipeline(AsyncQuestions, ManyQuestions):
         that fails is reported and never stops the others.
 
         Args:
-            sources: files, folders (recursive), URLs (`s3://...`, `https://...`), databases with a query
+            sources: one or several of: files, folders (recursive), URLs (`s3://...`, `https://...`), databases with a query
                 (`postgresql://...?query=SELECT ...`), iterables of `Document`, or `-` for standard input.
             prune: also remove what the store knows below the given folders and is no longer there.
             reembed: replace every vector when the configured embedder is not the store's.
@@ -141,7 +142,8 @@ class Pipeline(AsyncQuestions, ManyQuestions):
 
         return run_ingest(
             self.parts,
-            sources,
+            # A text is a sequence as well: of letters, none of which is a file.
+            [sources] if isinstance(sources, str | os.PathLike | Document) else list(sources),
             prune=prune,
             reembed=reembed,
             retry_failed=retry_failed,

@@ -48,6 +48,12 @@ def test_a_folder_is_ingested_and_its_text_comes_back_unchanged(tmp_path: Path, 
         assert report.chunks == pipeline.store.counts().chunks > 10
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_source_need_not_stand_in_a_list(tmp_path: Path, folder: Path, kind: type[str] | type[Path]) -> None:
+    with open_pipeline(tmp_path) as pipeline:
+        assert pipeline.ingest(kind(folder)).added == 2
+
+
 def test_unchanged_files_are_skipped_by_content(tmp_path: Path, folder: Path) -> None:
     embedder = HashEmbedder()
     with open_pipeline(tmp_path, embedder) as pipeline:
