@@ -120,8 +120,8 @@ class Pipeline(AsyncQuestions, ManyQuestions):
         that fails is reported and never stops the others.
 
         Args:
-            sources: one or several of: files, folders (recursive), URLs (`s3://...`, `https://...`), databases with a query
-                (`postgresql://...?query=SELECT ...`), iterables of `Document`, or `-` for standard input.
+            sources: one or several of files, folders (recursive), URLs (`s3://...`, `https://...`), databases with a
+                query (`postgresql://...?query=SELECT ...`), iterables of `Document`, or `-` for standard input.
             prune: also remove what the store knows below the given folders and is no longer there.
             reembed: replace every vector when the configured embedder is not the store's.
             retry_failed: read again what failed before, unchanged.
