@@ -1,7 +1,8 @@
 """Ingest: plan, prepare, commit. Everything that is reported as done is committed.
 
 A commit group holds one large source or many small ones. Until its transaction the store shows the old state of each
-of its sources, so a crash costs at most the group at hand, and the same command goes on with the rest.
+of its sources, so a crash costs at most the group at hand, and the same command goes on with the rest. The groups of a
+source that comes in parts become visible with its last one; a crash costs it the part at hand as well.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class Ingest:
             self._tally.failed.append(FailedSource(item.source.uri, failure.stage, failure.code, message))
 
     def _is_known(self, doc_id: str) -> bool:
-        return self._recipes.same_chunks(self._store.document_recipe(doc_id))
+        stored = self._store.document_recipe(doc_id)
+        return self._recipes.same_chunks(self._writer.staged_recipe(doc_id) if stored is None else stored)
 
     def _commit(self, group: PreparedGroup) -> None:
         """Store what was prepared in one transaction, and record what failed."""

@@ -241,6 +241,13 @@ class StoreWriter(Protocol):
         """
         ...
 
+    def staged_recipe(self, doc_id: str) -> str | None:
+        """Return the recipe of a document that came with a part of a source and is not visible yet, or None.
+
+        It may be committed as a `KnownDocument`, like one that is stored.
+        """
+        ...
+
     def relink(self, old_uri: str, new_uri: str, *, size: int, mtime_ns: int) -> None:
         """Rename a source (and the URIs of its documents) without touching its chunks and vectors."""
         ...

@@ -41,6 +41,7 @@ class Changes:
     """Applies changes within the open transaction of `connection`; `finish` must be called before the commit.
 
     Attributes:
+        hands_on_kv: False where nothing that is stored has a predecessor of the same text; then none is looked for.
         heirs: after `finish`, chunks that have the text of deleted ones, by the id of the deleted one.
     """
 
@@ -51,6 +52,7 @@ class Changes:
         self._loose_documents: set[int] = set()
         self._full_text_lost = False
         self._kv = KVHeirs(connection)
+        self.hands_on_kv = True
         self.heirs: dict[str, str] = {}
 
     def put_source(self, update: SourceUpdate) -> int:
@@ -79,12 +81,6 @@ class Changes:
         new_uri = to_sql(uri if moved_to is None else moved_to)
         self._write("sources", SOURCE_COLUMNS, (row[0], new_uri, row[2], size, mtime_ns, *row[5:-1]))
 
-    def forget_content(self, source_id: int) -> None:
-        """Forget the digest, size and time of a source's content, so that it is read again; it stays as it is."""
-        row = self._read("sources", SOURCE_COLUMNS, "source_id", source_id)
-        assert row is not None, source_id
-        self._write("sources", SOURCE_COLUMNS, (*row[:2], "", 0, 0, *row[5:-1]))
-
     def mark_source(self, source_id: int) -> None:
         """Give a source the status `damaged` and forget its content's digest, so that it is read again."""
         row = self._read("sources", SOURCE_COLUMNS, "source_id", source_id)
@@ -102,19 +98,11 @@ class Changes:
         self.drop_links(source_id)
         self.connection.execute("DELETE FROM sources WHERE source_id = ?", (source_id,))
 
-    def drop_links(self, source_id: int, before: int | None = None) -> None:
-        """Unlink the documents of a source, all of them or those of links with keys below `before`.
-
-        `finish` deletes those that nothing links to any more.
-        """
-        bounds = (source_id, (1 << 62) if before is None else before)
-        rows = self.connection.execute("SELECT doc_key FROM links WHERE source_id = ? AND link_id < ?", bounds)
+    def drop_links(self, source_id: int) -> None:
+        """Unlink every document of a source; `finish` deletes those that nothing links to any more."""
+        rows = self.connection.execute("SELECT doc_key FROM links WHERE source_id = ?", (source_id,))
         self._loose_documents.update(doc_key for (doc_key,) in rows)
-        self.connection.execute("DELETE FROM links WHERE source_id = ? AND link_id < ?", bounds)
-
-    def next_link_id(self) -> int:
-        """Return the key of the link that is made next; those that are there have lower ones."""
-        return self._next("links", "link_id")
+        self.connection.execute("DELETE FROM links WHERE source_id = ?", (source_id,))
 
     def drop_link(self, link_id: int) -> None:
         """Unlink one document."""
@@ -124,7 +112,7 @@ class Changes:
 
     def link(self, source_id: int, documents: Sequence[tuple[int, str, Metadata]]) -> None:
         """Link a source to documents, behind those that it has: (document key, URI, metadata) in order."""
-        first_link = self.next_link_id()
+        first_link = self._next("links", "link_id")
         sql = "SELECT ifnull(max(position), -1) + 1 FROM links WHERE source_id = ?"
         (first_position,) = self.connection.execute(sql, (source_id,)).fetchone()
         links, values = [], []
@@ -210,7 +198,8 @@ class Changes:
             facts = (chunk.chunk_id, doc_key, chunk.index, *place, metadata)
             encoded = chunk.text.encode("utf-8", "surrogatepass")
             crc = chunk_crc(row_id, facts, encoded)
-            self._kv.came(chunk.chunk_id, encoded, chunk.char_stop - chunk.char_start)
+            if self.hands_on_kv:
+                self._kv.came(chunk.chunk_id, encoded, chunk.char_stop - chunk.char_start)
             text = to_sql(chunk.text)
             rows.append((row_id, *facts, text, crc))
             texts.append((row_id, text))

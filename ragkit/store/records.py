@@ -114,9 +114,9 @@ class SourceUpdate:
 
     With `failure` the documents that the source had before stay visible, and the failure is recorded beside them.
 
-    With `more` these are not all documents of a large source: others follow, in later commits of the same writer, and
-    the last of them is without it. Until then the source counts as not read, so that a job that is cut off reads it
-    again, and what it had before stays visible beside what has come.
+    With `more` these are not all documents of a large source: others follow, in later commits of the same writer, each
+    alone in its group, and the last of them is without it. That one makes all of them visible at once; until then the
+    source is what it was. A job that is cut off has what came kept for the next one (`StoreWriter.staged_recipe`).
     """
 
     uri: str
@@ -135,7 +135,7 @@ class SourceUpdate:
 class CommitReport:
     """What one commit did; URIs in the order of the group, `rows` is the number of chunks that were added.
 
-    A source that comes in parts is named by the commit of its last one.
+    A source that comes in parts is named, and its chunks are counted, by the commit of its last one.
 
     `heirs` names, by the id of a chunk that was replaced, the chunk that has its text now.
     """

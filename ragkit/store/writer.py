@@ -6,12 +6,12 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragkit.errors import EmbedderMismatchError, StoreError, UsageError
-from ragkit.store import cleaning, derived, embeddings
+from ragkit.store import cleaning, derived, embeddings, publishing
 from ragkit.store.changes import Changes, DocumentRows
 from ragkit.store.connections import connect, translated
 from ragkit.store.groups import check_group, group_bytes
@@ -22,6 +22,7 @@ from ragkit.store.records import (
     GcReport,
     IndexedDocument,
     IndexRecord,
+    KnownDocument,
     KVEntry,
     SourceStatus,
     SourceUpdate,
@@ -30,6 +31,7 @@ from ragkit.store.rows import SegmentRow, to_sql
 from ragkit.store.schema import set_meta
 from ragkit.store.segments import segment_path, write_vector_segment
 from ragkit.store.snapshots import WRITER_LOCK, read_meta
+from ragkit.store.staging import Staging
 from ragkit.store.transactions import Transactions
 from ragkit.types import Metadata, MetadataValue
 
@@ -53,23 +55,19 @@ def open_writer(folder: Path, lock_timeout_s: float) -> Iterator[Writer]:
             connection = connect(folder, writable=True)
         try:
             writer = Writer(folder, connection, lock)
+        except BaseException:
+            connection.close()
+            raise
+        try:
             try:
-                writer.finish_erasure(timeout_s=0.0)
+                writer.finish_what_was_cut_short()
             except StoreError as error:  # damage must not keep a repair from starting
-                _log.warning("an unfinished erasure in %s could not be finished yet: %s", folder, error)
+                _log.warning("what was cut short in %s could not be finished yet: %s", folder, error)
             yield writer
         finally:
-            connection.close()
+            writer.close()
     finally:
         lock.release()
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """A source that comes in parts: the key of its first new link, and whether it was indexed before."""
-
-    first_link_id: int
-    was_visible: bool
 
 
 class Writer:
@@ -79,7 +77,7 @@ class Writer:
         self._folder = folder
         self._connection = connection
         self._transactions = Transactions(folder, connection, lock)
-        self._parts: dict[str, _Parts] = {}  # sources of which more is to come
+        self._opened_staging: Staging | None = None
 
     def configure(
         self, *, embedder_id: str, dim: int, chunker: str, chunker_fingerprint: str, tokenizer_id: str
@@ -105,14 +103,18 @@ class Writer:
             with self._transactions.open() as changes:
                 for key, value in wanted.items():
                     set_meta(changes.connection, key, value)
+            self._close_staging()
 
     def commit(self, group: Sequence[SourceUpdate]) -> CommitReport:
         """Store one commit group and return what it did."""
         with translated(self._folder):
             check_group(group, int(read_meta(self._connection, "dim", "0")))
+        if any(update.more or (update.failure is None and self._staging.has_begun(update.uri)) for update in group):
+            return self._commit_part(group)
+        with translated(self._folder):
             next_row = int(read_meta(self._connection, "last_row_id")) + 1
             new = self._new_documents(group, next_row)
-            before = {update.uri: self._was_visible(update.uri) for update in group}
+            before = {update.uri: self._is_visible(update.uri) for update in group}
         rows = sum(len(item.indexed.chunks) for item in new.values())
         needed = group_bytes(group)
         with translated(self._folder, needed):
@@ -127,9 +129,22 @@ class Writer:
             generation = changes.generation
         heirs = changes.heirs
         failed = tuple(update.uri for update in group if update.failure is not None)
-        stored = [update.uri for update in group if update.failure is None and not update.more]
+        for uri in failed:
+            self._staging.interrupt(uri)
+        stored = [update.uri for update in group if update.failure is None]
+        for uri in stored:
+            self._staging.forget(uri)
         added = tuple(uri for uri in stored if not before[uri])
         return CommitReport(generation, added, tuple(uri for uri in stored if before[uri]), failed, rows, heirs)
+
+    def staged_recipe(self, doc_id: str) -> str | None:
+        """Return the recipe of a document that came with a part of a source and is not published yet, or None."""
+        return self._staging.recipe(doc_id)
+
+    def close(self) -> None:
+        """Let go of the store's files; what waits to be published is kept."""
+        self._close_staging()
+        self._connection.close()
 
     def relink(self, old_uri: str, new_uri: str, *, size: int, mtime_ns: int) -> None:
         """Rename a source and its documents' URIs without touching chunks and vectors."""
@@ -165,6 +180,12 @@ class Writer:
             self.finish_erasure(reader_timeout_s)
         return unique
 
+    def finish_what_was_cut_short(self) -> None:
+        """End an erasure that waits, and forget what was published when the process that did so was killed."""
+        self.finish_erasure(timeout_s=0.0)
+        with translated(self._folder):
+            publishing.forget_published(self._connection, self._staging)
+
     def finish_erasure(self, timeout_s: float) -> None:
         """Overwrite what an erasure has unlinked, if one is unfinished.
 
@@ -174,15 +195,19 @@ class Writer:
         with translated(self._folder):
             pending = read_meta(self._connection, cleaning.ERASE_PENDING, "0") == "1"
         if pending:
+            self._staging.drop()
             cleaning.scrub(self._folder, self._connection, self._transactions, timeout_s)
 
     def reset_embeddings(
         self, *, embedder_id: str, dim: int, embed: Callable[[Sequence[DocumentSpans]], Vectors], batch_rows: int = 4096
     ) -> int:
         """Replace every vector and the embedder's identity in one transaction; return the number of rows."""
-        return embeddings.replace_vectors(
+        rows = embeddings.replace_vectors(
             self._folder, self._connection, self._transactions, embedder_id, dim, embed, batch_rows
         )
+        self._staging.drop()
+        self._close_staging()
+        return rows
 
     def set_index(
         self,
@@ -226,7 +251,10 @@ class Writer:
 
     def collect(self, reader_timeout_s: float) -> GcReport:
         """Rewrite sparse segments and remove what nothing references: `Store.gc`."""
-        return cleaning.collect(self._folder, self._connection, self._transactions, reader_timeout_s)
+        waiting = self._staging.bytes_on_disk
+        self._staging.drop()
+        report = cleaning.collect(self._folder, self._connection, self._transactions, reader_timeout_s)
+        return replace(report, bytes_freed=report.bytes_freed + waiting)
 
     def mend(self, mend: Callable[[Changes], tuple[str, ...]]) -> tuple[str, ...]:
         """Run the steps of `Store.repair` in one transaction and return the sources to read again."""
@@ -243,9 +271,50 @@ class Writer:
                     if doc_id not in new and not self._is_stored(item):
                         new[doc_id] = DocumentRows(item, update.recipe, next_row)
                         next_row += len(item.chunks)
-                elif self._document_key(item.doc_id) is None:
-                    raise UsageError(f"{item.uri}: document {item.doc_id} is not stored: give its chunks and vectors")
+                elif item.doc_id not in new and self._document_key(item.doc_id) is None:
+                    waiting = self._staging.document(item.doc_id)
+                    if waiting is None:
+                        raise _not_stored(item)
+                    new[item.doc_id] = DocumentRows(waiting, update.recipe, next_row)
+                    next_row += len(waiting.chunks)
         return new
+
+    def _commit_part(self, group: Sequence[SourceUpdate]) -> CommitReport:
+        """Keep a part of a source, or with its last one make all of it visible."""
+        update = group[0]
+        if len(group) > 1:
+            raise UsageError(f"{update.uri} or its neighbours come in parts: commit each part by itself")
+        with translated(self._folder):
+            for item in update.documents:
+                if isinstance(item, KnownDocument) and not self._is_there(item.doc_id):
+                    raise _not_stored(item)
+            before = self._is_visible(update.uri)
+            generation = int(read_meta(self._connection, "generation"))
+        self._staging.add(update)
+        if update.more:
+            return CommitReport(generation, (), (), (), 0)
+        generation, rows, heirs = publishing.publish(
+            self._folder, self._connection, self._transactions, self._staging, update, self._is_stored
+        )
+        self._staging.forget(update.uri)
+        stored = (update.uri,)
+        return CommitReport(generation, () if before else stored, stored if before else (), (), rows, heirs)
+
+    def _is_there(self, doc_id: str) -> bool:
+        return self._document_key(doc_id) is not None or self._staging.recipe(doc_id) is not None
+
+    @property
+    def _staging(self) -> Staging:
+        if self._opened_staging is None:
+            with translated(self._folder):
+                embedder_id, dim = (read_meta(self._connection, key, "") for key in ("embedder_id", "dim"))
+                self._opened_staging = Staging(self._folder, embedder_id, int(dim or 0))
+        return self._opened_staging
+
+    def _close_staging(self) -> None:
+        if self._opened_staging is not None:
+            self._opened_staging.close()
+            self._opened_staging = None
 
     def _write_segment(self, new: Sequence[DocumentRows], first_row: int, rows: int) -> SegmentRow | None:
         if rows == 0:
@@ -256,20 +325,7 @@ class Writer:
         return write_vector_segment(self._folder, np.arange(first_row, first_row + rows, dtype=np.int64), vectors)
 
     def _apply(self, changes: Changes, update: SourceUpdate, keys: Mapping[str, int]) -> None:
-        parts = self._parts.get(update.uri)
-        if update.more and parts is None:
-            parts = _Parts(changes.next_link_id(), self._is_visible(update.uri))
-            self._parts[update.uri] = parts
-            begun = self._source_id(update.uri)
-            if begun is not None:
-                changes.forget_content(begun)
-        known = self._source_id(update.uri) if update.more else None
-        # What is not whole says nothing of its content: a job that is cut off would else take it for done, and one
-        # that finds the old content again would leave what has come beside it.
-        outline = SourceUpdate(update.uri, "", 0, 0, recipe=update.recipe) if update.more else update
-        source_id = changes.put_source(outline) if known is None else known
-        if not update.more:
-            self._parts.pop(update.uri, None)
+        source_id = changes.put_source(update)
         if update.failure is not None:
             return
         links: list[tuple[int, str, Metadata]] = []
@@ -284,8 +340,7 @@ class Writer:
                 assert doc_key is not None
                 changes.rewrite_document(doc_key, recipe=update.recipe)
             links.append((doc_key, uri, metadata))
-        if not update.more:
-            changes.drop_links(source_id, None if parts is None else parts.first_link_id)
+        changes.drop_links(source_id)
         changes.link(source_id, links)
 
     def _is_stored(self, item: IndexedDocument) -> bool:
@@ -306,11 +361,6 @@ class Writer:
         row = self._connection.execute("SELECT source_id FROM sources WHERE uri = ?", (to_sql(uri),)).fetchone()
         return None if row is None else int(row[0])
 
-    def _was_visible(self, uri: str) -> bool:
-        """Whether a source has been indexed before this commit, or before the first of its parts."""
-        parts = self._parts.get(uri)
-        return self._is_visible(uri) if parts is None else parts.was_visible
-
     def _is_visible(self, uri: str) -> bool:
         """Whether a source has been indexed before."""
         sql = "SELECT 1 FROM sources WHERE uri = ? AND (indexed_sha256 != '' OR status = ?)"
@@ -324,3 +374,7 @@ class Writer:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UsageError(f"{missing[0]!r}{more} is not in the store: `ragkit ls` lists the sources")
         return [key for _, key in keys if key is not None]
+
+
+def _not_stored(item: KnownDocument) -> UsageError:
+    return UsageError(f"{item.uri}: document {item.doc_id} is not stored: give its chunks and vectors")

@@ -18,6 +18,7 @@ from ingest_script import CONFIG
 from ragkit import Pipeline
 from ragkit.errors import StoreMissingError
 from ragkit.store.faults import CRASH_EXIT_CODE
+from ragkit.store.staging import STAGED
 
 SCRIPT = Path(__file__).parent.parent / "support" / "ingest_script.py"
 WORDS = ["frog", "star", "pond", "night", "sun", "fly", "river", "stone", "tree", "wind"]
@@ -87,6 +88,49 @@ def test_a_crash_at_any_write_leaves_each_source_old_or_new_and_the_next_run_end
         assert run(store, folder).returncode == 0
         assert visible(store) == new
     assert crashes > 5, "the fault layer killed nothing"
+
+
+def table_of(path: Path, rows: list[str]) -> list[str]:
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return rows
+
+
+def visible_rows(store: Path, table: Path) -> list[str]:
+    """The rows of a table that are found, after every stored byte was checked."""
+    with Pipeline.open(store, CONFIG, create=False) as pipeline:
+        assert pipeline.verify().problems == ()
+        with pipeline.store.snapshot():
+            links = pipeline.store.source_documents(str(table))
+            assert pipeline.store.counts().documents == len({link.doc_id for link in links})
+            return [pipeline.store.document(link.doc_id).text for link in links]
+
+
+@pytest.mark.crash
+def test_a_crash_between_the_parts_of_a_table_shows_all_of_the_old_one_or_all_of_the_new_one(
+    tmp_path: Path,
+) -> None:
+    table, base = tmp_path / "table.jsonl", tmp_path / "base"
+    rows = [f"Row {number} is about newt{number}." for number in range(20)]
+    old = table_of(table, rows[:9])
+    assert run(base, table).returncode == 0
+    new = table_of(table, [f"{row} Now." if number % 3 == 0 else row for number, row in enumerate(rows)])
+    crashes = between = 0
+    for step in range(1, 100):
+        store = tmp_path / f"store{step}"
+        subprocess.run(["cp", "-r", str(base), str(store)], check=True)
+        ended = run(store, table, RAGKIT_CRASH_AT=str(step))
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == CRASH_EXIT_CODE, ended.stderr
+        crashes += 1
+        now = visible_rows(store, table)
+        assert now in (old, new)
+        between += now == old and (store / STAGED).exists()
+        assert run(store, table).returncode == 0
+        assert visible_rows(store, table) == new
+        assert not (store / STAGED).exists()
+    assert crashes > 8
+    assert between > 4, "it was never killed between two parts"
 
 
 @pytest.mark.crash

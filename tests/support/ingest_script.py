@@ -21,6 +21,7 @@ CONFIG = PipelineConfig(chunking=ChunkingConfig(max_tokens=40), ingest=IngestCon
 
 def main(store: str, *sources: str) -> int:
     local_executor.COMMIT_CHUNKS = 8  # many small commits: more places to die at
+    local_executor.PART_DOCUMENTS = 6
     try:
         with Pipeline.open(store, CONFIG, embedder=HashEmbedder(), tokenizer=WordTokenizer()) as pipeline:
             print(json.dumps(asdict(pipeline.ingest(sources, prune=True))))
