@@ -20,7 +20,7 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.launched import launched
-from ragkit.kernels.paged_rows import Blocks, load_rotated_keys, parts_of
+from ragkit.kernels.paged_rows import Blocks, load_key_halves, parts_of
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
 
 _LOG2_E = 1.4426950408889634  # the kernel works with powers of two
@@ -163,11 +163,10 @@ def _page_log_sums_kernel(
             row = part * ROWS + tl.arange(0, ROWS)
             row_at = (block * PAGE_SIZE + row).to(tl.int64) * KV_HEADS + kv_head
             group = block * (PAGE_SIZE // KEY_GROUP) + part * ROWS // KEY_GROUP
-            # Keys stay as they lie: a turn by nothing.
-            key_first, key_second = load_rotated_keys(
-                key_ptr, scale_ptr, zero_ptr, key_ptr, row_at, group * KV_HEADS + kv_head, row_at, 1.0, 0.0,
-                every, half, HALF, BITS, False, NUMBER,
-            )  # fmt: skip
+            key_first, key_second = load_key_halves(
+                key_ptr, scale_ptr, zero_ptr, row_at, group * KV_HEADS + kv_head, every, half, HALF, BITS, BITS > 0
+            )
+            key_first, key_second = key_first.to(NUMBER), key_second.to(NUMBER)
             if UPCAST:
                 key_first, key_second = key_first.to(tl.float32), key_second.to(tl.float32)
             scores = tl.dot(query_first, tl.trans(key_first), input_precision="ieee")

@@ -171,22 +171,24 @@ def load_angles(cos_ptr, sin_ptr, position, seen, half, HALF: tl.constexpr):
 
 
 @jit
-def load_rotated_keys(
-    key_ptr, scale_ptr, zero_ptr, field_ptr, row_at, group_at, field_at, cos, sin, seen, half,
-    HALF: tl.constexpr, BITS: tl.constexpr, HAS_FIELD: tl.constexpr, NUMBER: tl.constexpr,
+def load_key_halves(
+    key_ptr, scale_ptr, zero_ptr, row_at, group_at, seen, half,
+    HALF: tl.constexpr, BITS: tl.constexpr, BY_FOURS: tl.constexpr,
 ):  # fmt: skip
-    """Return both halves (ROWS, HALF_PADDED) of one head's keys as NUMBERs; of a row not seen they may be anything.
+    """Return both halves (ROWS, HALF_PADDED) of one head's keys as they lie, fp32.
 
-    Heads are counted over rows: `row_at` (ROWS,) is the place of each row's head, `group_at` that of the scales that
-    all these rows share, `field_at` (ROWS,) that of each row's vector of the field.
+    Of a row not seen they may be anything. `row_at` and `group_at` are those of `load_rotated_keys`. A thread that
+    holds sixteen codes of one row meets as many scales. `BY_FOURS`, fours of several rows share theirs; only if a kernel
+    reads all codes so.
     """
     is_channel = half < HALF
     mask = seen[:, None] & is_channel[None, :]
+    at = key_ptr + row_at[:, None] * (HALF if BITS == 4 else 2 * HALF)
+    at += (half // 4 * 4 + half % 4 if BY_FOURS else half)[None, :]
     if BITS == 4:
-        packed = tl.load(key_ptr + row_at[:, None] * HALF + half[None, :], mask=mask, other=0)
+        packed = tl.load(at, mask=mask, other=0)
         left, right = (packed & 15).to(tl.float32), (packed >> 4).to(tl.float32)
     else:
-        at = key_ptr + row_at[:, None] * (2 * HALF) + half[None, :]
         left = tl.load(at, mask=mask, other=0).to(tl.float32)
         right = tl.load(at + HALF, mask=mask, other=0).to(tl.float32)
     if BITS > 0:
@@ -197,7 +199,60 @@ def load_rotated_keys(
         scale = tl.load(scale_ptr + group + HALF, mask=is_channel, other=0.0).to(tl.float32)
         zero = tl.load(zero_ptr + group + HALF, mask=is_channel, other=0.0).to(tl.float32)
         right = right * scale[None, :] + zero[None, :]
+    return left, right
+
+
+@jit
+def load_value_halves(value_ptr, row_at, seen, half, HALF: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr):
+    """Return both halves (ROWS, HALF_PADDED) of one head's values, or of their codes, as NUMBERs.
+
+    NUMBERs hold codes exactly. They are zeros where a row is not seen. `row_at` is that of `load_rotated_keys`.
+    """
+    mask = seen[:, None] & (half < HALF)[None, :]
+    at = value_ptr + row_at[:, None] * (HALF if BITS == 4 else 2 * HALF)
+    at += (half // 4 * 4 + half % 4 if BITS > 0 else half)[None, :]  # by fours, as keys
+    if BITS == 4:
+        packed = tl.load(at, mask=mask, other=0)
+        # The interpreter turns bytes into bf16 by way of fp32 alone.
+        return (packed & 15).to(tl.float32).to(NUMBER), (packed >> 4).to(tl.float32).to(NUMBER)
+    first, second = tl.load(at, mask=mask, other=0), tl.load(at + HALF, mask=mask, other=0)
+    if BITS == 8:
+        first, second = first.to(tl.float32), second.to(tl.float32)
+    return first.to(NUMBER), second.to(NUMBER)
+
+
+@jit
+def load_value_scales(scale_ptr, zero_ptr, row_at, group, seen, GROUPS: tl.constexpr):
+    """Return scales and zeros fp32 of one half of one head's values, (1, ROWS) or (PAIRS, ROWS), zeros if not seen.
+
+    Args:
+        scale_ptr, zero_ptr: those of the first group of this half.
+        row_at: as `load_rotated_keys` takes it.
+        group: (PAIRS,) which group of the half each pair stands for.
+        seen: (ROWS,)
+        GROUPS: groups in a half.
+    """
+    if GROUPS == 1:
+        at, mask = row_at[None, :] * 2, seen[None, :]
+    else:
+        at, mask = row_at[None, :] * (2 * GROUPS) + group[:, None], seen[None, :] & (group >= 0)[:, None]
+    scale, zero = tl.load(scale_ptr + at, mask=mask, other=0.0), tl.load(zero_ptr + at, mask=mask, other=0.0)
+    return scale.to(tl.float32), zero.to(tl.float32)
+
+
+@jit
+def load_rotated_keys(
+    key_ptr, scale_ptr, zero_ptr, field_ptr, row_at, group_at, field_at, cos, sin, seen, half,
+    HALF: tl.constexpr, BITS: tl.constexpr, HAS_FIELD: tl.constexpr, NUMBER: tl.constexpr,
+):  # fmt: skip
+    """Return both halves (ROWS, HALF_PADDED) of one head's keys as NUMBERs; of a row not seen they may be anything.
+
+    Heads are counted over rows: `row_at` (ROWS,) is the place of each row's head, `group_at` that of the scales that
+    all these rows share, `field_at` (ROWS,) that of each row's vector of the field.
+    """
+    left, right = load_key_halves(key_ptr, scale_ptr, zero_ptr, row_at, group_at, seen, half, HALF, BITS, False)
     if HAS_FIELD:
+        mask = seen[:, None] & (half < HALF)[None, :]
         field = field_ptr + field_at[:, None] * (2 * HALF) + half[None, :]
         left += tl.load(field, mask=mask, other=0.0).to(tl.float32)
         right += tl.load(field + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -239,13 +294,19 @@ def load_value_codes(
 ):
     """Return the codes of `load_values` as NUMBERs, which hold them exactly; zeros where a row is not seen."""
     ROWS: tl.constexpr = row_at.shape[0]
+    channel, is_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
+    if BITS == 4 and ROWS < 32:
+        # Triton 3.6 takes what was joined for operands of which a thread holds 8 rows in a row: a product of bf16 over
+        # 16 rows is wrong then. Here each byte is read twice.
+        mask = seen[:, None] & is_channel[None, :]
+        packed = tl.load(value_ptr + row_at[:, None] * HALF + (channel % HALF)[None, :], mask=mask, other=0)
+        return ((packed >> (channel // HALF * 4).to(tl.uint8)[None, :]) & 15).to(tl.float32).to(NUMBER)
     if BITS == 4:
         half = tl.arange(0, HALF_PADDED)
         at = value_ptr + row_at[:, None] * HALF + half[None, :]
         packed = tl.load(at, mask=seen[:, None] & (half < HALF)[None, :], other=0)
         codes = tl.join(packed & 15, packed >> 4).to(tl.float32).to(NUMBER)
         return codes.permute(0, 2, 1).reshape(ROWS, 2 * HALF_PADDED)
-    channel, is_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
     at = value_ptr + row_at[:, None] * (2 * HALF) + channel[None, :]
     codes = tl.load(at, mask=seen[:, None] & is_channel[None, :], other=0)
     return codes.to(tl.float32).to(NUMBER)  # the interpreter turns bytes into bf16 by way of fp32 alone

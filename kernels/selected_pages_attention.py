@@ -8,9 +8,11 @@ A list holds the sinks, the pages chosen and the local window, ascending, so "up
 is to mask. Which pages are listed and how many rows are seen is known on the device alone; launches depend on shapes.
 
 Few queries: a program attends over some of the pages, and the parts are merged. R(p + r) = R(p) R(r), so the angles of
-a row come of those of its page and of its place in it: the rows' tables are the same for all pages and stay close to
-the processors; read from a table of all positions, angles would be as many bytes as the keys and values. Many queries:
-the pages are packed and rotated once, and `selected_attention` runs over them. One list for all heads with a position a
+a row come of those of a tile of rows, p, and of its place in the tile, r. The latter are the same for all tiles and
+stay in registers; from a table of all positions, angles would be as many bytes as the keys and values. R(p) turns the
+keys, or back the queries, which are fewer. Values are met by halves, as keys are, and codes of values as they lie: the
+scales are in the weights, the zeros apart. Many queries: the pages are packed and rotated once, and
+`selected_attention` runs over them. One list for all heads with a position a
 row, of several requests at once, is what `paged_decode_attention` takes.
 
 Source: split of the keys: FlashDecoding; online softmax: FlashAttention, arXiv 2205.14135, section 3.1; pages with
@@ -26,16 +28,15 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, num_processors, resolve_backend, tl
+from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.gather_pages import PageLists, check_page_lists, gather_pages, gather_pages_torch, list_strides
 from ragkit.kernels.launched import launched
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.paged_rows import (
     Blocks,
-    channels_of,
-    load_angles,
-    load_rotated_keys,
-    load_values,
+    load_key_halves,
+    load_value_halves,
+    load_value_scales,
     parts_of,
     stored_as,
 )
@@ -53,12 +54,14 @@ class PageTile(NamedTuple):
         rows: of a page, multiplied at once.
         warps, stages: of the program; `stages` tiles of keys and values are under way.
         programs: for each multiprocessor.
+        turns_queries: back by where a tile stands, in the place of its rows forth by the same, where they are fewer.
     """
 
     rows: int
     warps: int
     stages: int
     programs: int
+    turns_queries: bool
 
 
 def selected_pages_attention(
@@ -122,8 +125,8 @@ def page_tile(key_pool: Blocks, value_pool: Blocks, dtype: torch.dtype, device: 
     """Return how the work of few queries is cut: all programs run at once, three on each multiprocessor of an H100."""
     together = stored_as(key_pool, value_pool)[1]  # rows that share a scale, or all of a block
     if device.type != "cuda":
-        return PageTile(min(16, together), 4, 1, 1)  # interpreted: small pages have several tiles
-    return PageTile(min(16 if dtype == torch.float32 else 32, together), 4, 2, 3)
+        return PageTile(min(16, together), 4, 1, 1, False)  # interpreted: small pages have several tiles
+    return PageTile(min(16 if dtype == torch.float32 else 32, together), 4, 2, 3, dtype != torch.float32)
 
 
 def launch_few_queries(
@@ -145,20 +148,26 @@ def launch_few_queries(
     if out.numel() == 0:
         return out
     group, listed = q_heads // kv_heads, lists.pages.shape[1]
+    bits, key_group, channel_group = stored_as(key_pool, value_pool)
+    value_groups = head_dim // 2 // channel_group if bits else 1  # of half a row
     packed = tokens * group
-    pairs = max(16, min(MOST_PAIRS, next_power_of_2(packed)))
-    programs = ceil_div(packed, pairs) * kv_heads
+    pairs = max(16, min(MOST_PAIRS, next_power_of_2(packed * value_groups)))
+    tiles = ceil_div(packed * value_groups, pairs)
+    programs = tiles * kv_heads
     splits = num_splits(programs, listed, tile, queries.device)
     partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
-    bits, key_group, channel_group = stored_as(key_pool, value_pool)
-    _few_queries_kernel[(ceil_div(packed, pairs), kv_heads, splits)](
+    is_turned = len(cos) == 1  # all pages stand at 0 then
+    turns_queries = tile.turns_queries and pairs <= tile.rows
+    _few_queries_kernel[(tiles, kv_heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), lists.pages, lists.positions,
         lists.pages if lists.blocks is None else lists.blocks, last_rows, cos, sin, partial, weights,
-        scale * _LOG2_E, packed, listed, splits, queries.stride(0), *list_strides(lists),
-        GROUP=group, PAIRS=pairs, KV_HEADS=kv_heads, HALF=head_dim // 2,
+        scale * _LOG2_E, packed, listed, splits, len(cos), queries.stride(0), *list_strides(lists),
+        GROUP=group, VALUE_GROUPS=value_groups, PAIRS=pairs, KV_HEADS=kv_heads, HALF=head_dim // 2,
         HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), BLOCK_SIZE=block_size, ROWS=tile.rows, BITS=bits,
-        KEY_GROUP=key_group, CHANNEL_GROUP=channel_group, HAS_BLOCKS=lists.blocks is not None, STAGES=tile.stages,
+        KEY_GROUP=key_group, HAS_BLOCKS=lists.blocks is not None,
+        TURNS_KEYS=not (is_turned or turns_queries), TURNS_QUERIES=turns_queries and not is_turned,
+        STAGES=tile.stages,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps,
     )  # fmt: skip
@@ -213,33 +222,35 @@ def _check_inputs(
 
 
 # Sizes that differ from call to call are not specialised: no request waits for another compilation.
-@launched(do_not_specialize=("packed", "listed", "splits", "stride_list", "stride_position"))
+@launched(do_not_specialize=("packed", "listed", "splits", "angles", "stride_list", "stride_position"))
 def _few_queries_kernel(
     query_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
     page_ptr, page_position_ptr, block_ptr, last_row_ptr, cos_ptr, sin_ptr, partial_ptr, weight_ptr,
-    scale_log2, packed, listed, splits, stride_qt, stride_list, stride_position,
-    GROUP: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
-    CHANNEL_GROUP: tl.constexpr, HAS_BLOCKS: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    scale_log2, packed, listed, splits, angles, stride_qt, stride_list, stride_position,
+    GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
+    KEY_GROUP: tl.constexpr, HAS_BLOCKS: tl.constexpr, TURNS_KEYS: tl.constexpr, TURNS_QUERIES: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # This program attends with PAIRS queries (heads within tokens) of one key head over one part of its pages.
+    # This program attends with PAIRS queries (heads within tokens) of one key head over one part of its pages. A query
+    # stands in VALUE_GROUPS rows, one for each group of channels in a half of the values: with the group's scale in the
+    # weights, a row's product with the codes is right in the channels of its own group.
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     NUMBER: tl.constexpr = query_ptr.dtype.element_ty
     HEAD_DIM: tl.constexpr = 2 * HALF
     PARTS: tl.constexpr = BLOCK_SIZE // ROWS
     CODES: tl.constexpr = HALF if BITS == 4 else HEAD_DIM  # entries of a row of one head in the pools
-    SCALES: tl.constexpr = HEAD_DIM // CHANNEL_GROUP
+    SCALES: tl.constexpr = 2 * VALUE_GROUPS
     pair = tile * PAIRS + tl.arange(0, PAIRS)
-    is_pair = pair < packed
-    token, head = (pair // GROUP).to(tl.int64), kv_head * GROUP + pair % GROUP
+    value_group, query = pair % VALUE_GROUPS, pair // VALUE_GROUPS
+    is_pair = query < packed
+    token, head = (query // GROUP).to(tl.int64), kv_head * GROUP + query % GROUP
     half = tl.arange(0, HALF_PADDED)
     is_channel = half < HALF
     query_at = query_ptr + (token * stride_qt + head * HEAD_DIM)[:, None] + half[None, :]
     query_mask = is_pair[:, None] & is_channel[None, :]
     query_first = tl.load(query_at, mask=query_mask, other=0.0)
     query_second = tl.load(query_at + HALF, mask=query_mask, other=0.0)
-    if UPCAST:
-        query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
     last_row = tl.load(last_row_ptr + token, mask=is_pair, other=-1)
     last = tl.max(last_row, axis=0)
 
@@ -248,43 +259,79 @@ def _few_queries_kernel(
     first_entry = split * part
     last_entry = tl.minimum(first_entry + part, entries)
     list_at, position_at = kv_head * stride_list, kv_head * stride_position
-    factor = tl.load(cos_ptr + half, mask=is_channel, other=1.0)
-    every = tl.arange(0, ROWS) >= 0
+    factor = tl.load(cos_ptr + half, mask=is_channel, other=1.0)[None, :]
+    if TURNS_KEYS or TURNS_QUERIES:  # the angles of a tile's rows behind its first
+        near_row = tl.arange(0, ROWS)[:, None]
+        near = near_row * HALF + half[None, :]
+        near_mask = (near_row < angles) & is_channel[None, :]
+        near_cos = tl.load(cos_ptr + near, mask=near_mask, other=0.0) / factor
+        near_sin = tl.load(sin_ptr + near, mask=near_mask, other=0.0) / factor
+    else:  # all rows stand at 0
+        query_first = (query_first.to(tl.float32) * factor).to(NUMBER)
+        query_second = (query_second.to(tl.float32) * factor).to(NUMBER)
+    if UPCAST:
+        query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
 
     highest = tl.full((PAIRS,), float("-inf"), tl.float32)
     total = tl.zeros((PAIRS,), tl.float32)
-    summed = tl.zeros((PAIRS, 2 * HALF_PADDED), tl.float32)
+    # Halves of the values apart: codes of 4 bits need not be joined, and rotation needs the keys' so.
+    summed_first = tl.zeros((PAIRS, HALF_PADDED), tl.float32)
+    summed_second = tl.zeros((PAIRS, HALF_PADDED), tl.float32)
+    zero_first = tl.zeros((PAIRS,), tl.float32)  # what the zeros of all values add to each channel of a group
+    zero_second = tl.zeros((PAIRS,), tl.float32)
     for step in tl.range(first_entry * PARTS, last_entry * PARTS, num_stages=STAGES):
         entry = step // PARTS
         block = tl.load(page_ptr + list_at + entry)
         if HAS_BLOCKS:
             block = tl.load(block_ptr + block)
-        start = tl.load(page_position_ptr + position_at + entry)
         first_row = step % PARTS * ROWS
         row = first_row + tl.arange(0, ROWS)
-        # A page of negative position stands at 0 with all rows.
-        row_cos, row_sin = load_angles(cos_ptr, sin_ptr, tl.where(start < 0, 0, row), every, half, HALF)
-        begins = tl.maximum(start, 0).to(tl.int64) * HALF + half
-        page_cos = (tl.load(cos_ptr + begins, mask=is_channel, other=1.0) / factor)[None, :]
-        page_sin = (tl.load(sin_ptr + begins, mask=is_channel, other=0.0) / factor)[None, :]
-        cos, sin = row_cos * page_cos - row_sin * page_sin, row_sin * page_cos + row_cos * page_sin
         seen = entry * BLOCK_SIZE + row <= last
         # The block's place is one number, and within it 32 bits do: 64 for each row cost a third of the registers.
         head_at = block.to(tl.int64) * (BLOCK_SIZE * KV_HEADS) + kv_head
         group_at = (block.to(tl.int64) * (BLOCK_SIZE // KEY_GROUP) + first_row // KEY_GROUP) * KV_HEADS + kv_head
         row_at = row * KV_HEADS
-        key_first, key_second = load_rotated_keys(
-            key_ptr + head_at * CODES, key_scale_ptr, key_zero_ptr, key_ptr, row_at, group_at, row_at,
-            cos, sin, seen, half, HALF, BITS, False, NUMBER,
-        )  # fmt: skip
-        value = load_values(
-            value_ptr + head_at * CODES, value_scale_ptr + head_at * SCALES, value_zero_ptr + head_at * SCALES,
-            value_ptr, row_at, row_at, seen, HALF, HALF_PADDED, BITS, CHANNEL_GROUP, False, NUMBER,
-        )  # fmt: skip
+        if BITS > 0:  # first of all: these loads are too small to be under way ahead
+            first_scale, first_zero = load_value_scales(
+                value_scale_ptr + head_at * SCALES, value_zero_ptr + head_at * SCALES, row_at, value_group, seen,
+                VALUE_GROUPS,
+            )  # fmt: skip
+            second_scale, second_zero = load_value_scales(
+                value_scale_ptr + head_at * SCALES + VALUE_GROUPS, value_zero_ptr + head_at * SCALES + VALUE_GROUPS,
+                row_at, value_group, seen, VALUE_GROUPS,
+            )  # fmt: skip
+        turned_first, turned_second = query_first, query_second
+        if BITS > 0 or TURNS_KEYS or TURNS_QUERIES:
+            key_first, key_second = load_key_halves(
+                key_ptr + head_at * CODES,
+                key_scale_ptr,
+                key_zero_ptr,
+                row_at,
+                group_at,
+                seen,
+                half,
+                HALF,
+                BITS,
+                BITS > 0,
+            )
+        else:
+            key_first, key_second = load_value_halves(key_ptr + head_at * CODES, row_at, seen, half, HALF, 0, NUMBER)
+        if TURNS_KEYS or TURNS_QUERIES:
+            # A page of negative position stands at 0 with all rows.
+            start = tl.load(page_position_ptr + position_at + entry)
+            turned_first, turned_second, key_first, key_second = _turned(
+                query_first, query_second, key_first, key_second, start, first_row, near_cos, near_sin,
+                cos_ptr, sin_ptr, half, HALF, TURNS_QUERIES,
+            )  # fmt: skip
+        key_first, key_second = key_first.to(NUMBER), key_second.to(NUMBER)
+        value_first, value_second = load_value_halves(
+            value_ptr + head_at * CODES, row_at, seen, half, HALF, BITS, NUMBER
+        )
         if UPCAST:
-            key_first, key_second, value = key_first.to(tl.float32), key_second.to(tl.float32), value.to(tl.float32)
-        scores = tl.dot(query_first, tl.trans(key_first), input_precision="ieee")
-        scores = tl.dot(query_second, tl.trans(key_second), acc=scores, input_precision="ieee")
+            key_first, key_second = key_first.to(tl.float32), key_second.to(tl.float32)
+            value_first, value_second = value_first.to(tl.float32), value_second.to(tl.float32)
+        scores = tl.dot(turned_first, tl.trans(key_first), input_precision="ieee")
+        scores = tl.dot(turned_second, tl.trans(key_second), acc=scores, input_precision="ieee")
         visible = (entry * BLOCK_SIZE + row)[None, :] <= last_row[:, None]
         scores = tl.where(visible, scores * scale_log2, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
@@ -293,12 +340,51 @@ def _few_queries_kernel(
         shrink = tl.exp2(highest - base)
         exponent = tl.exp2(scores - base[:, None])
         total = total * shrink + tl.sum(exponent, axis=1)
-        summed = tl.dot(exponent.to(value.dtype), value, acc=summed * shrink[:, None], input_precision="ieee")
+        share_first, share_second = exponent, exponent
+        if BITS > 0:
+            zero_first = zero_first * shrink + tl.sum(exponent * first_zero, axis=1)
+            zero_second = zero_second * shrink + tl.sum(exponent * second_zero, axis=1)
+            share_first, share_second = exponent * first_scale, exponent * second_scale
+        shrink = shrink[:, None]
+        share_first, share_second = share_first.to(value_first.dtype), share_second.to(value_first.dtype)
+        summed_first = tl.dot(share_first, value_first, acc=summed_first * shrink, input_precision="ieee")
+        summed_second = tl.dot(share_second, value_second, acc=summed_second * shrink, input_precision="ieee")
         highest = new_highest
 
     out_at = (token * (KV_HEADS * GROUP) + head) * splits + split
     safe = tl.where(total > 0, total, 1.0)
-    tl.store(weight_ptr + out_at, tl.where(total > 0, highest + tl.log2(safe), float("-inf")), mask=is_pair)
-    channel, own_channel = channels_of(tl.arange(0, 2 * HALF_PADDED), HALF, HALF_PADDED)
-    out_mask = is_pair[:, None] & own_channel[None, :]
-    tl.store(partial_ptr + out_at[:, None] * HEAD_DIM + channel[None, :], summed / safe[:, None], mask=out_mask)
+    is_first = is_pair & (value_group == 0)
+    tl.store(weight_ptr + out_at, tl.where(total > 0, highest + tl.log2(safe), float("-inf")), mask=is_first)
+    in_group = (half // (HALF // VALUE_GROUPS))[None, :] == value_group[:, None]
+    out_mask = is_pair[:, None] & is_channel[None, :] & in_group
+    partial_at = partial_ptr + out_at[:, None] * HEAD_DIM + half[None, :]
+    tl.store(partial_at, (summed_first + zero_first[:, None]) / safe[:, None], mask=out_mask)
+    tl.store(partial_at + HALF, (summed_second + zero_second[:, None]) / safe[:, None], mask=out_mask)
+
+
+@jit
+def _turned(
+    query_first, query_second, key_first, key_second, start, first_row, near_cos, near_sin, cos_ptr, sin_ptr, half,
+    HALF: tl.constexpr, TURNS_QUERIES: tl.constexpr,
+):  # fmt: skip
+    # Both halves of queries and keys, so that their products are those of keys turned to where they stand.
+    far = tl.where(start < 0, 0, start + first_row).to(tl.int64) * HALF + half
+    far_cos = tl.load(cos_ptr + far, mask=half < HALF, other=0.0)[None, :]
+    far_sin = tl.load(sin_ptr + far, mask=half < HALF, other=0.0)[None, :]
+    if TURNS_QUERIES:  # back by the angles of the tile's first row; its rows forth by what they are behind it
+        first, second = query_first.to(tl.float32), query_second.to(tl.float32)
+        query_second = (second * far_cos - first * far_sin).to(query_first.dtype)
+        query_first = (first * far_cos + second * far_sin).to(query_first.dtype)
+        if start >= 0:
+            turned = key_first * near_cos - key_second * near_sin
+            key_second = key_second * near_cos + key_first * near_sin
+            key_first = turned
+    else:
+        if start >= 0:
+            cos, sin = far_cos * near_cos - far_sin * near_sin, far_sin * near_cos + far_cos * near_sin
+        else:
+            cos, sin = tl.broadcast_to(far_cos, near_cos.shape), tl.broadcast_to(far_sin, near_cos.shape)
+        turned = key_first * cos - key_second * sin
+        key_second = key_second * cos + key_first * sin
+        key_first = turned
+    return query_first, query_second, key_first, key_second

@@ -13,6 +13,8 @@ from ragkit.kernels.quantize_kv import quantize_kv
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kernels.selected_pages_attention import (
     MOST_PAIRS,
+    launch_few_queries,
+    page_tile,
     selected_pages_attention,
     selected_pages_attention_torch,
 )
@@ -65,6 +67,15 @@ def _inputs(tokens, listed, q_heads, kv_heads, head_dim, dtype, device, rng, *, 
     return [qkv[:, :q_heads], *(guarded(pool) for pool in pools), lists, last_rows, *tables]
 
 
+def _as_codes(pools, bits):
+    """Keys and values in codes that 16 rows, or 8 channels, share a scale of."""
+    whole = [
+        quantize_kv(pool.flatten(0, 1), bits=bits, token_group=rows, channel_group=channels)
+        for pool, (rows, channels) in zip(pools, ((16, 1), (1, 8)), strict=True)
+    ]
+    return [QuantizedBlocks(*(part.unflatten(0, (BLOCKS, -1)).contiguous() for part in parts), bits) for parts in whole]
+
+
 def _compare(inputs, reduced=4):
     scale = inputs[0].shape[-1] ** -0.5
     got = selected_pages_attention(*inputs, scale=scale, backend=Backend.TRITON)
@@ -98,9 +109,32 @@ def test_many_queries_match_the_definition(per_head, dtype, device, rng):
 @pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.float32), (80, torch.bfloat16)])
 def test_codes_are_attended_to_as_the_numbers_they_stand_for(head_dim, dtype, bits, tokens, device, rng):
     inputs = _inputs(tokens, 4, 4, 2, head_dim, dtype, device, rng, spare=0)
-    for index, (row_group, channel_group) in ((1, (16, 1)), (2, (1, 8))):
-        whole = quantize_kv(inputs[index].flatten(0, 1), bits=bits, token_group=row_group, channel_group=channel_group)
-        inputs[index] = QuantizedBlocks(*(part.unflatten(0, (BLOCKS, -1)).contiguous() for part in whole), bits)
+    inputs[1:3] = _as_codes(inputs[1:3], bits)
+    _compare(inputs)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_turned_back_are_keys_turned_forth(dtype, bits, device, rng):
+    inputs = _inputs(3, 5, 4, 2, 64, dtype, device, rng, spare=0)
+    if bits:
+        inputs[1:3] = _as_codes(inputs[1:3], bits)
+    tile = page_tile(inputs[1], inputs[2], dtype, device)
+    both = [
+        launch_few_queries(*inputs, scale=0.2, tile=tile._replace(turns_queries=turns_queries)).float()
+        for turns_queries in (False, True)
+    ]
+    assert_matches(both[0].to(dtype), both[1], reduced=4)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_rows_that_are_turned_already_need_a_table_of_one_row(factor, bits, device, rng):
+    inputs = _inputs(2, 4, 4, 2, 32, torch.float32, device, rng, spare=0)
+    if bits:
+        inputs[1:3] = _as_codes(inputs[1:3], bits)
+    inputs[3] = inputs[3]._replace(positions=torch.full_like(inputs[3].positions, -1))
+    inputs[5:] = _angles(1, 32, device, factor=factor)
     _compare(inputs)
 
 
