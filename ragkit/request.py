@@ -27,7 +27,7 @@ from ragkit.answers.steps import (
 )
 from ragkit.config import SearchMode, Strategy
 from ragkit.drafting import NO_PAGES, drafting_for
-from ragkit.errors import UsageError
+from ragkit.errors import GenerationError, UsageError
 from ragkit.reports import Hit, SearchResult
 from ragkit.types import Answer, MetadataValue
 
@@ -121,13 +121,23 @@ def stream(parts: Parts, question: str, options: QueryOptions) -> AnswerStream:
     return AnswerStream(_run(parts, question, options))
 
 
+def stream_from_pages(
+    parts: Parts, question: str, whole: WholeDocument, options: QueryOptions, stop: threading.Event
+) -> AnswerStream:
+    """Return the answer to a question about a document that was found already; `stop` ends reading it.
+
+    The pieces raise `GenerationError` where the reading was stopped: what was read is kept.
+    """
+    return AnswerStream(_answered_from_pages(parts, question, whole, options, _Clock(parts), stop))
+
+
 def _run(parts: Parts, question: str, options: QueryOptions) -> Iterator[str | Answer]:
     from ragkit.answers.confidence import judge
 
     clock = _Clock(parts)
     paged = paged_document(parts, options)
     if paged is not None:
-        yield from _answered_from_pages(parts, question, paged, options, clock)
+        yield from _answered_from_pages(parts, question, paged, options, clock, None)
         return
     found = parts.retriever.retrieve(question, options.retrieval.k, options.retrieval_filters or None)
     hits = ranked(found.chunks)
@@ -203,7 +213,12 @@ def paged_document(parts: Parts, options: QueryOptions) -> WholeDocument | None:
 
 
 def _answered_from_pages(
-    parts: Parts, question: str, whole: WholeDocument, options: QueryOptions, clock: _Clock
+    parts: Parts,
+    question: str,
+    whole: WholeDocument,
+    options: QueryOptions,
+    clock: _Clock,
+    stop: threading.Event | None,
 ) -> Iterator[str | Answer]:
     paging = parts.paging  # first: it imports torch, which counts as loading
     from ragkit.answers.citations import cite
@@ -218,9 +233,11 @@ def _answered_from_pages(
         if not opened.pages.is_complete:
             options.progress.message(price_line(whole.uri, paging.price(opened)))
             try:
-                paging.read(opened, options.progress)
+                is_whole = paging.read(opened, options.progress, stop)
             finally:
                 options.progress.close()
+            if not is_whole:
+                raise GenerationError(f"reading {whole.uri} was stopped: what was read is kept, ask again")
             clock.laps["read_document"] = clock.elapsed()
         answer = paging.answer(opened, question, sampling_of(options), generation.system_prompt)
         before_engine = clock.elapsed()

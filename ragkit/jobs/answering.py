@@ -16,8 +16,10 @@ from ragkit.answers.steps import PreparedQuestion, completed, generation_laps, o
 from ragkit.config import Strategy
 from ragkit.jobs.retrieved_rows import NOT_OF_A_ROW, FoundRow, PagedRow, RetrievedRow, RowRetrieval, failed
 from ragkit.jobs.rows import QuestionRow, RowOutcome
+from ragkit.request import paged_document, stream, stream_from_pages
 
 if TYPE_CHECKING:
+    from ragkit.documents import WholeDocument
     from ragkit.generation.batch_request import BatchRequest, BatchResult
     from ragkit.parts import Parts
 
@@ -98,11 +100,26 @@ class _Answering:
         yield from self._paged_outcomes()
 
     def _paged_outcomes(self) -> Iterator[RowOutcome]:
+        """Answer the rows that wait, group after group, so that a document is found and opened once for all of its."""
         waiting, self._paged = self._paged, []
-        for paged in sorted(waiting, key=lambda one: one.options.document or ""):
-            if self._stop.is_set():
-                return
-            yield self._answered_from_pages(paged)
+        groups: dict[tuple[str, str], list[PagedRow]] = {}
+        for one in waiting:
+            groups.setdefault(one.group, []).append(one)
+        for group in groups.values():
+            whole: WholeDocument | None = None
+            for paged in group:
+                if self._stop.is_set():
+                    return
+                try:
+                    whole = whole or paged_document(self._parts, paged.options)
+                    outcome = self._answered_from_pages(paged, whole)
+                except NOT_OF_A_ROW:
+                    raise
+                except Exception as error:
+                    if self._stop.is_set():  # it may be what the row ended with; it is asked again
+                        return
+                    outcome = failed(paged.row, error)
+                yield outcome
 
     def _drained(self) -> Iterator[RowOutcome]:
         while self._done:
@@ -159,16 +176,13 @@ class _Answering:
             return failed(row, error)
         return RowOutcome(row, answer, cut=finished.reason == "length")
 
-    def _answered_from_pages(self, paged: PagedRow) -> RowOutcome:
-        from ragkit.request import stream
-
-        try:
-            answer = stream(self._parts, paged.row.question, paged.options).answer
-        except NOT_OF_A_ROW:
-            raise
-        except Exception as error:
-            return failed(paged.row, error)
-        return RowOutcome(paged.row, answer, cut=answer.tokens.generated >= paged.options.generation.max_new_tokens)
+    def _answered_from_pages(self, paged: PagedRow, whole: WholeDocument | None) -> RowOutcome:
+        question, options = paged.row.question, paged.options
+        if whole is None:  # it was edited meanwhile, and is no longer too long for the window
+            answer = stream(self._parts, question, options).answer
+        else:
+            answer = stream_from_pages(self._parts, question, whole, options, self._stop).answer
+        return RowOutcome(paged.row, answer, cut=answer.tokens.generated >= options.generation.max_new_tokens)
 
 
 class _Requests:

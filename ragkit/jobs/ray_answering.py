@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from ragkit.config import PipelineConfig
+from ragkit.config import PipelineConfig, Strategy
 from ragkit.errors import JobError
 from ragkit.jobs.answering import BatchGenerator, answer_many, batch_generator
 from ragkit.jobs.executor import StopRequested, Watch
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from ragkit.store import Store
 
 SHARD_ROWS = 64  # what a lost worker costs, and what a worker's engine may batch
+_WAITING_ROWS = 4096  # of documents in pages, until they are handed out
 
 
 class RayAnswerer:
@@ -97,7 +97,7 @@ def answer_on_ray(parts: Parts, rows: Iterable[QuestionRow], stop: Event) -> Ite
         pool = _pool(parts, cluster)
         runner = TaskRunner(cluster.ray, {"answer": pool}, Watch(Silent(), stop).check)
         try:
-            for outcomes in runner.run(_shards(rows)):
+            for outcomes in runner.run(_RowShard(one) for one in shards(rows, parts.config.generation.strategy)):
                 yield from outcomes
         except StopRequested:
             return
@@ -123,7 +123,44 @@ def _pool(parts: Parts, cluster: RayCluster) -> ActorPool:
     return ActorPool(cluster.ray, "answering", size, RayAnswerer, arguments, options, check)
 
 
-def _shards(rows: Iterable[QuestionRow]) -> Iterator[_RowShard]:
-    coming = iter(rows)
-    while shard := list(islice(coming, SHARD_ROWS)):
-        yield _RowShard(shard)
+def shards(rows: Iterable[QuestionRow], configured: Strategy) -> Iterator[Sequence[QuestionRow]]:
+    """Yield rows in shards. Those that may read a document in pages wait, and come with others of that document alone.
+
+    The first shards of all documents come before their second ones: where there are enough documents, no two workers
+    read the same one.
+
+    Args:
+        rows: what is asked.
+        configured: the strategy of a row that names none.
+    """
+    mixed: list[QuestionRow] = []
+    waiting: dict[tuple[str | None, str | None], list[QuestionRow]] = {}
+    count = 0
+    for row in rows:
+        if _may_be_paged(row, configured):
+            waiting.setdefault((row.changes.document, row.changes.system_prompt), []).append(row)
+            count += 1
+        else:
+            mixed.append(row)
+        if len(mixed) == SHARD_ROWS:
+            yield mixed
+            mixed = []
+        if count == _WAITING_ROWS:
+            yield from _by_document(waiting.values())
+            waiting, count = {}, 0
+    if mixed:
+        yield mixed
+    yield from _by_document(waiting.values())
+
+
+def _by_document(groups: Iterable[Sequence[QuestionRow]]) -> Iterator[Sequence[QuestionRow]]:
+    left = list(groups)
+    while left:
+        yield from (group[:SHARD_ROWS] for group in left)
+        left = [group[SHARD_ROWS:] for group in left if len(group) > SHARD_ROWS]
+
+
+def _may_be_paged(row: QuestionRow, configured: Strategy) -> bool:
+    """Return whether a row may read a document whole, as far as it can be told without the store."""
+    asked, changes = row.changes.strategy or configured, row.changes
+    return asked == Strategy.PAGES or (asked == Strategy.AUTO and changes.document is not None and not changes.filter)

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,10 +43,16 @@ class FoundRow:
 
 @dataclass(frozen=True, slots=True)
 class PagedRow:
-    """A row that reads a document whole: it is answered alone, after the batch."""
+    """A row that reads a document whole: it is answered after the batch, beside others of the same document."""
 
     row: QuestionRow
     options: QueryOptions
+    doc_id: str
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """What its pages are named by: rows of one group are answered over the same ones."""
+        return self.doc_id, self.options.generation.system_prompt
 
 
 RetrievedRow = FoundRow | PagedRow | RowOutcome
@@ -58,6 +64,7 @@ class RowRetrieval:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ragkit-batch")
+        self._paged: dict[Hashable, str | None] = {}  # what was found out about documents that rows name
         _ = parts.retriever  # what cannot be loaded is no row's fault
 
     def __enter__(self) -> RowRetrieval:
@@ -109,13 +116,14 @@ class RowRetrieval:
 
     def _retrieved(self, row: QuestionRow, vector: FloatMatrix | None, embed_ms: float) -> RetrievedRow:
         from ragkit.answers.confidence import judge
-        from ragkit.request import check_question, paged_document
+        from ragkit.request import check_question
 
         parts = self._parts
         check_question(row.question)
         options = query_options(parts, row.changes)
-        if paged_document(parts, options) is not None:
-            return PagedRow(row, options)
+        doc_id = self._paged_id(options)
+        if doc_id is not None:
+            return PagedRow(row, options, doc_id)
         started = time.perf_counter()
         found = parts.retriever.retrieve(
             row.question, options.retrieval.k, options.retrieval_filters or None, vector=vector
@@ -126,6 +134,17 @@ class RowRetrieval:
             laps = {"retrieve": retrieve_ms, "first_token": retrieve_ms}
             return RowOutcome(row, refused(options, ordered_timings(laps, 0.0, retrieve_ms)))
         return FoundRow(row, options, hits, found.generation, retrieve_ms)
+
+    def _paged_id(self, options: QueryOptions) -> str | None:
+        """Return the id of the document that is read whole, looked for once for all rows that name it alike."""
+        from ragkit.request import paged_document
+
+        generation = options.generation
+        asked = generation.strategy, options.document, bool(options.filters), generation.max_new_tokens
+        if asked not in self._paged:
+            whole = paged_document(self._parts, options)
+            self._paged[asked] = None if whole is None else whole.document.doc_id
+        return self._paged[asked]
 
 
 def failed(row: QuestionRow, error: Exception) -> RowOutcome:

@@ -16,7 +16,8 @@ from ragkit.config import AnswerConfig, Strategy
 from ragkit.errors import StoreMissingError
 from ragkit.generation.batch_request import BatchRequest, BatchResult
 from ragkit.generation.engine import Engine
-from ragkit.jobs import answering, retrieved_rows
+from ragkit.generation.paging import PagedDocument, PagedText, Paging
+from ragkit.jobs import answering, ray_answering, retrieved_rows
 from ragkit.jobs.answering import answer_many
 from ragkit.jobs.one_by_one import OneByOne
 from ragkit.jobs.rows import QuestionRow
@@ -77,6 +78,95 @@ def test_a_document_in_pages_is_answered_as_alone_and_last(pipeline: Pipeline, w
     assert [outcome.row.row_id for outcome in outcomes] == ["q0", "q1", "p"]
     assert essence(outcomes[-1].answer) == essence(pipeline.query("Where?", strategy="pages", document=uri))
     assert [outcome.row.row_id for outcome in pipeline.query_many(asked)] == ["p", "q0", "q1"]
+
+
+def paged(name: str, question: str, uri: str, **changes: object) -> dict[str, object]:
+    return {"id": name, "question": question, "strategy": "pages", "document": uri, **changes}
+
+
+def uris(world: Path) -> list[str]:
+    return [str(path) for path in sorted((world / "docs").iterdir())]
+
+
+def test_rows_in_pages_are_grouped_by_document_which_is_found_and_opened_once(
+    pipeline: Pipeline, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, *_ = uris(world)
+    asked = [
+        paged(f"{at}{name}", f"Where {at}?", uri) for at in range(3) for name, uri in (("a", first), ("b", second))
+    ]
+    opened, looked_for = [], []
+    real_open, real_find = Paging._opened, answering.paged_document
+
+    def opening(self: Paging, document: PagedText, system_prompt: str) -> PagedDocument:
+        opened.append(document.doc_id)
+        return real_open(self, document, system_prompt)
+
+    monkeypatch.setattr(Paging, "_opened", opening)
+    monkeypatch.setattr(
+        answering, "paged_document", lambda parts, options: looked_for.append(1) or real_find(parts, options)
+    )
+    outcomes = list(pipeline.query_many([*asked, *questions(1)], in_order=False))
+    assert [outcome.row.row_id for outcome in outcomes] == ["q0", "0a", "1a", "2a", "0b", "1b", "2b"]
+    assert len(opened) == len(set(opened)) == len(looked_for) == 2
+    for outcome in outcomes[1:]:
+        row = outcome.row
+        alone = pipeline.query(row.question, strategy="pages", document=row.changes.document)
+        assert essence(outcome.answer) == essence(alone)
+
+
+def test_a_row_in_pages_that_fails_stops_no_other_of_its_document(pipeline: Pipeline, world: Path) -> None:
+    uri = uris(world)[0]
+    asked = [paged("p0", "Where?", uri), paged("long", "Where? " * 4000, uri), paged("p1", "When?", uri)]
+    outcomes = {outcome.row.row_id: outcome for outcome in pipeline.query_many(asked)}
+    assert outcomes["long"].error is not None
+    assert outcomes["long"].error.code == "generation"
+    assert all(outcomes[name].answer is not None for name in ("p0", "p1"))
+
+
+def test_a_stop_while_a_document_is_read_leaves_its_rows_to_be_asked_again(
+    pipeline: Pipeline, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, uri = Event(), uris(world)[2]  # which no other test has read
+    changes = QuestionChanges(strategy="pages", document=uri)
+    rows = [QuestionRow(at, f"p{at}", "Where?", changes) for at in range(2)]
+    real, heard = Paging.read, []
+
+    def read(self: Paging, *arguments: object) -> bool:
+        stop.set()
+        heard.append(arguments[-1])
+        return real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Paging, "read", read)
+    assert list(answer_many(pipeline.parts, rows, stop=stop)) == []
+    assert heard == [stop]
+    monkeypatch.undo()
+    assert [outcome.answer is not None for outcome in answer_many(pipeline.parts, rows)] == [True, True]
+
+
+def test_shards_of_rows_in_pages_hold_one_document_and_its_first_rows_come_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_answering, "SHARD_ROWS", 2)
+
+    def row(number: int, document: str | None, strategy: str | None = None) -> QuestionRow:
+        return QuestionRow(number, number, "Where?", QuestionChanges(strategy=strategy, document=document))
+
+    rows = [
+        row(0, "a"),
+        row(1, None),
+        row(2, "b"),
+        row(3, "a"),
+        row(4, None),
+        row(5, "a", "pages"),
+        row(6, "b", "full"),
+    ]
+    found = [[one.number for one in shard] for shard in ray_answering.shards(rows, Strategy.AUTO)]
+    assert found == [[1, 4], [6], [0, 3], [2], [5]]
+    monkeypatch.setattr(ray_answering, "_WAITING_ROWS", 2)
+    found = [[one.number for one in shard] for shard in ray_answering.shards(rows, Strategy.AUTO)]
+    assert found == [[0], [2], [1, 4], [3, 5], [6]]
+    assert [len(shard) for shard in ray_answering.shards(rows, Strategy.FULL)] == [2, 2, 2, 1]
 
 
 def test_options_of_a_row_hold_for_that_row_alone(pipeline: Pipeline) -> None:
