@@ -132,6 +132,23 @@ class RequestKV:
         self._tail += range(len(self.block_ids), len(self.block_ids) + len(blocks))
         self._append(blocks, positions, shared=False)
 
+    def give_back(self, num_tokens: int) -> int:
+        """Free the blocks that hold rows of positions from `num_tokens` on alone; return how many.
+
+        Rows that are written are never among them, nor blocks that others stand behind in the table.
+        """
+        size, before = self.pool.block_size, len(self.block_ids)
+        kept = max(num_tokens, self.num_tokens)
+        while self._tail[-1:] == [len(self.block_ids) - 1] and self.num_reserved - size >= kept:
+            self._tail.pop()
+            self.pool.release([self.block_ids.pop()])
+        count = len(self.block_ids)
+        if count < before:
+            self._positions = self._positions[:count]
+            del self._is_shared[count:]
+            self.version += 1
+        return before - count
+
     def slots(self, start: int, stop: int) -> Tensor:
         """Return (stop - start,) int64, the private tail's rows for the positions from `start` up to `stop`."""
         if not self._tail_start <= start <= stop <= self.num_reserved:

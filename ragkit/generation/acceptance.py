@@ -83,23 +83,25 @@ class Acceptance:
         """Return a token for `logits` (vocab_size,) that nothing was drafted for."""
         return self._sampler.next(logits)
 
-    def accept(self, logits: Tensor, tree: DraftTree) -> Accepted:
+    def accept(self, logits: Tensor, tree: DraftTree, likeliest: Sequence[int] = ()) -> Accepted:
         """Return what stands of `tree`.
 
         Args:
             logits: (nodes + 1, vocab_size), the target's: after the last token, and after each node.
             tree: what was drafted.
+            likeliest: the token with the highest of each row, where the caller knows them: of many requests the device
+                tells them at once.
         """
         if self._sampling.temperature == 0:
-            return _followed(tree, self._most_likely(logits, tree))
+            return _followed(tree, self._most_likely(logits, tree, likeliest))
         if tree.probabilities is None:
             return self._as_sampled(logits, tree)
         if logits.is_cuda and tree.is_chain and self._transfer is None and self._sampling.top_p == 1:
             return self._on_device(logits, tree, tree.probabilities)
         return self._by_rounds(logits, tree, tree.probabilities)
 
-    def _most_likely(self, logits: Tensor, tree: DraftTree) -> list[int]:
-        tokens: list[int] = logits.argmax(-1).tolist()
+    def _most_likely(self, logits: Tensor, tree: DraftTree, likeliest: Sequence[int]) -> list[int]:
+        tokens: list[int] = list(likeliest) or logits.argmax(-1).tolist()
         if self._transfer is not None and tree.probabilities is not None:
             for node in range(ROOT, len(tree)):
                 if children := tree.children(node):

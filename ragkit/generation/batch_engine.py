@@ -11,6 +11,7 @@ from itertools import islice
 
 from ragkit.config import BatchConfig, BatchOrder, ChunkPlacement
 from ragkit.errors import GenerationError, RagkitError
+from ragkit.generation.batch_drafts import BatchCosts
 from ragkit.generation.batch_entries import RequestEntry, SharedEntry
 from ragkit.generation.batch_job import BatchJob
 from ragkit.generation.batch_request import BatchRequest, BatchResult
@@ -117,14 +118,21 @@ class BatchEngine:
             )
         strategy = engine.strategy(request.strategy) if isinstance(request.strategy, str) else request.strategy
         stops = frozenset(config.stop_token_ids) | frozenset(sampling.stop_token_ids)
+        stops = frozenset() if sampling.ignore_stop_tokens else stops
+        drafted = None
+        if request.drafting is not None:
+            costs = BatchCosts(engine.draft_costs)
+            drafted = engine.speculative_request(request.drafting, request.prompt, sampling, stops, costs)
         return BatchJob(
             request,
             request.prompt,
             sampling,
-            frozenset() if sampling.ignore_stop_tokens else stops,
+            stops,
             None if isinstance(strategy, FullPrefill) else strategy,
             token_ids,
             RequestEntry(0, len(token_ids), sampling.max_new_tokens),
+            answer=[] if drafted is None else drafted.token_ids,
+            drafted=drafted,
         )
 
 

@@ -60,6 +60,7 @@ class RequestEntry:
         computed: tokens of `to_compute` whose rows are written.
         replayed: tokens of the answer that this prefill computes again.
         blocks: blocks that are its own.
+        wanted_rows: rows that its drafts would take in the next step.
         stage: where it stands.
     """
 
@@ -73,6 +74,7 @@ class RequestEntry:
     computed: int = 0
     replayed: int = 0
     blocks: int = 0
+    wanted_rows: int = 0
     stage: Stage = Stage.WAITING
 
     @property

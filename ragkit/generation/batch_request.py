@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ragkit.errors import RagkitError
 from ragkit.generation.sampling import SamplingConfig
+from ragkit.generation.speculative_decode import Drafting
 from ragkit.generation.steps import Finished
 from ragkit.generation.strategy import PrefillStrategy
 from ragkit.kvcache.coverage import Ratio
@@ -22,6 +23,7 @@ class BatchRequest:
         sampling: how tokens are chosen, and when to stop; its random numbers are its own.
         strategy: a prefill strategy of the engine by name, or any other, as `Engine.generate` takes it.
         ratio: part of reused tokens that is recomputed, as `Engine.generate` takes it.
+        drafting: has several tokens verified in one pass, as `Engine.generate` takes it; None decodes one by one.
     """
 
     request_id: str
@@ -29,6 +31,7 @@ class BatchRequest:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     strategy: str | PrefillStrategy = "full"
     ratio: Ratio | None = None
+    drafting: Drafting | None = None
 
 
 @dataclass(frozen=True, slots=True)

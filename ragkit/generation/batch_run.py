@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from ragkit.config import BatchConfig
 from ragkit.errors import CacheCapacityError, GenerationError, RagkitError
+from ragkit.generation.batch_drafts import BatchDrafts, likeliest_tokens
 from ragkit.generation.batch_entries import Entry, RequestEntry, SharedEntry, beginnings
 from ragkit.generation.batch_job import BatchJob
 from ragkit.generation.batch_request import BatchResult
 from ragkit.generation.batch_runner import BatchRunner
-from ragkit.generation.batch_scheduler import BatchScheduler, BatchStep, Piece
+from ragkit.generation.batch_scheduler import BatchScheduler
 from ragkit.generation.batch_stats import BatchStats
+from ragkit.generation.batch_step import BatchStep, Piece
+from ragkit.generation.contiguous_verify import ContiguousVerifier
 from ragkit.generation.decode_runner import DecodeRunner
+from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.engine import Engine
 from ragkit.generation.packed_pass import PackedPiece, PackedRequest
 from ragkit.generation.pool_supply import PoolSupply
+from ragkit.generation.steps import FinishReason
 from ragkit.generation.strategy import PrefillRequest, PrefillResult
 from ragkit.kvcache.request_kv import RequestKV
 
@@ -40,14 +45,17 @@ class BatchRun:
         self._rotary = engine.rotary.table(engine.max_context, 0)
         # The paged runner attends to the pool's blocks; without it, requests decode over copies of their own.
         is_paged = isinstance(engine.step_runner, DecodeRunner)
-        self._runner = BatchRunner(engine.decoder, engine.pool, self._rotary, engine.step_runner, is_paged=is_paged)
+        verifier = engine.verifier if is_paged else ContiguousVerifier(engine.decoder, writes_pool=False)
+        steps = engine.step_runner
+        self._runner = BatchRunner(engine.decoder, engine.pool, self._rotary, steps, verifier, is_paged=is_paged)
+        self._drafts = BatchDrafts(engine, self._runner, stats)
         self._jobs: dict[RequestEntry, BatchJob] = {}
         self._shared: dict[SharedEntry, tuple[int, ...]] = {}  # tokens
         self._packed: dict[SharedEntry, PackedRequest] = {}
         self._begun: set[Entry] = set()
         self._gave_up: list[BatchResult] = []  # of requests that found the pool taken too often
         self._recomputed: dict[str, float] = {}  # part of the prompt that a strategy computed last
-        self._supply = supply = PoolSupply(engine, self._release)
+        self._supply = supply = PoolSupply(engine, self._release, self._give_back)
         self._scheduler = BatchScheduler(supply, config.token_budget, config.max_running)
 
     @property
@@ -82,6 +90,8 @@ class BatchRun:
     @torch.inference_mode()
     def step(self) -> list[BatchResult]:
         """Run one step; return what ended in it."""
+        deciding = [self._jobs[entry] for entry in self._scheduler.decoding]
+        self._drafts.wish(deciding, may_begin=self._scheduler.is_full)
         step = self._scheduler.step()
         results = [self._refused(entry) for entry in step.refused]
         self._open(step)
@@ -90,20 +100,10 @@ class BatchRun:
             results += self._prefill(self._jobs[entry])
         if step.started or step.by_strategy:
             self._count_bytes()
-        decodes = [self._jobs[entry] for entry in step.decodes if self._reserve(self._jobs[entry])]
+        decodes = [self._jobs[entry] for entry in step.decodes if self._reserve(self._jobs[entry], step)]
         self._supply.settle()
-        pieces = step.pieces
-        if decodes or pieces:
-            self._stats.mixed_steps += bool(decodes and pieces)
-            self._stats.decode_tokens += len(decodes)
-            logits = self._runner.step(
-                [_rows_of(job) for job in decodes],
-                [job.answer[-1] for job in decodes],
-                [self._packed_piece(piece) for piece in pieces],
-            )
-            self._stats.prefill_tokens_computed += sum(piece.stop - piece.start for piece in pieces)
-            ended = [self._jobs[one.entry] for one in pieces if one.is_last and isinstance(one.entry, RequestEntry)]
-            results += self._take([*decodes, *ended], logits)
+        if decodes or step.pieces:
+            results += self._compute(decodes, step)
         results += self._gave_up
         self._gave_up = []
         self._stats.steps += 1
@@ -111,6 +111,40 @@ class BatchRun:
         self._stats.prefill_tokens_repeated += self._scheduler.repeated_tokens
         self._scheduler.preemptions = self._scheduler.repeated_tokens = 0
         return results
+
+    def _compute(self, decodes: Sequence[BatchJob], step: BatchStep) -> list[BatchResult]:
+        """Run the step's passes and take what they bring; return what ended."""
+        pieces = step.pieces
+        granted = {self._jobs[entry]: rows for entry, rows in step.drafts.items() if entry in self._jobs}
+        trees = self._drafts.trees(decodes, granted) if granted else [DraftTree()] * len(decodes)
+        is_drafted = any(len(tree) for tree in trees)
+        before = [job.rows.kv.num_tokens for job in decodes]
+        started = time.perf_counter()
+        requests, last = [job.rows for job in decodes], [job.answer[-1] for job in decodes]
+        if is_drafted:
+            self._stats.verify_steps += 1
+            logits = self._runner.verify(requests, last, trees)
+            likeliest = likeliest_tokens(logits)
+        else:
+            rows = self._runner.step(requests, last, [self._packed_piece(piece) for piece in pieces])
+            logits = list(rows.unsqueeze(1))
+            likeliest = rows.argmax(dim=-1).unsqueeze(1).tolist()  # the host waits once for all of them
+        self._stats.mixed_steps += bool(decodes and pieces)
+        self._stats.decode_tokens += len(decodes)
+        self._stats.prefill_tokens_computed += sum(piece.stop - piece.start for piece in pieces)
+        verifier = self._runner.verifier if is_drafted else None
+        first = [self._jobs[one.entry] for one in pieces if one.is_last and isinstance(one.entry, RequestEntry)]
+        jobs = [*decodes, *first]
+        reasons = [
+            job.take(rows, tokens, tree, verifier)
+            for job, rows, tokens, tree in zip(jobs, logits, likeliest, [*trees, *[None] * len(first)], strict=True)
+        ]
+        if any(job.drafted is not None for job in decodes):
+            pass_ms = (time.perf_counter() - started) * 1e3
+            self._drafts.observe(decodes, trees, before, pass_ms)
+            if not pieces:
+                self._drafts.note_cost(trees, before, pass_ms)
+        return [result for job, reason in zip(jobs, reasons, strict=True) for result in self._taken(job, reason)]
 
     def close(self) -> None:
         """Give all rows back."""
@@ -203,43 +237,41 @@ class BatchRun:
         if entry.replayed:
             self._scheduler.prefilled_by_strategy(entry, blocks)
             return []
-        results = self._take([job], job.prefilled.logits.unsqueeze(0))
+        logits = job.prefilled.logits
+        results = self._taken(job, job.take(logits.unsqueeze(0), [int(logits.argmax())], None, None))
         entry.blocks = blocks
         return results
 
-    def _reserve(self, job: BatchJob) -> bool:
-        """Return whether there is a row for the job's next token; else it waits again."""
-        rows = _rows_of(job)
+    def _reserve(self, job: BatchJob, step: BatchStep) -> bool:
+        """Return whether there are rows for the job's next token, and for its drafts; else it waits again."""
+        kv, entry = job.rows.kv, job.entry
         try:
-            rows.kv.reserve(rows.kv.num_tokens + 1)
+            kv.reserve(kv.num_tokens + 1 + step.drafts.get(entry, 0))
+            return True
         except CacheCapacityError:
+            if step.drafts.pop(entry, 0):  # it can do without
+                entry.blocks = self._engine.pool.blocks_for(entry.rows)
+                return self._reserve(job, step)
             self._wait_again(job)
             return False
-        return True
 
     def _packed_piece(self, piece: Piece) -> PackedPiece:
         entry = piece.entry
         if isinstance(entry, SharedEntry):
             return PackedPiece(self._packed[entry], self._shared[entry][piece.start : piece.stop], wants_logits=False)
         job = self._jobs[entry]
-        return PackedPiece(_rows_of(job), job.tokens(piece.start, piece.stop), wants_logits=piece.is_last)
+        return PackedPiece(job.rows, job.tokens(piece.start, piece.stop), wants_logits=piece.is_last)
 
-    def _take(self, jobs: Sequence[BatchJob], logits: Tensor) -> list[BatchResult]:
-        """Choose the next token of each of `jobs` from its row of `logits`; return those that ended."""
-        greedy: list[int] = logits.argmax(dim=-1).tolist()  # the host waits once for all of them
-        results = []
-        for index, job in enumerate(jobs):
-            token = greedy[index] if job.sampling.temperature == 0 else job.draw(logits[index])
-            is_first = job.entry.generated == job.entry.replayed
-            reason = job.take(token)
-            if reason is not None:
-                results.append(job.result(reason, self._engine.tokenizer))
-                self._end(job)
-            elif is_first:
-                self._scheduler.started_answer(job.entry)
-            else:
-                job.entry.generated += 1
-        return results
+    def _taken(self, job: BatchJob, reason: FinishReason | None) -> list[BatchResult]:
+        """Note that a job has new tokens; return its result if it ended."""
+        if reason is not None:
+            result = job.result(reason, self._engine.tokenizer)
+            self._end(job)
+            return [result]
+        if job.entry.generated == job.entry.replayed:
+            self._scheduler.started_answer(job.entry)
+        job.entry.generated = len(job.answer)
+        return []
 
     def _refused(self, entry: RequestEntry) -> BatchResult:
         job = self._jobs.pop(entry)
@@ -275,7 +307,18 @@ class BatchRun:
         if packed is not None:
             self._runner.close(packed)
         if isinstance(entry, RequestEntry):
-            self._jobs[entry].packed = None
+            job = self._jobs[entry]
+            job.packed = None
+            if job.drafted is not None:
+                job.drafted.pause()
+
+    def _give_back(self, entry: RequestEntry) -> bool:
+        """Give up blocks that only drafts of an entry need, or else those of its drafter."""
+        job = self._jobs[entry]
+        kv, pool = job.rows.kv, self._engine.pool
+        freed = kv.give_back(kv.num_tokens + 1)
+        entry.blocks -= freed
+        return freed > 0 or (job.drafted is not None and job.drafted.gives_way(pool))
 
     def _count(self, step: BatchStep) -> None:
         for entry in step.started:
@@ -310,8 +353,3 @@ class BatchRun:
         listed = sum(len(kv.block_ids) for kv in held)
         self._stats.kv_bytes_peak = max(self._stats.kv_bytes_peak, own * block + fields)
         self._stats.kv_bytes_listed_peak = max(self._stats.kv_bytes_listed_peak, listed * block + fields)
-
-
-def _rows_of(job: BatchJob) -> PackedRequest:
-    assert job.packed is not None, "a job that runs has rows"
-    return job.packed

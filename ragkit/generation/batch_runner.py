@@ -1,7 +1,8 @@
 """The steps of a batch on its device: tensors alone, no policy.
 
 A mixed step is one packed pass: the tokens that decode and the pieces of prefills are multiplied by the weights
-together. Where only decoding is left, a GPU replays the graph of the engine's `DecodeRunner`.
+together. Where only decoding is left, a GPU replays the graph of the engine's `DecodeRunner`, or of its `VerifyRunner`
+where tokens were drafted.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from ragkit.generation.decode_state import DecodeState, StepRunner
 from ragkit.generation.decoder import Decoder
+from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.packed_attention import PackedAttention
 from ragkit.generation.packed_pass import PackedPiece, PackedRequest, PackedRowsPlan
+from ragkit.generation.verification import Verifier
 from ragkit.kernels.backend import next_power_of_2
 from ragkit.kernels.host_copy import to_device
 from ragkit.kvcache.pool import KVPool
@@ -32,18 +35,21 @@ class BatchRunner:
         pool: where rows are.
         rotary: one table for all requests.
         steps: runs steps in which every request decodes, where attention is paged.
+        verifier: verifies drafts over the same rows.
         is_paged: whether attention reads the pool's blocks, as on a GPU, or copies of each request's own.
     """
 
     def __init__(
-        self, decoder: Decoder, pool: KVPool, rotary: RotaryTable, steps: StepRunner, *, is_paged: bool
-    ) -> None:
+        self, decoder: Decoder, pool: KVPool, rotary: RotaryTable, steps: StepRunner, verifier: Verifier, *,
+        is_paged: bool,
+    ) -> None:  # fmt: skip
         self._decoder = decoder
         self._pool = pool
         self._rotary = rotary
         self._steps = steps
-        self._is_paged = is_paged
-        self._tables = _DeviceTables(pool) if self._is_paged else None
+        self.verifier = verifier
+        self.is_paged = is_paged
+        self._tables = _DeviceTables(pool) if is_paged else None
         self._places: list[PackedRequest] = []  # where requests stood in the last step of `steps`
 
     def open(
@@ -104,7 +110,7 @@ class BatchRunner:
             token_ids: their last tokens.
             pieces: pieces of prefills; a common beginning comes before those that list it.
         """
-        if not self._is_paged or not decodes:
+        if not self.is_paged or not decodes:
             return self._packed(decodes, token_ids, pieces)
         # Fields of blended requests are part of the graph of `steps`.
         if pieces and all(one.kv.field is None for one in decodes):
@@ -127,27 +133,52 @@ class BatchRunner:
         plan.written()
         return decoder.logits(decoder.complete(last, attended, projected.residual[plan.wanted]))
 
+    def verify(
+        self, decodes: Sequence[PackedRequest], token_ids: Sequence[int], trees: Sequence[DraftTree]
+    ) -> list[Tensor]:
+        """Return (nodes + 1, vocab_size) logits a request, as `Verifier` says, whose `commit` is to follow.
+
+        Args:
+            decodes: requests, with rows reserved for their last tokens and all nodes.
+            token_ids: their last tokens.
+            trees: what was drafted behind these; may be empty.
+        """
+        order = self._places_of(decodes)
+        states = [self.state(decodes[index]) for index in order]
+        logits = self.verifier.verify(states, [token_ids[index] for index in order], [trees[index] for index in order])
+        return [rows for _, rows in sorted(zip(order, logits, strict=True), key=lambda pair: pair[0])]
+
+    def state(self, request: PackedRequest) -> DecodeState:
+        """Return what runners of single steps take."""
+        if request.state is None:
+            if self.is_paged:
+                request.state = self._steps.begin(request.kv, self._rotary)
+            else:
+                request.state = DecodeState(request.kv, self._rotary, tuple(request.own))
+        return request.state
+
     def _replayed(self, decodes: Sequence[PackedRequest], token_ids: Sequence[int]) -> Tensor:
-        # Each request stays at its place of the graph's buffers as long as it can: moving costs a copy of its table.
-        tokens = dict(zip(decodes, token_ids, strict=True))
-        placed = [one if one in tokens else None for one in self._places[: len(decodes)]]
+        order = self._places_of(decodes)
+        logits = self._steps.step(
+            [self.state(decodes[index]) for index in order], [token_ids[index] for index in order]
+        )
+        return logits[to_device(torch.tensor(order).argsort(), logits.device)]
+
+    def _places_of(self, decodes: Sequence[PackedRequest]) -> list[int]:
+        """Return the order of `decodes` in which each stays at its place of the graph's buffers as long as it can.
+
+        Moving costs a copy of its table.
+        """
+        index = {one: at for at, one in enumerate(decodes)}
+        placed = [one if one in index else None for one in self._places[: len(decodes)]]
         known = set(placed)
         fresh = iter([one for one in decodes if one not in known])
         placed += [None] * (len(decodes) - len(placed))
         self._places = [next(fresh) if one is None else one for one in placed]
-        states = [self._state(one) for one in self._places]
-        logits = self._steps.step(states, [tokens[one] for one in self._places])
-        at = {one: index for index, one in enumerate(self._places)}
-        order = torch.tensor([at[one] for one in decodes])
-        return logits[to_device(order, logits.device)]
-
-    def _state(self, request: PackedRequest) -> DecodeState:
-        if request.state is None:
-            request.state = self._steps.begin(request.kv, self._rotary)
-        return request.state
+        return [index[one] for one in self._places]
 
     def _make_own(self, request: PackedRequest) -> None:
-        if self._is_paged:
+        if self.is_paged:
             return
         for spec in self._pool.layout.layers:
             shape = (2, spec.num_kv_heads, request.capacity, spec.head_dim)

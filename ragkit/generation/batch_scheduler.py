@@ -5,88 +5,19 @@ begun go on; then requests that wait are let in, whose prefills take what is lef
 behind a long prompt, and the device has a full pass whatever the lengths are. How many run is bounded by the blocks of
 the KV pool (BatchLLM's memory-centric batching). When answers outgrow the pool, the request that was let in last gives
 its rows up and waits again, at the head; the older ones go on, so that every request ends.
+
+Where every running request decodes and nothing else is to do, what is left of the budget goes to drafts, whose rows lie
+behind those of the answers. They only ever take what nobody else wants, and give it back before anybody gives way.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from ragkit.errors import CacheCapacityError
 from ragkit.generation.batch_entries import Entry, RequestEntry, SharedEntry, Stage, beginnings
-
-
-class BlockSupply(Protocol):
-    """The KV pool, as the scheduler sees it."""
-
-    @property
-    def capacity(self) -> int:
-        """Blocks that the batch could have if nothing ran."""
-        ...
-
-    def free(self, wanted: int) -> int:
-        """Return how many blocks are free, once others gave up what they can spare if that is fewer than `wanted`."""
-        ...
-
-    @property
-    def others_wait(self) -> bool:
-        """Whether somebody else waits for blocks, so that nothing new should take any."""
-        ...
-
-    def wait(self) -> bool:
-        """Wait until somebody else gave blocks up; False where there is nobody who could."""
-        ...
-
-    def blocks_for(self, tokens: int) -> int:
-        """Return how many blocks so many rows take."""
-        ...
-
-    def release(self, entry: Entry) -> None:
-        """Give the rows of an entry up."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens of one prefill: `start` up to `stop` of `entry.to_compute`."""
-
-    entry: Entry
-    start: int
-    stop: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the prefill ends with it."""
-        return self.stop == self.entry.to_compute
-
-
-@dataclass(slots=True)
-class BatchStep:
-    """What one step computes.
-
-    Attributes:
-        started: what gets its blocks now, common beginnings before those that list them; not who has a strategy.
-        decodes: requests that get a token, in the order in which they were let in.
-        pieces: pieces of prefills; a common beginning comes before those that list it.
-        by_strategy: requests that a strategy prefills, each in one go, before the rest of the step.
-        refused: requests that there is no room for although nothing else runs.
-    """
-
-    started: list[Entry] = field(default_factory=list)
-    decodes: list[RequestEntry] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
-    by_strategy: list[RequestEntry] = field(default_factory=list)
-    refused: list[RequestEntry] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that count against the budget."""
-        return (
-            len(self.decodes)
-            + sum(piece.stop - piece.start for piece in self.pieces)
-            + sum(entry.cost for entry in self.by_strategy)
-        )
+from ragkit.generation.batch_step import BatchStep, Piece
+from ragkit.generation.block_supply import BlockSupply
 
 
 class BatchScheduler:
@@ -114,6 +45,7 @@ class BatchScheduler:
         self._prefilling: list[Entry] = []  # begun and not done, as they were begun
         self._held: list[SharedEntry] = []
         self._promised = 0  # blocks of this step that are not allocated yet
+        self._lacks_room = False  # whether somebody waits for blocks
 
     @property
     def num_waiting(self) -> int:
@@ -124,6 +56,16 @@ class BatchScheduler:
     def num_running(self) -> int:
         """Requests that are running."""
         return len(self._running)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no request will be let in before one ends: none waits, or as many run as may."""
+        return not self._waiting or len(self._running) >= self._max_running
+
+    @property
+    def decoding(self) -> list[RequestEntry]:
+        """Requests that decode, as they were let in."""
+        return [entry for entry in self._running if entry.stage is Stage.DECODE]
 
     def add(self, entry: RequestEntry) -> None:
         """Let a request wait behind the others. What it shares is counted on from now on.
@@ -146,6 +88,7 @@ class BatchScheduler:
     def step(self) -> BatchStep:
         """Return what the next step computes; the caller computes all of it before it asks again."""
         self._promised = 0
+        self._lacks_room = False
         self._let_go()
         step = BatchStep()
         budget = self._budget - self._plan_decodes(step)
@@ -153,6 +96,8 @@ class BatchScheduler:
             if budget and _is_ready(entry):
                 budget -= self._plan_piece(step, entry, budget)
         self._admit(step, budget)
+        if budget and not (step.pieces or step.by_strategy or step.started):
+            self._plan_drafts(step, budget)
         if not self._running and self._waiting and not self._wait():  # there is no room, and nobody could make any
             refused = self._waiting.popleft()
             refused.stage = Stage.ENDED
@@ -196,7 +141,7 @@ class BatchScheduler:
             self._prefilling.remove(entry)
         self._supply.release(entry)
         self._detach(entry)
-        entry.blocks = entry.computed = entry.replayed = 0
+        entry.blocks = entry.computed = entry.replayed = entry.wanted_rows = 0
         entry.stage = Stage.WAITING
         self._waiting.appendleft(entry)
         _await(entry.beginning)
@@ -219,7 +164,7 @@ class BatchScheduler:
                 continue
             missing = self._supply.blocks_for(entry.rows) - entry.blocks
             while missing > 0 and not self._take(missing):
-                if self._drop_idle(()) or self._preempt_younger(entry):
+                if self._take_back() or self._drop_idle(()) or self._preempt_younger(entry):
                     continue
                 self.preempt(entry)
                 break
@@ -227,6 +172,26 @@ class BatchScheduler:
                 entry.blocks += max(missing, 0)
                 step.decodes.append(entry)
         return len(step.decodes)
+
+    def _plan_drafts(self, step: BatchStep, budget: int) -> None:
+        """Give drafts what is left, the oldest first; no blocks where somebody waits for some."""
+        blocks_for = self._supply.blocks_for
+        may_grow = not self._lacks_room and not self._supply.others_wait
+        for entry in step.decodes:
+            # With them it has no more rows than its whole answer, which it was let in for.
+            rows = min(entry.wanted_rows, entry.answer_tokens - entry.generated, budget)
+            missing = blocks_for(entry.rows + max(rows, 0)) - entry.blocks
+            if missing > 0 and may_grow and self._take(missing):
+                entry.blocks += missing
+            while rows > 0 and blocks_for(entry.rows + rows) > entry.blocks:
+                rows -= 1
+            if rows > 0:
+                step.drafts[entry] = rows
+                budget -= rows
+
+    def _take_back(self) -> bool:
+        """Take back what some request has for its drafts alone, the youngest first; return whether there was any."""
+        return any(self._supply.give_back(entry) for entry in self.decoding[::-1])
 
     def _plan_piece(self, step: BatchStep, entry: Entry, budget: int) -> int:
         count = min(entry.to_compute - entry.computed, budget)
@@ -251,6 +216,7 @@ class BatchScheduler:
                 return
             missing = _missing(entry)
             if not self._make_room(entry, missing):
+                self._lacks_room = True
                 return
             self._waiting.popleft()
             self._running.append(entry)
@@ -277,7 +243,7 @@ class BatchScheduler:
         spare = len(self._running)
         path = beginnings(entry)
         while not self._take(own + shared, spare):
-            if not self._drop_idle(path):
+            if not (self._take_back() or self._drop_idle(path)):
                 return False
         entry.blocks = own
         for one in missing:

@@ -21,7 +21,9 @@ class BatchStats:
         prefill_tokens_shared: tokens that some other prompt's pass has computed.
         prefill_tokens_reused: tokens whose KV a strategy took from a store.
         prefill_tokens_repeated: tokens computed again because rows had been given up.
-        decode_tokens: tokens of answers that a decoding step computed.
+        decode_tokens: tokens of answers that a decoding step computed, without drafts.
+        verify_steps: steps that verified drafts.
+        draft_tokens_verified, draft_tokens_accepted: tokens that were drafted and verified, and how many of them stood.
         preemptions: how often a request had to give its rows up.
         kv_bytes_peak: most bytes of KV that running requests held together, each block counted once.
         kv_bytes_listed_peak: the same if each request held its own copy of what it lists.
@@ -38,6 +40,9 @@ class BatchStats:
     prefill_tokens_reused: int = 0
     prefill_tokens_repeated: int = 0
     decode_tokens: int = 0
+    verify_steps: int = 0
+    draft_tokens_verified: int = 0
+    draft_tokens_accepted: int = 0
     preemptions: int = 0
     kv_bytes_peak: int = 0
     kv_bytes_listed_peak: int = 0

@@ -20,17 +20,22 @@ class ContiguousVerifier:
 
     Between attentions all rows of all requests are one product, which reads the weights once. A pass over a few rows is
     bound by that reading, so that it costs little more than a step.
+
+    Args:
+        decoder: the model.
+        writes_pool: whether the pool's rows are written as well; who never reads them there need not.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, *, writes_pool: bool = True) -> None:
         self._decoder = decoder
+        self._writes_pool = writes_pool
 
     def verify(
         self, states: Sequence[DecodeState], token_ids: Sequence[int], trees: Sequence[DraftTree]
     ) -> list[Tensor]:
         """Return (nodes + 1, vocab_size) logits a request, as `Verifier` says."""
         tokens = [token for last, tree in zip(token_ids, trees, strict=True) for token in (last, *tree.token_ids)]
-        attend = _TreeAttention(states, trees, self._decoder)
+        attend = _TreeAttention(states, trees, self._decoder, writes_pool=self._writes_pool)
         logits = self._decoder.logits(self._decoder.run(tokens, attend))
         return list(logits.split([len(tree) + 1 for tree in trees]))
 
@@ -44,7 +49,7 @@ class ContiguousVerifier:
         nodes = torch.tensor(accepted)
         sources = kv.slots(first, kv.num_reserved)[nodes].to(kv.pool.device)
         targets = kv.slots(first, first + len(accepted)).to(kv.pool.device)
-        for keys, values in zip(kv.pool.keys, kv.pool.values, strict=True):
+        for keys, values in zip(kv.pool.keys, kv.pool.values, strict=True) if self._writes_pool else ():
             for pool in (keys.flatten(0, 1), values.flatten(0, 1)):
                 pool[targets] = pool[sources]
         rows = (first + nodes).to(kv.pool.device)
@@ -66,7 +71,10 @@ class _Span(NamedTuple):
 class _TreeAttention:
     """The `Attend` of one pass: the rows of each request attend to its private rows and to their own ancestors."""
 
-    def __init__(self, states: Sequence[DecodeState], trees: Sequence[DraftTree], decoder: Decoder) -> None:
+    def __init__(
+        self, states: Sequence[DecodeState], trees: Sequence[DraftTree], decoder: Decoder, *, writes_pool: bool
+    ) -> None:
+        self._writes_pool = writes_pool
         self._scale = decoder.scale
         group = decoder.config.num_q_heads // decoder.config.num_kv_heads
         self._pool = states[0].kv.pool
@@ -86,8 +94,9 @@ class _TreeAttention:
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Return the attention output, as `Attend` says."""
-        self._pool.keys[layer].flatten(0, 1)[self._slots] = keys
-        self._pool.values[layer].flatten(0, 1)[self._slots] = values
+        if self._writes_pool:
+            self._pool.keys[layer].flatten(0, 1)[self._slots] = keys
+            self._pool.values[layer].flatten(0, 1)[self._slots] = values
         heads = rotate(torch.cat((queries, keys), dim=1), self._cos, self._sin)
         queries, keys = heads.split([queries.shape[1], keys.shape[1]], dim=1)
         out = torch.empty_like(queries)

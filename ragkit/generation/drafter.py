@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.sampling import SamplingConfig
+from ragkit.kvcache.pool import KVPool
 from ragkit.types import Prompt
 
 
@@ -59,6 +60,10 @@ class DraftSession(Protocol):
 
     def refresh(self, prompt: Prompt) -> None:
         """Go on with another prompt: what was retrieved anew. Tokens noted so far stay."""
+        ...
+
+    def holds_blocks_of(self, pool: KVPool) -> bool:
+        """Return whether rows of its own lie in blocks of `pool`."""
         ...
 
     def close(self) -> None:

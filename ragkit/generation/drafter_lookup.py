@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ragkit.generation.draft_tree import ROOT, DraftTree
 from ragkit.generation.drafter import DraftBudget, DraftContext, DraftSession
 from ragkit.generation.suffix_automaton import ROOT_STATE, SuffixAutomaton
+from ragkit.kvcache.pool import KVPool
 from ragkit.types import Prompt
 
 # How often the most frequent continuation of a match of so many tokens was the next token, before anything is known of
@@ -106,6 +107,10 @@ class LookupSession:
         self._state, self._length = ROOT_STATE, 0
         self.accept(answer)
         self._hits, self._tries = hits, tries  # noted when the answer came, not once more
+
+    def holds_blocks_of(self, pool: KVPool) -> bool:
+        """Return False: it has texts, and no rows."""
+        return False
 
     def close(self) -> None:
         """Let the texts go."""

@@ -25,6 +25,7 @@ from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.sampling import SamplingConfig
 from ragkit.generation.strategy import PrefillRequest, PrefillStrategy
 from ragkit.generation.verify_runner import VerifyRunner
+from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.types import Prompt
@@ -257,6 +258,10 @@ class ModelSession:
         self._begin(prompt)
         answer, self._answer = self._answer, []
         self.accept(answer)
+
+    def holds_blocks_of(self, pool: KVPool) -> bool:
+        """Return whether its rows lie there: those of another model lie in that model's own pool."""
+        return bool(self.paths) and self._model.engine.pool is pool
 
     def close(self) -> None:
         """Give the rows back."""

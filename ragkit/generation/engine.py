@@ -23,7 +23,7 @@ from ragkit.generation.decode import decode
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.decode_state import StepRunner
 from ragkit.generation.decoder import Decoder
-from ragkit.generation.draft_control import MeasuredCosts
+from ragkit.generation.draft_control import Costs, MeasuredCosts
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.placement import kv_tokens_that_fit, resolve_device, resolve_dtype
 from ragkit.generation.prompt import PromptBuilder
@@ -58,6 +58,7 @@ class Engine:
         decoder: the model.
         pool: its KV blocks.
         admission: who may take blocks, where several threads ask.
+        draft_costs: what passes over drafts cost here.
         weights_stamp: `ragkit.models.weights_stamp` of the folder when the weights were loaded.
     """
 
@@ -86,7 +87,7 @@ class Engine:
         self.rotary = RotaryCache(decoder)
         self._builders: dict[str, PromptBuilder] = {}
         self._building = threading.Lock()
-        self._draft_costs = MeasuredCosts(decoder.device.type)
+        self.draft_costs = MeasuredCosts(decoder.device.type)
         self._runner: StepRunner = (
             DecodeRunner(decoder, self.pool) if decoder.device.type == "cuda" else ContiguousDecodeRunner(decoder)
         )
@@ -223,10 +224,11 @@ class Engine:
         return ContiguousVerifier(self.decoder)
 
     def speculative_request(
-        self, drafting: Drafting, prompt: Prompt, sampling: SamplingConfig, stop_token_ids: frozenset[int]
-    ) -> SpeculativeRequest:
+        self, drafting: Drafting, prompt: Prompt, sampling: SamplingConfig, stop_token_ids: frozenset[int],
+        costs: Costs | None = None,
+    ) -> SpeculativeRequest:  # fmt: skip
         """Return the state of a request that is drafted, whose drafts' lengths follow what passes cost here."""
-        return SpeculativeRequest(drafting, prompt, sampling, stop_token_ids, self._draft_costs)
+        return SpeculativeRequest(drafting, prompt, sampling, stop_token_ids, costs or self.draft_costs)
 
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], past: Sequence[tuple[Tensor, Tensor]] = ()) -> CausalOutput:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ragkit.generation.batch_entries import Entry
+from ragkit.generation.batch_entries import Entry, RequestEntry
 from ragkit.generation.engine import Engine
 
 _ROOMY_WINDOWS = 4  # a pool of so many windows of the model keeps one free, for questions from other threads
@@ -16,14 +16,18 @@ class PoolSupply:
     Args:
         engine: whose pool.
         release: gives the rows of an entry up.
+        give_back: gives up what an entry has for its drafts alone; returns whether there was any.
 
     Attributes:
         capacity: blocks that the batch could have if nothing ran.
     """
 
-    def __init__(self, engine: Engine, release: Callable[[Entry], None]) -> None:
+    def __init__(
+        self, engine: Engine, release: Callable[[Entry], None], give_back: Callable[[RequestEntry], bool]
+    ) -> None:
         self._pool = pool = engine.pool
         self._release = release
+        self._give_back = give_back
         self._share = engine.admission.join()
         window = pool.blocks_for(engine.max_context)
         self._kept = window if pool.num_blocks >= _ROOMY_WINDOWS * window else 0
@@ -52,6 +56,13 @@ class PoolSupply:
     def wait(self) -> bool:
         """Wait until others gave blocks up; False where there is nobody who could."""
         return self._share.wait()
+
+    def give_back(self, entry: RequestEntry) -> bool:
+        """Give up what an entry has for its drafts alone; return whether there was any."""
+        has_given = self._give_back(entry)
+        if has_given:
+            self._share.gave_back()
+        return has_given
 
     def release(self, entry: Entry) -> None:
         """Give the rows of an entry up."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -24,12 +24,14 @@ from ragkit.generation.sampling import SamplingConfig
 from ragkit.generation.steps import FinishReason, GeneratedToken
 from ragkit.generation.text_stream import TextStream
 from ragkit.generation.verification import Verifier
+from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.setting_names import DraftMode
 from ragkit.types import DraftUse, Prompt, TextTokenizer
 
 _log = logging.getLogger(__name__)
+_BEGUN_AGAIN = 48  # bits by which the seed of a session differs from that of the one before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,13 @@ class SpeculativeRequest:
         sampling: how tokens are chosen.
         stop_token_ids: tokens that end the answer.
         costs: what passes cost on this engine.
+
+    Attributes:
+        costs: what lengths follow.
+        warnings: what was not drafted, and why; then nothing is any more.
+        state: what passes take, while it has rows.
+        token_ids: the answer so far.
+        reason: why it ended.
     """
 
     def __init__(
@@ -84,9 +93,11 @@ class SpeculativeRequest:
         # Where the drafter draws tokens, or moves the target, the answer depends on lengths: not on the clock as well.
         draws = drafting.drafter.has_probabilities and (sampling.temperature > 0 or drafting.transfer is not None)
         width = drafting.drafter.width
-        self._controller = DraftController(NominalCosts() if draws else costs, drafting.limits, width)
+        self.costs = NominalCosts() if draws else costs
+        self._controller = DraftController(self.costs, drafting.limits, width)
         self._session: DraftSession | None = None
-        self.warnings: tuple[str, ...] = ()  # what was not drafted, and why
+        self._begun = 0  # sessions so far
+        self.warnings: tuple[str, ...] = ()
         self.state: DecodeState | None = None
         self.token_ids: list[int] = []
         self.reason: FinishReason | None = None
@@ -103,26 +114,34 @@ class SpeculativeRequest:
         """The drafter's state, begun when it is first asked for."""
         if self._session is None:
             needs = self.drafting.transfer is not None
-            self._session = self.drafting.drafter.begin(DraftContext(self._prompt, self._sampling, needs))
+            # Another session draws other numbers: those of the first are in the answer already.
+            sampling = replace(self._sampling, seed=self._sampling.seed ^ (self._begun << _BEGUN_AGAIN))
+            self._session = self.drafting.drafter.begin(DraftContext(self._prompt, sampling, needs))
             self._session.accept(self.token_ids)
+            self._begun += 1
         return self._session
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether its drafter has a state."""
+        return self._session is not None
 
     def first(self, logits: Tensor) -> list[int]:
         """Return the first token, [] where it ends the answer, for the prompt's logits (vocab_size,)."""
         return self._take([self._acceptance.first(logits)])
 
-    def budget(self, requests: int = 1) -> DraftBudget:
-        """Return how much to draft now, for a pass over so many requests."""
+    def budget(self, requests: int = 1, room: int | None = None) -> DraftBudget:
+        """Return how much to draft now, for a pass over so many requests; `room` is rows for nodes, reserved or not."""
         assert self.state is not None
         if self.warnings:
             return DraftBudget(0, 0)
         kv = self.state.kv
         remaining = self._sampling.max_new_tokens - len(self.token_ids)
-        room = kv.num_reserved - kv.num_tokens - 1
+        room = kv.num_reserved - kv.num_tokens - 1 if room is None else room
         try:
             session = self.session
         except CacheCapacityError as error:  # the answer does not depend on its drafts
-            self._give_up(error)
+            self.give_up(error)
             return DraftBudget(0, 0)
         return self._controller.budget(kv.num_tokens, remaining, room, session.step_ms, session.step_share, requests)
 
@@ -131,23 +150,35 @@ class SpeculativeRequest:
         assert self.state is not None
         return self._controller.cut(tree.cut(budget.nodes, budget.depth), self.state.kv.num_tokens)
 
-    def take(self, logits: Tensor, tree: DraftTree, verifier: Verifier | None) -> list[int]:
+    def chances(self, tree: DraftTree) -> list[float]:
+        """Return how likely each node of a tree stands, by what became of others."""
+        if tree.chances is not None and tree.probabilities is None:  # drawn tokens must not decide what is looked at
+            return [min(1.0, self._controller.trust * chance) for chance in tree.chances]
+        reached = [1.0]
+        for depth in range(tree.depth):
+            reached.append(reached[-1] * self._controller.acceptance(depth))
+        return [reached[depth + 1] for depth in tree.depths]
+
+    def take(
+        self, logits: Tensor, tree: DraftTree, verifier: Verifier | None, likeliest: Sequence[int] = ()
+    ) -> list[int]:
         """Return the tokens that a pass brought, without the one that ends the answer.
 
         Args:
             logits: (nodes + 1, vocab_size) of the pass.
             tree: what it verified.
             verifier: did the pass; None where it was a plain step, which keeps its row itself.
+            likeliest: the token with the highest logit of each row, where it is known.
         """
         assert self.state is not None
-        nodes, token = self._acceptance.accept(logits, tree)
+        nodes, token = self._acceptance.accept(logits, tree, likeliest)
         brought = [*(tree.token_ids[node] for node in nodes), token]
         taken = self._take(brought)
         if verifier is not None:
             verifier.commit(self.state, nodes[: len(taken)])
         self._drafted += len(tree)
         self._accepted += len(nodes[: len(taken)])
-        if self.reason is None and self._session is not None:
+        if self.reason is None and self._session is not None and not self.warnings:
             self._session.accept(taken)
         return taken
 
@@ -163,7 +194,7 @@ class SpeculativeRequest:
                 try:
                     self.session.refresh(prompt)
                 except CacheCapacityError as error:
-                    self._give_up(error)
+                    self.give_up(error)
 
     def use(self) -> DraftUse:
         """Return what drafting did."""
@@ -181,10 +212,23 @@ class SpeculativeRequest:
         if self._session is not None:
             self._session.close()
 
-    def _give_up(self, error: CacheCapacityError) -> None:
-        self.warnings = (f"drafting ended after {self._passes} steps: {error}",)
+    def pause(self) -> None:
+        """Let go of all rows, its own and the drafter's; it goes on with its tokens when it has rows again."""
+        self.close()
+        self._session = self.state = None
+
+    def give_up(self, reason: Exception | str) -> None:
+        """Draft no more."""
+        self.warnings = (f"drafting ended after {self._passes} steps: {reason}",)
         _log.warning("%s", self.warnings[0])
         self.close()
+
+    def gives_way(self, pool: KVPool) -> bool:
+        """Draft no more if the drafter's rows lie in blocks of `pool`; return whether they did."""
+        if self.warnings or self._session is None or not self._session.holds_blocks_of(pool):
+            return False
+        self.give_up("other requests need the KV blocks of its drafter")
+        return True
 
     def _take(self, tokens: Sequence[int]) -> list[int]:
         taken: list[int] = []

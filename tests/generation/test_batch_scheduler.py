@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from ragkit.errors import CacheCapacityError
 from ragkit.generation.batch_entries import Entry, RequestEntry, SharedEntry, Stage
-from ragkit.generation.batch_scheduler import BatchScheduler, BatchStep
+from ragkit.generation.batch_scheduler import BatchScheduler
+from ragkit.generation.batch_step import BatchStep
 
 BLOCK = 4
 
@@ -20,7 +21,7 @@ class CountedPool:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.used = 0
+        self.used = self.given_back = 0
         self._listed: dict[Entry, list[list[int]]] = {}
 
     def blocks_for(self, tokens: int) -> int:
@@ -45,6 +46,14 @@ class CountedPool:
         self.used += max(self.blocks_for(rows) - own[0], 0)
         own[0] = max(self.blocks_for(rows), own[0])
         assert self.used <= self.capacity, "more blocks were promised than there are"
+
+    def give_back(self, entry: RequestEntry) -> bool:
+        spare = max(self._listed[entry][-1][0] - self.blocks_for(entry.rows), 0)
+        self._listed[entry][-1][0] -= spare
+        self.used -= spare
+        entry.blocks -= spare
+        self.given_back += spare
+        return spare > 0
 
     def release(self, entry: Entry) -> None:
         for part in self._listed.pop(entry):

@@ -21,6 +21,9 @@ class ScriptedSession:
     def refresh(self, prompt):
         self.prompts.append(prompt)
 
+    def holds_blocks_of(self, pool):
+        return False
+
     def close(self):
         self.closed += 1
 
