@@ -9,13 +9,15 @@ What is asked for may begin in one page and end in the next, which no query look
 number whose key stands at a page's end was lost with all but its first digit. So a page has a part in the score of the
 one before it.
 
-The k-th highest score is found two bits at a time: numbers are mapped to integers of the same order, and in each of
-sixteen steps the pages at or above three thresholds are counted, all three in one sum. Equal scores go to the lower
-page, so that every run chooses the same pages. One program holds one row of scores; launches depend on shapes alone,
-so a CUDA graph replays them for other scores and bounds.
+The k-th highest score is found by halving: numbers are mapped to integers of the same order, and each step counts the
+pages at or above the middle of where it may be, 32 steps at most. A count of 32 bits is one instruction for the lanes
+of a warp, and counts of several thresholds in 64 bits are many. A threshold that k pages reach and no more ends it,
+after about 20 steps among 16,384 different scores. Equal scores go to the lower page, so that every run chooses the
+same pages. One program holds one row of scores; launches depend on shapes alone, so a CUDA graph replays them for other
+scores and bounds.
 
-Source: radix selection, Alabi et al., "Fast k-selection algorithms for graphics processing units", 2012; choosing pages
-with it: Quest, arXiv 2406.10774, section 3.3. Cost: reads the scores once; latency bound.
+Source: bucket and cutting-plane selection, Alabi et al., "Fast k-selection algorithms for graphics processing units",
+2012; choosing pages with it: Quest, arXiv 2406.10774, section 3.3. Cost: reads the scores once; latency bound.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.launched import launched
 
 MOST_PAGES = 1 << 16  # scores that one program can hold
 MOST_CHOSEN = 1 << 13
+_NOTHING_BITS = (0xFF800000 ^ 0x7FFFFFFF) - (1 << 32)  # the integer of -inf
 
 
 def page_top_k(
@@ -68,12 +71,12 @@ def page_top_k(
     counts = torch.empty(rows, dtype=torch.int32, device=scores.device)
     if rows == 0:
         return chosen, counts
-    held = max(32, next_power_of_2(max(pages, k)))
+    held = max(32, next_power_of_2(pages if rows == 1 or pages % 4 == 0 else pages + 3))
     _page_top_k_kernel[(rows,)](
         scores, counts if bounds is None else bounds, counts if listed is None else listed, chosen, counts, pages, k,
         follow,
         PAGES=held, HAS_BOUNDS=bounds is not None, KEEP_REST=keep_rest, FOLLOWS=follow > 0,
-        IS_LISTED=listed is not None,
+        IS_LISTED=listed is not None, NOTHING_BITS=_NOTHING_BITS, MOST=next_power_of_2(k),
         num_warps=min(32, max(4, held // 512)),
     )  # fmt: skip
     return chosen, counts
@@ -136,54 +139,64 @@ def _check_inputs(scores: Tensor, k: int, bounds: Tensor | None, listed: Tensor 
 def _page_top_k_kernel(
     score_ptr, bounds_ptr, list_ptr, chosen_ptr, count_ptr, pages, k, follow,
     PAGES: tl.constexpr, HAS_BOUNDS: tl.constexpr, KEEP_REST: tl.constexpr, FOLLOWS: tl.constexpr,
-    IS_LISTED: tl.constexpr,
+    IS_LISTED: tl.constexpr, NOTHING_BITS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     # This program chooses for one row.
     row = tl.program_id(0).to(tl.int64)
-    page = tl.arange(0, PAGES)
     nothing = float("-inf")
-    score = tl.load(score_ptr + row * pages + page, mask=page < pages, other=nothing)
-    score = tl.where(score == score, score, nothing)
+    # Counted from a multiple of four, so that a thread holds four neighbours, and adds up to them four at a time.
+    begin = row * pages // 4 * 4
+    page = tl.arange(0, PAGES) - (row * pages - begin).to(tl.int32)
+    at = begin + tl.arange(0, PAGES)
+    score = tl.load(score_ptr + at, mask=_is_within(page, 0, pages), other=nothing)
+    score = tl.maximum(score, nothing)  # which a NaN becomes
+    first, last = 0, pages
+    if HAS_BOUNDS:
+        first, last = tl.maximum(tl.load(bounds_ptr), 0), tl.minimum(tl.load(bounds_ptr + 1), pages)
     if FOLLOWS:
-        has_before = (page > 0) & (page < pages)
-        if HAS_BOUNDS:
-            has_before &= (page > tl.load(bounds_ptr)) & (page <= tl.load(bounds_ptr + 1))
+        has_before = _is_within(page, first + 1, tl.minimum(last + 1, pages))
         if IS_LISTED:
-            own = tl.load(list_ptr + row * pages + page, mask=has_before, other=0)
-            has_before &= own - tl.load(list_ptr + row * pages + page - 1, mask=has_before, other=0) == 1
-        before = tl.load(score_ptr + row * pages + page - 1, mask=has_before, other=0.0)
-        score += follow * tl.where(before > 0, before, 0.0)  # neither NaN nor what competes not
+            own = tl.load(list_ptr + at, mask=has_before, other=0)
+            has_before &= own - tl.load(list_ptr + at - 1, mask=has_before, other=0) == 1
+        before = tl.load(score_ptr + at - 1, mask=has_before, other=0.0)
+        score += follow * tl.maximum(before, 0.0)  # neither NaN nor what competes not
     if HAS_BOUNDS:
         rest = nothing
         if KEEP_REST:
             end = tl.minimum(tl.load(bounds_ptr + 2), pages)
-            rest = tl.where(page < end, float("inf"), nothing)
-        competes = (page >= tl.load(bounds_ptr)) & (page < tl.load(bounds_ptr + 1))
-        score = tl.where(competes, score, rest)
+            rest = tl.where(_is_within(page, 0, end), float("inf"), nothing)
+        score = tl.where(_is_within(page, first, last), score, rest)
     # Integers in the order of the scores: of negative numbers, all bits but the sign's are turned over.
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # there is one zero
+    bits ^= (bits >> 31) & 0x7FFFFFFF
 
-    # The highest threshold that k pages reach, its bits from the highest on, two at a time.
-    threshold = tl.full((), -(1 << 31), tl.int64)
-    for step in range(16):
-        digit = (tl.full((), 1, tl.int64) << 30) >> (2 * step)
-        reach = (bits >= (threshold + digit).to(tl.int32)).to(tl.int64)
-        reach += (bits >= (threshold + 2 * digit).to(tl.int32)).to(tl.int64) << 20
-        reach += (bits >= (threshold + 3 * digit).to(tl.int32)).to(tl.int64) << 40
-        reach = tl.sum(reach, axis=0)
-        at_least = ((reach & 0xFFFFF) >= k).to(tl.int64) + (((reach >> 20) & 0xFFFFF) >= k) + ((reach >> 40) >= k)
-        threshold += at_least * digit
-    threshold = threshold.to(tl.int32)
+    # The highest threshold that k pages reach; where k reach one and no more, that one tells them from the rest.
+    low = tl.full((), NOTHING_BITS, tl.int64)  # all reach it
+    high = tl.max(bits, axis=0).to(tl.int64) + 1  # none does
+    while high - low > 1:
+        middle = (low + high) >> 1
+        reach = tl.sum((bits >= middle.to(tl.int32)).to(tl.int32), axis=0)
+        low = tl.where(reach >= k, middle, low)
+        high = tl.where(reach == k, middle + 1, tl.where(reach > k, high, middle))
+    threshold = low.to(tl.int32)
 
     is_above = (bits > threshold).to(tl.int32)
-    is_equal = ((bits == threshold) & (score > nothing)).to(tl.int32)
-    wanted = k - tl.sum(is_above, axis=0)  # of those at the threshold, the first
-    before = tl.cumsum((is_above << 17) | is_equal, axis=0)  # both counts in one: of each at most 2^16 and 2^13
+    is_equal = ((bits == threshold) & (threshold > NOTHING_BITS)).to(tl.int32)
+    both = (is_above << 17) | is_equal  # both counts in one: of each at most 2^13 and 2^16
+    counts = tl.sum(both, axis=0)
+    wanted = tl.minimum(k - (counts >> 17), counts & 0x1FFFF)  # of those at the threshold, the first
+    before = tl.cumsum(both, axis=0)
     equal_before = before & 0x1FFFF
     is_chosen = (is_above != 0) | ((is_equal != 0) & (equal_before <= wanted))
     place = (before >> 17) + tl.minimum(equal_before, wanted) - 1
-    count = tl.sum(is_chosen.to(tl.int32), axis=0)
+    count = (counts >> 17) + wanted
     tl.store(chosen_ptr + row * k + place, page, mask=is_chosen)
-    tl.store(chosen_ptr + row * k + page, tl.zeros((PAGES,), tl.int32), mask=(page >= count) & (page < k))
+    unfilled = tl.arange(0, MOST)
+    tl.store(chosen_ptr + row * k + unfilled, unfilled * 0, mask=(unfilled >= count) & (unfilled < k))
     tl.store(count_ptr + row, count)
+
+
+@jit
+def _is_within(page, first, last):
+    # first <= page < last, by one comparison.
+    return (page - first).to(tl.uint32, bitcast=True) < tl.maximum(last - first, 0).to(tl.uint32)
