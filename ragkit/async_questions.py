@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Unpack
 
 from ragkit.async_stream import PIECES_AHEAD, AsyncAnswerStream
-from ragkit.config import DraftMode, Strategy
-from ragkit.types import Answer, MetadataValue
+from ragkit.types import Answer
 
 if TYPE_CHECKING:
+    from ragkit.answers.options import QuestionOptions
     from ragkit.progress import Progress
     from ragkit.request import AnswerStream
 
@@ -21,64 +21,22 @@ class AsyncQuestions:
     stream: Callable[..., AnswerStream]
 
     async def aquery(
-        self,
-        question: str,
-        *,
-        k: int | None = None,
-        strategy: Strategy | str | None = None,
-        ratio: float | Literal["auto"] | None = None,
-        filter: Mapping[str, MetadataValue] | None = None,
-        document: str | None = None,
-        system_prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        draft: str | None = None,
-        draft_mode: DraftMode | str | None = None,
-        progress: Progress | None = None,
+        self, question: str, *, progress: Progress | None = None, **options: Unpack[QuestionOptions]
     ) -> Answer:
         """Return the answer to `question`; arguments and errors as for `Pipeline.stream`.
 
         Cancelling the task ends the generation after the token at hand and frees its KV.
         """
-        stream = self.astream(
-            question,
-            k=k,
-            strategy=strategy,
-            ratio=ratio,
-            filter=filter,
-            document=document,
-            system_prompt=system_prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            draft=draft,
-            draft_mode=draft_mode,
-            progress=progress,
-        )
-        async with stream:
+        async with self.astream(question, progress=progress, **options) as stream:
             return await stream.answer()
 
     def astream(
         self,
         question: str,
         *,
-        k: int | None = None,
-        strategy: Strategy | str | None = None,
-        ratio: float | Literal["auto"] | None = None,
-        filter: Mapping[str, MetadataValue] | None = None,
-        document: str | None = None,
-        system_prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        draft: str | None = None,
-        draft_mode: DraftMode | str | None = None,
         progress: Progress | None = None,
         ahead: int = PIECES_AHEAD,
+        **options: Unpack[QuestionOptions],
     ) -> AsyncAnswerStream:
         """Return an asynchronous iterator over the pieces of the answer; arguments and errors as for `Pipeline.stream`.
 
@@ -90,21 +48,7 @@ class AsyncQuestions:
                     print(piece, end="")
                 answer = await stream.answer()
         """
-        start = partial(
-            self.stream,
-            question,
-            k=k,
-            strategy=strategy,
-            ratio=ratio,
-            filter=filter,
-            document=document,
-            system_prompt=system_prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            draft=draft,
-            draft_mode=draft_mode,
-            progress=progress,
-        )
-        return AsyncAnswerStream(start, ahead)
+        from ragkit.answers.options import require_options
+
+        require_options("astream", options)
+        return AsyncAnswerStream(partial(self.stream, question, progress=progress, **options), ahead)

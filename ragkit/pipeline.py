@@ -13,10 +13,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Unpack
 
 from ragkit.async_questions import AsyncQuestions
-from ragkit.config import DraftMode, PipelineConfig, SearchMode, Strategy
+from ragkit.config import PipelineConfig, SearchMode
 from ragkit.errors import StoreError, StoreMissingError
 from ragkit.jobs.many import ManyQuestions
 from ragkit.parts import Parts
@@ -27,6 +27,7 @@ from ragkit.store.base import GcReport, SourceRecord, StoreCounts, StoreMeta, Ve
 from ragkit.types import Answer, Document, MetadataValue, TextTokenizer
 
 if TYPE_CHECKING:
+    from ragkit.answers.options import QuestionOptions
     from ragkit.generation.engine import Engine
     from ragkit.readers.source import Findable
     from ragkit.request import AnswerStream
@@ -180,91 +181,33 @@ class Pipeline(AsyncQuestions, ManyQuestions):
 
         return search(self.parts, question, k=k, filter=filter, mode=mode)
 
-    def query(
-        self,
-        question: str,
-        *,
-        k: int | None = None,
-        strategy: Strategy | str | None = None,
-        ratio: float | Literal["auto"] | None = None,
-        filter: Mapping[str, MetadataValue] | None = None,
-        document: str | None = None,
-        system_prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        draft: str | None = None,
-        draft_mode: DraftMode | str | None = None,
-        progress: Progress | None = None,
-    ) -> Answer:
+    def query(self, question: str, *, progress: Progress | None = None, **options: Unpack[QuestionOptions]) -> Answer:
         """Return the answer to `question` with its citations; arguments as for `stream`."""
-        stream = self.stream(
-            question,
-            k=k,
-            strategy=strategy,
-            ratio=ratio,
-            filter=filter,
-            document=document,
-            system_prompt=system_prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            draft=draft,
-            draft_mode=draft_mode,
-            progress=progress,
-        )
+        stream = self.stream(question, progress=progress, **options)
         for _ in stream:
             pass
         return stream.answer
 
     def stream(
-        self,
-        question: str,
-        *,
-        k: int | None = None,
-        strategy: Strategy | str | None = None,
-        ratio: float | Literal["auto"] | None = None,
-        filter: Mapping[str, MetadataValue] | None = None,
-        document: str | None = None,
-        system_prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        draft: str | None = None,
-        draft_mode: DraftMode | str | None = None,
-        progress: Progress | None = None,
+        self, question: str, *, progress: Progress | None = None, **options: Unpack[QuestionOptions]
     ) -> AnswerStream:
         """Return an iterator over the pieces of the answer; afterwards `.answer` holds all of it.
 
         Args:
             question: what is asked.
-            k: how many chunks are put before the model.
-            strategy: how the prompt is prefilled: full, blend, pages (of `document`, read whole), or auto, which takes
-                pages for a document that is longer than the model's window, and blends where that pays.
-            ratio: part of the chunks' tokens that blending computes anew, or auto: as many as the question asks for.
-            filter: metadata that a chunk's document must have; `uri` takes a glob.
-            document: only this source or document, by URI.
-            system_prompt: replaces the default instructions.
-            max_new_tokens, temperature, top_p, seed: decoding; temperature 0 is greedy.
-            draft: what proposes tokens that are verified several at a time: none, auto, self, lookup or a model.
-            draft_mode: exact leaves the answer what it is; transfer moves the model towards its drafter.
             progress: hears of a document that is read before it is answered from, which may take long.
+            options: k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed,
+                draft, draft_mode: see `QuestionOptions`.
 
         Raises:
             UsageError: an empty question or an impossible option.
             StoreMissingError: nothing was ingested yet.
         """
-        from ragkit.answers.options import QuestionChanges, query_options
+        from ragkit.answers.options import QuestionChanges, query_options, require_options
         from ragkit.request import stream
 
-        changes = QuestionChanges(
-            k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed,
-            draft, draft_mode,
-        )  # fmt: skip
-        return stream(self.parts, question, query_options(self.parts, changes, progress))
+        require_options("stream", options)
+        return stream(self.parts, question, query_options(self.parts, QuestionChanges.of(options), progress))
 
     # ------------------------------------------------------------------------------------------------ the store
 

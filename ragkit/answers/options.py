@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from ragkit.config import (
     AnswerConfig,
@@ -24,9 +24,47 @@ if TYPE_CHECKING:
     from ragkit.parts import Parts
 
 
+class RowOptions(TypedDict, total=False):
+    """What an asker may say beside a question, alone or in a batch. What is left out is as configured.
+
+    Attributes:
+        k: how many chunks are put before the model.
+        strategy: how the prompt is prefilled: full, blend, pages (of `document`, read whole), or auto, which takes
+            pages for a document that is longer than the model's window, and blends where that pays.
+        ratio: part of the chunks' tokens that blending computes anew, or auto: as many as the question asks for.
+        filter: metadata that a chunk's document must have; `uri` takes a glob.
+        document: only this source or document, by URI.
+        system_prompt: replaces the default instructions.
+        max_new_tokens, temperature, top_p, seed: decoding; temperature 0 is greedy.
+    """
+
+    k: int | None
+    strategy: Strategy | str | None
+    ratio: float | Literal["auto"] | None
+    filter: Mapping[str, MetadataValue] | None
+    document: str | None
+    system_prompt: str | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+
+
+class QuestionOptions(RowOptions, total=False):
+    """What an asker may say beside a single question: `RowOptions`, and how its tokens are drafted.
+
+    Attributes:
+        draft: what proposes tokens that are verified several at a time: none, auto, self, lookup or a model.
+        draft_mode: exact leaves the answer what it is; transfer moves the model towards its drafter.
+    """
+
+    draft: str | None
+    draft_mode: DraftMode | str | None
+
+
 @dataclass(frozen=True, slots=True)
 class QuestionChanges:
-    """What an asker changes of the configuration, named as the arguments of `Pipeline.query`; None changes nothing."""
+    """What an asker has changed of the configuration: `QuestionOptions`, with None for what was left out."""
 
     k: int | None = None
     strategy: Strategy | str | None = None
@@ -40,6 +78,19 @@ class QuestionChanges:
     seed: int | None = None
     draft: str | None = None
     draft_mode: DraftMode | str | None = None
+
+    @classmethod
+    def of(cls, options: RowOptions | QuestionOptions) -> QuestionChanges:
+        """Return what keyword arguments of the SDK say."""
+        return cls(**options)
+
+
+def require_options(call: str, options: Mapping[str, object], known: type = QuestionOptions) -> None:
+    """Raise `TypeError` where `call` was given a keyword that is no option, as Python does for a named one."""
+    for name in options:
+        if name not in known.__annotations__:
+            names = ", ".join(known.__annotations__)
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}; its options are {names}")
 
 
 @dataclass(frozen=True, slots=True)

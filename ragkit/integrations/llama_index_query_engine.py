@@ -6,18 +6,18 @@ question to the pipeline, which retrieves, prompts and generates itself.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Unpack
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from ragkit.config import Strategy
+from ragkit.answers.options import QuestionOptions, require_options
 from ragkit.integrations.llama_index_nodes import citation_node, hit_node
 from ragkit.pipeline import Pipeline
-from ragkit.types import Answer, MetadataValue
+from ragkit.types import Answer
 
 
 class RagkitQueryEngine(BaseQueryEngine):  # type: ignore[misc]
@@ -28,48 +28,30 @@ class RagkitQueryEngine(BaseQueryEngine):  # type: ignore[misc]
 
     Args:
         pipeline: what answers.
-        k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed: as for
-            `Pipeline.query`.
         streaming: whether `query` returns a `StreamingResponse`.
         callback_manager: LlamaIndex's.
+        options: as for `Pipeline.query`.
     """
 
     def __init__(
         self,
         pipeline: Pipeline,
         *,
-        k: int | None = None,
-        strategy: Strategy | str | None = None,
-        ratio: float | Literal["auto"] | None = None,
-        filter: Mapping[str, MetadataValue] | None = None,
-        document: str | None = None,
-        system_prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
+        **options: Unpack[QuestionOptions],
     ) -> None:
+        require_options("RagkitQueryEngine", options)
         self._pipeline = pipeline
         self._streaming = streaming
-        self._options: dict[str, Any] = {
-            "k": k,
-            "strategy": strategy,
-            "ratio": ratio,
-            "filter": filter,
-            "document": document,
-            "system_prompt": system_prompt,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "seed": seed,
-        }
+        self._options = options
         super().__init__(callback_manager)
 
     def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         """Return the chunks that an answer to this question would be generated from."""
-        found = self._pipeline.search(query_bundle.query_str, k=self._options["k"], filter=self._options["filter"])
+        found = self._pipeline.search(
+            query_bundle.query_str, k=self._options.get("k"), filter=self._options.get("filter")
+        )
         return [hit_node(hit) for hit in found.hits]
 
     def _query(self, query_bundle: QueryBundle) -> Response | StreamingResponse:

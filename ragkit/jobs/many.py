@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
-
-from ragkit.config import Strategy
-from ragkit.types import MetadataValue
+from typing import TYPE_CHECKING, Any, Unpack
 
 if TYPE_CHECKING:
+    from ragkit.answers.options import RowOptions
     from ragkit.jobs.rows import RowOutcome
     from ragkit.parts import Parts
 
@@ -23,16 +21,7 @@ class ManyQuestions:
         questions: Iterable[str | Mapping[str, Any]],
         *,
         in_order: bool = True,
-        k: int | None = None,
-        strategy: Strategy | str | None = None,
-        ratio: float | Literal["auto"] | None = None,
-        filter: Mapping[str, MetadataValue] | None = None,
-        document: str | None = None,
-        system_prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
+        **options: Unpack[RowOptions],
     ) -> Iterator[RowOutcome]:
         """Yield one outcome a question: its `answer`, or the `error` that kept it from one. Many are generated at once.
 
@@ -41,26 +30,24 @@ class ManyQuestions:
                 as they are needed.
             in_order: in the order of the questions, each held back until those before it have ended; False yields
                 each as it ends, which keeps less in memory. Rows that read a document in pages end last.
-            k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed: as for
-                `Pipeline.stream`, for every row that does not say otherwise.
+            options: k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed, for
+                every row that does not say otherwise: see `RowOptions`.
 
         Raises:
             StoreMissingError: nothing was ingested yet.
         """
-        from ragkit.answers.options import QuestionChanges
+        from ragkit.answers.options import QuestionChanges, RowOptions, require_options
         from ragkit.jobs.answering import answer_many
         from ragkit.jobs.question_files import Record
         from ragkit.jobs.question_rows import RowReader
 
+        require_options("query_many", options, RowOptions)
         _ = self.parts.store
-        defaults = QuestionChanges(
-            k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed
-        )
         records = (
             Record(line, {"question": one} if isinstance(one, str) else one)
             for line, one in enumerate(questions, start=1)
         )
-        outcomes = answer_many(self.parts, RowReader(defaults).rows(records))
+        outcomes = answer_many(self.parts, RowReader(QuestionChanges.of(options)).rows(records))
         return _in_order(outcomes) if in_order else outcomes
 
 
