@@ -15,6 +15,8 @@ from ragkit.cli.output import Output, human_bytes, one_line
 from ragkit.cli.progress import clock_text, progress_for
 from ragkit.cli.query_options import (
     DocumentOption,
+    DraftOption,
+    ExactOption,
     FilterOption,
     GeneratorOption,
     MaxNewTokensOption,
@@ -26,6 +28,8 @@ from ragkit.cli.query_options import (
     TopKOption,
     TopPOption,
     answer_settings,
+    check_draft_mode,
+    draft_settings,
     parse_filters,
 )
 from ragkit.cli.signals import finishing_first
@@ -70,6 +74,8 @@ def batch(
     strategy: StrategyOption = None,
     ratio: RatioOption = None,
     document: DocumentOption = None,
+    draft: DraftOption = None,
+    exact: ExactOption = None,
     system_prompt: SystemPromptOption = None,
     max_new_tokens: MaxNewTokensOption = None,
     temperature: TemperatureOption = None,
@@ -82,8 +88,10 @@ def batch(
     chosen = parse_filters(filter)
     settings = session.settings(
         answer_settings(k, strategy, ratio, system_prompt, max_new_tokens, temperature, top_p, seed, generator)
+        | draft_settings(draft, exact)
         | engine_flags(engine, ray_address)
     )
+    check_draft_mode(exact, settings)
     from ragkit.jobs.batch import BatchJob
 
     job = BatchJob(questions, out, limit, overwrite, chosen, document)

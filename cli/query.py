@@ -28,6 +28,7 @@ from ragkit.cli.query_options import (
     TopKOption,
     TopPOption,
     answer_settings,
+    check_draft_mode,
     draft_settings,
     parse_filters,
 )
@@ -70,8 +71,7 @@ def query(
         answer_settings(k, strategy, ratio, system_prompt, max_new_tokens, temperature, top_p, seed, generator)
         | draft_settings(draft, exact)
     )
-    if exact is not None and settings.config.draft.drafter == "none":
-        raise UsageError("--exact and --transfer say what drafts may do: name a drafter with --draft")
+    check_draft_mode(exact, settings)
     output = session.output
     progress = progress_for(output)
     with session.open(settings) as pipeline:

@@ -10,7 +10,7 @@ import typer
 from ragkit.cli.common import flag
 from ragkit.config import AUTO, DraftMode, Strategy
 from ragkit.errors import UsageError
-from ragkit.settings import Flag
+from ragkit.settings import Flag, Settings
 
 TopKOption = Annotated[int | None, typer.Option("-k", min=1, metavar="N", help="Chunks to retrieve.")]
 StrategyOption = Annotated[Strategy | None, typer.Option("--strategy", help="How the prompt is prefilled.")]
@@ -91,6 +91,12 @@ def draft_settings(draft: str | None, exact: bool | None) -> dict[str, Flag | No
         "draft.drafter": flag(draft, "--draft"),
         "draft.mode": flag(mode, "--exact" if exact else "--transfer"),
     }
+
+
+def check_draft_mode(exact: bool | None, settings: Settings) -> None:
+    """Raise `UsageError` where an option says what drafts may do and nothing drafts."""
+    if exact is not None and settings.config.draft.drafter == "none":
+        raise UsageError("--exact and --transfer say what drafts may do: name a drafter with --draft")
 
 
 def parse_filters(filters: Sequence[str] | None) -> dict[str, str] | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ragkit.answers.steps import PreparedQuestion, completed, generation_laps, ordered_timings, prepare
 from ragkit.config import Strategy
+from ragkit.drafting import drafting_for
 from ragkit.jobs.retrieved_rows import NOT_OF_A_ROW, FoundRow, PagedRow, RetrievedRow, RowRetrieval, failed
 from ragkit.jobs.rows import QuestionRow, RowOutcome
 from ragkit.request import paged_document, stream, stream_from_pages
@@ -21,6 +22,7 @@ from ragkit.request import paged_document, stream, stream_from_pages
 if TYPE_CHECKING:
     from ragkit.documents import WholeDocument
     from ragkit.generation.batch_request import BatchRequest, BatchResult
+    from ragkit.generation.speculative_decode import Drafting
     from ragkit.parts import Parts
 
 # Outcomes that need no generation wait for the next generated one; a long run of them ends the batch at hand instead.
@@ -43,6 +45,7 @@ class _Running:
 
     found: FoundRow
     prepared: PreparedQuestion
+    drafting: Drafting | None
 
 
 def answer_many(
@@ -141,23 +144,25 @@ class _Answering:
             if isinstance(ready, _Running):
                 prepared, name = ready.prepared, str(ready.found.row.number)
                 self._running[name] = ready
-                yield BatchRequest(name, prepared.built.prompt, prepared.sampling, prepared.prefill, prepared.ratio)
+                prompt, sampling = prepared.built.prompt, prepared.sampling
+                yield BatchRequest(name, prompt, sampling, prepared.prefill, prepared.ratio, ready.drafting)
                 continue
             self._done.append(ready)
             if len(self._done) >= _WAITING_OUTCOMES:
                 yield None
 
     def _prepared(self, found: FoundRow) -> _Running | RowOutcome:
-        """Return the row with its prompt. Not in the thread that retrieves: blending is loaded here when first used."""
+        """Return the row with its prompt. Not in the thread that retrieves: models are loaded here when first used."""
         try:
             prepared = prepare(self._parts, found.row.question, found.hits, found.options)
             if prepared.strategy is Strategy.BLEND:
                 self._parts.blending.follow(found.generation)
+            drafting = drafting_for(self._parts, prepared)
         except NOT_OF_A_ROW:
             raise
         except Exception as error:
             return failed(found.row, error)
-        return _Running(found, prepared)
+        return _Running(found, prepared, drafting)
 
     def _outcome(self, result: BatchResult) -> RowOutcome:
         running = self._running.pop(result.request_id)

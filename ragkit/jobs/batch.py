@@ -86,8 +86,6 @@ def run_batch(
     _ = parts.store
     with open_job_folder(job.out) as folder, job.rows(kind) as rows:
         warnings = rows.warnings + _begin_or_go_on(parts, job, folder, rows, kind)
-        if parts.config.draft.drafter not in ("none", "auto"):
-            warnings.append(f"a batch generates without drafts, draft.drafter = {parts.config.draft.drafter!r} or not")
         log = folder.open_log(rows.count)
         with contextlib.closing(log):
             before, tally = log.done, Tally().add_all(log.rows())

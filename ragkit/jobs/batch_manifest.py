@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ragkit.config import DraftMode
 from ragkit.errors import JobError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ FORMAT = 1
 _SHOWN = 5
 _SECTIONS = ("generation", "blend", "retrieval", "answers", "pages")
 _KV_SETTINGS = ("codec", "context", "neighbour_tokens")
+_DRAFT_SETTINGS = ("drafter", "mode", "strength", "context_tokens", "prompts", "dropped_layers")
 
 
 def manifest_of(parts: Parts, *, rows: int, sha256: str, output: str) -> dict[str, Any]:
@@ -27,6 +29,9 @@ def manifest_of(parts: Parts, *, rows: int, sha256: str, output: str) -> dict[st
     settings = {section: config[section] for section in _SECTIONS}
     settings["kv"] = {name: config["kv"][name] for name in _KV_SETTINGS}
     settings["batch"] = {"chunk_order": config["batch"]["chunk_order"]}
+    draft = parts.config.draft
+    if draft.drafter != "none" and draft.mode is DraftMode.TRANSFER:  # other drafts leave answers what they are
+        settings["draft"] = {name: config["draft"][name] for name in _DRAFT_SETTINGS}
     manifest = {
         "format": FORMAT,
         "rows": {"count": rows, "sha256": sha256},

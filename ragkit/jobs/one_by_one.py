@@ -28,7 +28,9 @@ class OneByOne:
     def _result(self, request: BatchRequest) -> BatchResult:
         pieces: list[str] = []
         finished: Finished | None = None
-        for step in self._engine.generate(request.prompt, request.sampling, request.strategy, request.ratio):
+        for step in self._engine.generate(
+            request.prompt, request.sampling, request.strategy, request.ratio, request.drafting
+        ):
             pieces.append(step.piece)
             if isinstance(step, Finished):
                 finished = step

@@ -164,6 +164,7 @@ _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _number,
     "top_p": _number,
     "seed": _whole,
+    "draft": _text,
+    "draft_mode": _text,
 }
-# What else a question may change (how it is drafted) means nothing to a batch.
 _KNOWN = frozenset({"id", "question", *_CONVERTERS})

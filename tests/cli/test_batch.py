@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from pipeline_double import FakePipeline
 
-from ragkit.config import Strategy
+from ragkit.config import DraftMode, Strategy
 from ragkit.errors import StoreSpaceError, UsageError
 from ragkit.jobs import batch, batch_estimate
 from ragkit.jobs.batch import BatchJob
@@ -80,12 +80,20 @@ def test_a_failed_row_is_named_and_exits_with_3(run, batches):
 def test_options_reach_the_settings_and_the_job(run, batches, world):
     run(
         "batch", "q.csv", "--out", "a.parquet", "--limit", "5", "--overwrite", "--filter", "year=2023", "--document",
-        "d.pdf", "-k", "3", "--strategy", "blend", "--temperature", "0.5", "--engine", "ray",
+        "d.pdf", "-k", "3", "--strategy", "blend", "--temperature", "0.5", "--engine", "ray", "--draft", "self",
+        "--transfer",
     )  # fmt: skip
     assert batches.jobs == [BatchJob("q.csv", "a.parquet", 5, True, {"year": "2023"}, "d.pdf")]
     [config] = world.configs
     assert (config.retrieval.k, config.generation.strategy, config.generation.temperature) == (3, Strategy.BLEND, 0.5)
     assert config.jobs.engine is ExecutorName.RAY
+    assert (config.draft.drafter, config.draft.mode) == ("self", DraftMode.TRANSFER)
+
+
+def test_what_drafts_may_do_is_only_said_of_drafts(run):
+    result = run("batch", "q.jsonl", "--out", "a.jsonl", "--transfer")
+    assert result.code == 2
+    assert "say what drafts may do: name a drafter with --draft" in result.err
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from batch_world import FULL, load_engine, open_world, questions, read_jsonl, write_jsonl, write_world
 
 from ragkit import Pipeline
+from ragkit.config import DraftMode
 from ragkit.errors import OfflineError, UsageError
 from ragkit.generation.engine import Engine
 from ragkit.jobs import batch
@@ -200,13 +201,44 @@ def test_parquet_holds_the_same_answers(pipeline: Pipeline, tmp_path: Path) -> N
     assert table[0]["draft"].keys() == lines[0]["draft"].keys()
 
 
-def test_drafting_that_is_configured_is_said_to_be_left_out(world: Path, engine: Engine, tmp_path: Path) -> None:
-    job = BatchJob(str(write_jsonl(tmp_path / "q.jsonl", questions(1))), str(tmp_path / "a.jsonl"))
+def test_drafting_that_is_configured_holds_for_every_row_that_says_nothing_else(
+    world: Path, engine: Engine, tmp_path: Path
+) -> None:
+    rows = [*questions(3), {**questions(4)[3], "draft": "none"}, {**questions(5)[4], "draft": "self"}]
+    job = BatchJob(str(write_jsonl(tmp_path / "q.jsonl", rows)), str(tmp_path / "a.jsonl"))
     config = replace(FULL, draft=replace(FULL.draft, drafter="lookup"))
     with open_world(world, engine, config) as pipeline:
-        assert run_batch(pipeline.parts, job).warnings == (
-            "a batch generates without drafts, draft.drafter = 'lookup' or not",
-        )
+        run_batch(pipeline.parts, job)
+        plain = [pipeline.query(row["question"], draft="none").text for row in rows]
+    written = read_jsonl(tmp_path / "a.jsonl")
+    assert [row["answer"] for row in written] == plain
+    assert [row["draft"]["drafter"] for row in written] == [*["lookup"] * 3, "", "self"]
+    assert [row["draft"]["mode"] for row in written] == [*["exact"] * 3, "none", "exact"]
+
+
+def test_drafts_that_move_answers_are_a_setting_of_the_job_and_others_are_not(
+    world: Path, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = BatchJob(str(write_jsonl(tmp_path / "q.jsonl", questions(3))), str(tmp_path / "a.jsonl"))
+    drafted = replace(FULL, draft=replace(FULL.draft, drafter="self"))
+    with open_world(world, engine) as pipeline:
+        begun(pipeline, monkeypatch, job, 1)
+    moved = replace(drafted, draft=replace(drafted.draft, mode=DraftMode.TRANSFER))
+    with open_world(world, engine, moved) as pipeline, pytest.raises(UsageError, match=r"draft\.mode was None and is"):
+        run_batch(pipeline.parts, job)
+    with open_world(world, engine, drafted) as pipeline:
+        assert run_batch(pipeline.parts, job).resumed == 1
+
+
+def test_a_drafter_that_cannot_be_loaded_is_an_error_of_its_row(pipeline: Pipeline, tmp_path: Path) -> None:
+    rows = [*questions(1), {"id": "bad", "question": "Where?", "draft": "no-such-model"},
+            {"id": "mode", "question": "Where?", "draft_mode": "transfer"}]  # fmt: skip
+    job = BatchJob(str(write_jsonl(tmp_path / "q.jsonl", rows)), str(tmp_path / "a.jsonl"))
+    run_batch(pipeline.parts, job)
+    written = {row["id"]: row for row in read_jsonl(tmp_path / "a.jsonl")}
+    assert "answer" in written["q0"]
+    assert "no-such-model" in written["bad"]["error"]["message"]
+    assert "name a drafter with draft" in written["mode"]["error"]["message"]
 
 
 def test_an_id_that_no_parquet_can_hold_is_escaped(pipeline: Pipeline, tmp_path: Path) -> None:

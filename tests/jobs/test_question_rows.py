@@ -70,11 +70,11 @@ def test_parquet_rows_keep_their_types_and_leave_nulls_out(tmp_path: Path) -> No
     assert (two.row_id, two.changes) == (2, QuestionChanges(k=5))
 
 
-@pytest.mark.parametrize("column", ["draft", "draft_mode"])
-def test_options_that_a_batch_does_not_have_are_left_out_and_said(tmp_path: Path, column: str) -> None:
-    rows, remarks = read(write_jsonl(tmp_path / "q.jsonl", [{"question": "a", column: "auto"}]))
-    assert (rows[0].changes, rows[0].error) == (QuestionChanges(), None)
-    assert remarks == [f"columns that mean nothing to a batch were left out: '{column}'"]
+def test_a_row_may_say_how_it_is_drafted(tmp_path: Path) -> None:
+    rows, remarks = read(write_jsonl(tmp_path / "q.jsonl", [{"question": "a", "draft": "self", "draft_mode": "exact"}]))
+    assert (rows[0].changes, rows[0].error) == (QuestionChanges(draft="self", draft_mode="exact"), None)
+    assert remarks == []
+    assert QuestionRow.from_json(rows[0].to_json()) == rows[0]
 
 
 def test_unknown_columns_are_left_out_and_said_with_the_nearest_name(tmp_path: Path) -> None:
