@@ -2,11 +2,13 @@
 
 A plan says who begins with what. Whoever is done early takes over what the other has not begun and would end later:
 the plan need not be right, only about right. A load that takes longer than it should is overtaken by computing its
-chunk once that has cost as much as waiting (as one rents skis until buying would have paid).
+chunk once that has cost as much as waiting (as one rents skis until buying would have paid); so are loads that no
+thread begins.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -138,13 +140,17 @@ class LoadAndCompute:
         return batch
 
     def _taken_from_loads(self, controller: LoadController) -> ChunkRef | None:
-        """Return the last chunk that waits to be loaded, if it is computed sooner."""
+        """Return the last chunk that waits to be loaded, if it is computed sooner, or if nobody begins to load."""
         if not self._loads:
             return None
-        ref = self._loads[-1]
-        if self._compute_s(controller, ref) >= self._load_s(controller, *self._loads, *self._loading):
-            return None
-        return self._loads.pop()
+        sooner = self._compute_s(controller, self._loads[-1]) < self._load_s(controller, *self._loads, *self._loading)
+        return self._loads.pop() if sooner or time.perf_counter() >= self._given_up_at(controller) else None
+
+    def _given_up_at(self, controller: LoadController) -> float:
+        """Return when loads that wait count as late: those of other requests may hang, and have all the threads."""
+        if not self._loads or self._loading:
+            return math.inf
+        return self.loads_ended + self._load_s(controller, *self._loads) + self._compute_s(controller, self._loads[-1])
 
     def _overtaken(self, controller: LoadController) -> ChunkRef | None:
         """Return a chunk that is being loaded and is better computed: by what is expected, or because it is late."""
@@ -159,12 +165,13 @@ class LoadAndCompute:
     def _patience(self) -> float | None:
         """Return for how many seconds nothing but a load can bring news."""
         controller = self._controller
-        awaited = [(ref, started) for ref, started in self._loading.items() if ref in self._open]
-        if controller is None or not awaited:
+        if controller is None:
             return None
+        awaited = [(ref, started) for ref, started in self._loading.items() if ref in self._open]
         expected_s = self._load_s(controller, *self._loading)
-        late = min(started + expected_s + self._compute_s(controller, ref) for ref, started in awaited)
-        return max(late - time.perf_counter(), 1e-3)
+        ends = [started + expected_s + self._compute_s(controller, ref) for ref, started in awaited]
+        late = min([*ends, self._given_up_at(controller)])
+        return None if late == math.inf else max(late - time.perf_counter(), 1e-3)
 
     def _load_s(self, controller: LoadController, *refs: ChunkRef) -> float:
         return controller.load_seconds([self._stored[ref] for ref in refs if ref in self._stored])

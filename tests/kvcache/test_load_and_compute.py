@@ -108,6 +108,30 @@ def test_without_a_controller_all_is_loaded_and_the_rest_computed_then():
     assert request.refs_from("disk") == REFS[2:]
 
 
+@pytest.mark.parametrize("stored", [STORED, {}], ids=["stored", "nowhere"])
+def test_computing_takes_over_where_loads_of_others_hang_in_every_thread(stored):
+    free, ended = threading.Event(), threading.Event()
+    computed = []
+    bringing = LoadAndCompute(REFS, stored, lambda ref, expected: None, Planned(8, load_s=1e-3, compute_s=0.02))
+    executor = ThreadPoolExecutor(1)
+    executor.submit(free.wait, 20)
+
+    def run():
+        bringing.start(executor, 1)
+        bringing.run(lambda refs, origin: computed.extend(refs), lambda *found: None)
+        ended.set()
+
+    request = threading.Thread(target=run)
+    request.start()
+    try:
+        assert ended.wait(5)
+        assert computed == REFS[::-1]
+    finally:
+        free.set()
+        request.join()
+        executor.shutdown()
+
+
 def test_computing_takes_over_what_a_hanging_tier_has_not_brought():
     free = threading.Event()
     threading.Timer(1.0, free.set).start()
