@@ -45,6 +45,19 @@ def test_drafted_answers_are_those_without_drafts(pipeline, draft, strategy):
         assert answer.draft.steps + answer.draft.accepted == answer.tokens.generated - 1
 
 
+@pytest.mark.parametrize("strategy", ["full", "blend"])
+@pytest.mark.parametrize("draft", ["auto", "self"])
+def test_answers_of_a_drafted_batch_are_those_without_drafts(pipeline, draft, strategy):
+    plain = [pipeline.query(question, strategy=strategy) for question in QUESTIONS]
+    together = [one.answer for one in pipeline.query_many(QUESTIONS, strategy=strategy, draft=draft)]
+    assert [one.text for one in together] == [one.text for one in plain]
+    assert {(one.draft.mode, one.draft.drafter) for one in together} == {
+        ("exact", "lookup" if draft == "auto" else draft)
+    }
+    for one in together:
+        assert one.draft.steps + one.draft.accepted == one.tokens.generated - 1
+
+
 def test_a_model_by_its_name_drafts(pipeline, model):
     plain = pipeline.query(QUESTIONS[0], strategy="full")
     answer = pipeline.query(QUESTIONS[0], strategy="full", draft=str(model))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ragkit.parts import Parts
 
 
-class RowOptions(TypedDict, total=False):
+class QuestionOptions(TypedDict, total=False):
     """What an asker may say beside a question, alone or in a batch. What is left out is as configured.
 
     Attributes:
@@ -36,6 +36,8 @@ class RowOptions(TypedDict, total=False):
         document: only this source or document, by URI.
         system_prompt: replaces the default instructions.
         max_new_tokens, temperature, top_p, seed: decoding; temperature 0 is greedy.
+        draft: what proposes tokens that are verified several at a time: none, auto, self, lookup or a model.
+        draft_mode: exact leaves the answer what it is; transfer moves the model towards its drafter.
     """
 
     k: int | None
@@ -48,16 +50,6 @@ class RowOptions(TypedDict, total=False):
     temperature: float | None
     top_p: float | None
     seed: int | None
-
-
-class QuestionOptions(RowOptions, total=False):
-    """What an asker may say beside a single question: `RowOptions`, and how its tokens are drafted.
-
-    Attributes:
-        draft: what proposes tokens that are verified several at a time: none, auto, self, lookup or a model.
-        draft_mode: exact leaves the answer what it is; transfer moves the model towards its drafter.
-    """
-
     draft: str | None
     draft_mode: DraftMode | str | None
 
@@ -80,16 +72,16 @@ class QuestionChanges:
     draft_mode: DraftMode | str | None = None
 
     @classmethod
-    def of(cls, options: RowOptions | QuestionOptions) -> QuestionChanges:
+    def of(cls, options: QuestionOptions) -> QuestionChanges:
         """Return what keyword arguments of the SDK say."""
         return cls(**options)
 
 
-def require_options(call: str, options: Mapping[str, object], known: type = QuestionOptions) -> None:
+def require_options(call: str, options: Mapping[str, object]) -> None:
     """Raise `TypeError` where `call` was given a keyword that is no option, as Python does for a named one."""
     for name in options:
-        if name not in known.__annotations__:
-            names = ", ".join(known.__annotations__)
+        if name not in QuestionOptions.__annotations__:
+            names = ", ".join(QuestionOptions.__annotations__)
             raise TypeError(f"{call}() got an unexpected keyword argument {name!r}; its options are {names}")
 
 

@@ -20,7 +20,6 @@ FORMAT = 1
 _SHOWN = 5
 _SECTIONS = ("generation", "blend", "retrieval", "answers", "pages")
 _KV_SETTINGS = ("codec", "context", "neighbour_tokens")
-_DRAFT_SETTINGS = ("drafter", "mode", "strength", "context_tokens", "prompts", "dropped_layers")
 
 
 def manifest_of(parts: Parts, *, rows: int, sha256: str, output: str) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def manifest_of(parts: Parts, *, rows: int, sha256: str, output: str) -> dict[st
     settings["batch"] = {"chunk_order": config["batch"]["chunk_order"]}
     draft = parts.config.draft
     if draft.drafter != "none" and draft.mode is DraftMode.TRANSFER:  # other drafts leave answers what they are
-        settings["draft"] = {name: config["draft"][name] for name in _DRAFT_SETTINGS}
+        settings["draft"] = config["draft"]
     manifest = {
         "format": FORMAT,
         "rows": {"count": rows, "sha256": sha256},

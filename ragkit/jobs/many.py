@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 if TYPE_CHECKING:
-    from ragkit.answers.options import RowOptions
+    from ragkit.answers.options import QuestionOptions
     from ragkit.jobs.rows import RowOutcome
     from ragkit.parts import Parts
 
@@ -21,7 +21,7 @@ class ManyQuestions:
         questions: Iterable[str | Mapping[str, Any]],
         *,
         in_order: bool = True,
-        **options: Unpack[RowOptions],
+        **options: Unpack[QuestionOptions],
     ) -> Iterator[RowOutcome]:
         """Yield one outcome a question: its `answer`, or the `error` that kept it from one. Many are generated at once.
 
@@ -30,18 +30,18 @@ class ManyQuestions:
                 as they are needed.
             in_order: in the order of the questions, each held back until those before it have ended; False yields
                 each as it ends, which keeps less in memory. Rows that read a document in pages end last.
-            options: k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed, for
-                every row that does not say otherwise: see `RowOptions`.
+            options: k, strategy, ratio, filter, document, system_prompt, max_new_tokens, temperature, top_p, seed,
+                draft, draft_mode, for every row that does not say otherwise: see `QuestionOptions`.
 
         Raises:
             StoreMissingError: nothing was ingested yet.
         """
-        from ragkit.answers.options import QuestionChanges, RowOptions, require_options
+        from ragkit.answers.options import QuestionChanges, require_options
         from ragkit.jobs.answering import answer_many
         from ragkit.jobs.question_files import Record
         from ragkit.jobs.question_rows import RowReader
 
-        require_options("query_many", options, RowOptions)
+        require_options("query_many", options)
         _ = self.parts.store
         records = (
             Record(line, {"question": one} if isinstance(one, str) else one)

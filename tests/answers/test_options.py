@@ -9,7 +9,7 @@ from typing import get_type_hints
 import pytest
 
 from ragkit import Pipeline
-from ragkit.answers.options import QuestionChanges, QuestionOptions, RowOptions
+from ragkit.answers.options import QuestionChanges, QuestionOptions
 
 
 def test_what_may_be_said_is_what_can_be_changed():
@@ -34,9 +34,3 @@ def test_a_keyword_that_is_no_option_is_refused_as_python_does(tmp_path: Path, c
         pytest.raises(TypeError, match="'tempereture'; its options are"),
     ):
         ask(pipeline, call, tempereture=1.0)
-
-
-def test_questions_of_a_batch_say_nothing_of_drafting(tmp_path: Path):
-    assert QuestionOptions.__annotations__.keys() - RowOptions.__annotations__.keys() == {"draft", "draft_mode"}
-    with Pipeline.open(tmp_path / "store") as pipeline, pytest.raises(TypeError, match="'draft'"):
-        ask(pipeline, "query_many", draft="lookup")
