@@ -2,33 +2,30 @@
 
 With a_d the chance that a draft of depth d stands once those before it do, a chain of n brings 1 + sum_d a_1 ... a_d
 tokens for n steps of the drafter and one pass over n + 1 rows (arXiv 2211.17192, section 3.3, with measured costs
-instead of constants). Where no n brings more than plain steps do nothing is drafted, until a probe now and then.
+instead of constants). A drafter that cannot pay is not begun. Where no n brings more than plain steps nothing is
+drafted but single tokens now and then, whose losses together stay below a hundredth of the answer.
 """
 
 from __future__ import annotations
 
 import math
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 from ragkit.errors import ConfigError
+from ragkit.generation.draft_costs import Costs
 from ragkit.generation.draft_tree import DraftTree
-from ragkit.generation.drafter import DraftBudget
+from ragkit.generation.drafter import READ_AT_ONCE, DraftBudget, DraftPrice
 
-_NODES = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32)  # how many are told apart in what a pass costs
-_NEWEST = 0.2  # say of the newest pass in what a pass costs
-_OUTLIER = 3.0  # a pass that took so many times what is known counts as this
-# Of a plain step: what a node is taken to cost before it was measured. A CPU computes where a GPU waits for memory.
-_UNKNOWN_NODE = {"cpu": 0.08, "cuda": 0.02}
-_NOMINAL_NODE = 0.02
-_FORGET = 0.9  # of acceptance, a pass
-_FORGET_SLOWLY = 0.98
-_PRIOR_ACCEPTANCE = 0.7
-_FIRST_PAUSE, _LONGEST_PAUSE = 8, 256  # plain steps between probes
-_PROBE_DEPTH = 2
-_GAIN = 1.02  # of what drafting must bring before it is done
+_FORGET = 0.96  # of acceptance, a pass
+_FORGET_FAST, _FORGET_SLOWLY = 0.9, 0.98
+_PRIOR_TRIES = 6.0  # that what is known of other answers counts for
+_PRIOR_TRUST = 4.0  # nodes that a drafter's own chances are believed for
+_GAIN = 1.02  # of what drafting must bring before it is begun; it goes on as long as it loses nothing
+_PROBES = 0.01  # of an answer that may be lost by drafting where it does not seem to pay
+_USUAL_ANSWER = 128  # tokens that what an answer's drafting costs once must be won back in
+_MOST_ALLOWED = 4.0  # plain steps that may be lost at once
 _FALL = 0.25  # of acceptance, below what it was, before anew is retrieved
 _REFRESH_TOKENS = 48  # between two retrievals
 
@@ -54,79 +51,6 @@ class DraftLimits:
             raise ConfigError(f"the length of drafts must be 0 or at most their depth {self.depth}, got {self.length}")
 
 
-class Costs(Protocol):
-    """What passes cost, in milliseconds or in plain steps."""
-
-    def of_pass(self, context: int, nodes: int, requests: int = 1) -> float:
-        """Return the cost of verifying `nodes` behind `context` tokens, of each request; no node is a plain step."""
-        ...
-
-    def of_draft(self, measured_ms: float, share: float) -> float:
-        """Return the cost of a step of the drafter, which took `measured_ms` and reads `share` of a plain step."""
-        ...
-
-    def note(self, context: int, nodes: int, ms: float, requests: int = 1) -> None:
-        """Note a pass."""
-        ...
-
-
-class MeasuredCosts:
-    """Milliseconds as they were measured, on one engine for all its requests. Safe to use from threads.
-
-    Args:
-        device: cpu or cuda, which says what to expect before anything is known.
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        self._node = _UNKNOWN_NODE[device]
-        self._lock = threading.Lock()
-        self._known: dict[tuple[int, int, int], float] = {}
-        self._seen: set[tuple[int, int, int]] = set()
-
-    def of_pass(self, context: int, nodes: int, requests: int = 1) -> float:
-        """Return milliseconds; between measured numbers of nodes by a line, in plain steps where nothing is known."""
-        sizes = context.bit_length(), requests.bit_length()
-        known = [(count, self._known[*sizes, count]) for count in _NODES if (*sizes, count) in self._known]
-        if not known:
-            return 1.0 + self._node * nodes
-        below = [one for one in known if one[0] <= nodes]
-        above = [one for one in known if one[0] >= nodes]
-        if below and above:
-            (low, start), (high, stop) = below[-1], above[0]
-            return start if low == high else start + (stop - start) * (nodes - low) / (high - low)
-        nearest, ms = below[-1] if below else above[0]
-        return ms * (1 + self._node * nodes) / (1 + self._node * nearest)
-
-    def of_draft(self, measured_ms: float, share: float) -> float:
-        """Return milliseconds; `share` says nothing that the clock does not."""
-        return measured_ms
-
-    def note(self, context: int, nodes: int, ms: float, requests: int = 1) -> None:
-        """Note a pass; the first of its kind may have compiled or recorded something and does not count."""
-        cell = (context.bit_length(), requests.bit_length(), _bucket(nodes))
-        with self._lock:
-            if cell not in self._seen:
-                self._seen.add(cell)
-                return
-            known = self._known.get(cell, ms)
-            self._known[cell] = known + _NEWEST * (min(ms, _OUTLIER * known) - known)
-
-
-class NominalCosts:
-    """Plain steps, by the bytes that are read: the same on every machine, so that seeds give the same answers."""
-
-    def of_pass(self, context: int, nodes: int, requests: int = 1) -> float:
-        """Return a plain step and a little more for every node of every request."""
-        return 1.0 + _NOMINAL_NODE * nodes * requests
-
-    def of_draft(self, measured_ms: float, share: float) -> float:
-        """Return the share."""
-        return share
-
-    def note(self, context: int, nodes: int, ms: float, requests: int = 1) -> None:
-        """Note nothing."""
-
-
 class DraftController:
     """Decides for one request, from what became of its drafts.
 
@@ -134,24 +58,53 @@ class DraftController:
         costs: what passes cost.
         limits: bounds.
         width: paths that the drafter proposes beside each other.
+        drafter: its name, under which others' drafts are remembered.
     """
 
-    def __init__(self, costs: Costs, limits: DraftLimits, width: int = 1) -> None:
+    def __init__(self, costs: Costs, limits: DraftLimits, width: int = 1, drafter: str = "") -> None:
         self._costs = costs
         self._limits = limits
         self._width = width
-        self._hits = [_PRIOR_ACCEPTANCE * 2] + [0.0] * (limits.depth - 1)
-        self._tries = [2.0] + [0.0] * (limits.depth - 1)
-        self._stood = self._hoped = 2.0  # nodes that stood, and that should have by the drafter's own chances
-        self._pause = _FIRST_PAUSE
-        self._rest = 0  # plain steps until the next probe
-        self._recent = self._usual = _PRIOR_ACCEPTANCE
+        self._record = costs.record(drafter)
+        prior = self._record.acceptance
+        self._hits = [prior * _PRIOR_TRIES] + [0.0] * (limits.depth - 1)
+        self._tries = [_PRIOR_TRIES] + [0.0] * (limits.depth - 1)
+        self._prior = prior
+        self._stood = self._hoped = _PRIOR_TRUST  # nodes that stood, and that should have by the drafter's own chances
+        self._allowed: float | None = None  # plain steps that probes may lose
+        self._probing = False
+        self._is_paying = False
+        self._draft = 0.0  # what a step of the drafter costs
+        self._recent = self._usual = prior
         self._since_refresh = 0
         self._requests = 1
 
+    def reason_not_to_begin(self, price: DraftPrice, context: int, remaining: int, requests: int = 1) -> str:
+        """Return why a drafter of this price would not win back its steps; "" where it may.
+
+        Args:
+            price: what it costs, by what was measured or is read.
+            context: tokens before.
+            remaining: tokens that the answer may still have.
+            requests: how many a pass is of.
+        """
+        draft = self._costs.of_draft(price.step_ms, price.step_share, context, requests)
+        if self._limits.length or draft <= 0:
+            return ""
+        gain = self._gain(context, draft, 1.0, requests)
+        if gain <= _GAIN:
+            return f"even if all of its tokens stood, the answer would come {gain:.2f} times as fast"
+        likely = self._gain(context, draft, self._record.hope, requests)
+        begin = self._in_steps(price.begin_ms, price.begin_tokens * self._costs.prefill_share, context, requests)
+        saved = min(remaining, _USUAL_ANSWER) * (1 - 1 / likely)
+        if saved <= begin:
+            return f"it would save {saved:.1f} of the answer's steps, and reading its prompt takes {begin:.1f}"
+        return ""
+
     def budget(
-        self, context: int, remaining: int, room: int, step_ms: float = 0.0, share: float = 0.0, requests: int = 1
-    ) -> DraftBudget:
+        self, context: int, remaining: int, room: int, step_ms: float = 0.0, share: float = 0.0, requests: int = 1,
+        lag: int = 0,
+    ) -> DraftBudget:  # fmt: skip
         """Return how much to draft now.
 
         Args:
@@ -160,35 +113,61 @@ class DraftController:
             room: rows that are free for nodes.
             step_ms, share: what a step of the drafter takes, as its session says.
             requests: how many the pass is of.
+            lag: tokens that the drafter has not read yet.
         """
-        self._requests = requests
+        self._requests, self._probing = requests, False
+        if self._allowed is None:
+            self._allowed = _PROBES * min(remaining, _USUAL_ANSWER)
         limits = self._limits
         nodes = min(limits.nodes, room)
-        depth = min(limits.depth, remaining - 1, nodes)
+        depth = min(limits.depth, remaining - 1, max(nodes // self._width, min(nodes, 1)))
         if depth < 1:
             return DraftBudget(0, 0)
+        self._draft = self._costs.of_draft(step_ms, share, context, requests)
         if limits.length:
-            depth = min(depth, limits.length)
-        elif self._rest > 0:
-            self._rest -= 1
-            return DraftBudget(0, 0)
-        elif step_ms > 0 or share > 0:  # drafts that cost nothing are cut when they are there
-            depth = self._best_depth(context, depth, self._costs.of_draft(step_ms, share))
-        return DraftBudget(depth, nodes)
+            return DraftBudget(min(depth, limits.length), nodes)
+        if self._draft <= 0:  # drafts that cost nothing are cut when they are there
+            return DraftBudget(depth, nodes)
+        best = self._best_depth(context, depth)
+        if best == 0:
+            behind = self._draft * ((lag > READ_AT_ONCE) + max(0, lag - 2) * self._costs.prefill_share)
+            loss = behind + self._draft + self._costs.of_pass(context, self._width, requests)
+            self._probing = loss / self._costs.of_pass(context, 0, requests) - 1 <= self._allowed
+            self._draft += behind
+            best = int(self._probing)
+        return DraftBudget(best, nodes if best else 0)
 
     def cut(self, tree: DraftTree, context: int) -> DraftTree:
         """Return the part of `tree` that is worth verifying; for trees that tell their nodes' chances."""
         if tree.chances is None or self._limits.length or not len(tree):
             return tree
-        gains = accumulate((self.trust * chance for chance in tree.chances), initial=1.0)
-        rates = [gain / self._costs.of_pass(context, nodes, self._requests) for nodes, gain in enumerate(gains)]
-        best = max(range(len(rates)), key=rates.__getitem__)
-        return tree.cut(best if rates[best] > _GAIN * rates[0] else 0, tree.depth)
+        trust, requests = self.trust, self._requests
+        plain = self._costs.of_pass(context, 0, requests)
+        best, rate = 0, (1.0 if self._is_paying else _GAIN) / plain
+        gains = accumulate((trust * chance for chance in tree.chances), initial=1.0)
+        for nodes, gain in enumerate(gains):
+            here = gain / self._costs.of_pass(context, nodes, requests) if nodes else 0.0
+            if here > rate:
+                best, rate = nodes, here
+        self._is_paying = best > 0
+        if best == 0:
+            one = self._costs.of_pass(context, 1, requests) / plain
+            # By its own chances it would pay: whether they are as wrong as they were is worth a try now and then.
+            self._probing = (1 + tree.chances[0]) / one > _GAIN and one - 1 <= (self._allowed or 0.0)
+            best = int(self._probing)
+        return tree.cut(best, tree.depth)
 
     def observe(self, tree: DraftTree, accepted: int, context: int, ms: float) -> None:
         """Note that a pass over `tree` took `ms` and that `accepted` of its tokens, behind each other, stood."""
         self._costs.note(context, len(tree), ms, self._requests)
         self._since_refresh += accepted + 1
+        plain = self._costs.of_pass(context, 0, self._requests)
+        steps = 1.0
+        if len(tree):
+            steps = (tree.depth * self._draft + self._costs.of_pass(context, len(tree), self._requests)) / plain
+        self._record.note(tree.depth, accepted, steps)
+        change = accepted + 1 - steps if self._probing else _PROBES
+        self._allowed = min(_MOST_ALLOWED, (self._allowed or 0.0) + change)
         if not len(tree):
             return
         for depth in range(min(accepted + 1, tree.depth)):
@@ -198,12 +177,12 @@ class DraftController:
             self._stood = self._stood * _FORGET_SLOWLY + accepted
             self._hoped = self._hoped * _FORGET_SLOWLY + sum(tree.chances)
         first = float(accepted > 0)
-        self._recent += (1 - _FORGET) * (first - self._recent)
+        self._recent += (1 - _FORGET_FAST) * (first - self._recent)
         self._usual += (1 - _FORGET_SLOWLY) * (first - self._usual)
 
     @property
     def trust(self) -> float:
-        """How many nodes stood for each that should have, by the chances that trees tell."""
+        """What the chances that a tree tells are worth: nodes that stood over those that should have."""
         return self._stood / self._hoped
 
     @property
@@ -211,40 +190,74 @@ class DraftController:
         """Whether acceptance has fallen below what it was, so that something else should be drafted from."""
         return self._since_refresh >= _REFRESH_TOKENS and self._recent < self._usual - _FALL
 
-    def refreshed(self) -> None:
-        """Note that something else is drafted from now."""
+    def pays_to_refresh(self, price: DraftPrice, context: int, remaining: int) -> bool:
+        """Return whether drafting as well as before would win back what retrieving and reading anew take."""
+        draft = self._costs.of_draft(price.step_ms, price.step_share, context, self._requests)
+        now, before = (max(1.0, self._gain(context, draft, one, self._requests)) for one in (self._recent, self._usual))
+        begin = price.begin_tokens * self._costs.prefill_share
+        cost = self._in_steps(self._record.refresh_ms, begin, context, self._requests)
+        return min(remaining, _USUAL_ANSWER) * (1 / now - 1 / before) > cost
+
+    def refreshed(self, ms: float = 0.0) -> None:
+        """Note that something else is drafted from now, which took `ms`; 0 where nothing was tried."""
         self._since_refresh = 0
         self._usual = self._recent
+        if ms > 0:
+            self._record.note_refresh(ms)
 
     def acceptance(self, depth: int) -> float:
         """Return the chance that a token of `depth` stands once those before it do."""
-        known = _PRIOR_ACCEPTANCE
+        known = self._prior
         for at in range(depth + 1):
             # What little is known of a depth weighs against what is known of the one before.
             known = (self._hits[at] + known) / (self._tries[at] + 1)
         return known
 
-    def _best_depth(self, context: int, most: int, draft: float) -> int:
-        plain = 1 / self._costs.of_pass(context, 0, self._requests)
-        tokens, reached = 1.0, 1.0
-        best, rate = 0, _GAIN * plain
-        for depth in range(1, most + 1):
-            reached *= self.acceptance(depth - 1)
-            tokens += reached
-            here = tokens / (depth * draft + self._costs.of_pass(context, depth * self._width, self._requests))
-            if here > rate:
-                best, rate = depth, here
-        if best:
-            self._pause = _FIRST_PAUSE
-            return best
-        self._rest = self._pause
-        self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
-        return min(_PROBE_DEPTH, most)
+    def _in_steps(self, ms: float, share: float, context: int, requests: int) -> float:
+        return self._costs.of_draft(ms, share, context, requests) / self._costs.of_pass(context, 0, requests)
+
+    def _gain(self, context: int, draft: float, acceptance: float, requests: int) -> float:
+        """Return how many times as fast as plain steps the best length is at one acceptance."""
+        plain = self._costs.of_pass(context, 0, requests)
+        most = max(1, min(self._limits.depth, self._limits.nodes // self._width))
+        return max(
+            expected_tokens(acceptance, depth)
+            * plain
+            / (depth * draft + self._costs.of_pass(context, depth * self._width, requests))
+            for depth in range(1, most + 1)
+        )
+
+    def _best_depth(self, context: int, most: int) -> int:
+        rate = (1.0 if self._is_paying else _GAIN) / self._costs.of_pass(context, 0, self._requests)
+        best = best_length(
+            self.acceptance,
+            lambda depth: depth * self._draft + self._costs.of_pass(context, depth * self._width, self._requests),
+            most,
+            rate,
+        )
+        self._is_paying = best > 0
+        return best
 
 
-def _bucket(nodes: int) -> int:
-    """Return the number of nodes that a pass over `nodes` is counted with."""
-    return min(_NODES, key=lambda count: (abs(count - nodes), count)) if nodes else 0
+def best_length(
+    acceptance: Callable[[int], float], cost: Callable[[int], float], most: int, rate: float
+) -> int:  # fmt: skip
+    """Return the length that brings most tokens a cost; 0 where none brings more than `rate`.
+
+    Args:
+        acceptance: of a depth, once those before it stand.
+        cost: of a draft of a length and the pass over it.
+        most: tokens.
+        rate: what plain steps bring.
+    """
+    tokens, reached, best = 1.0, 1.0, 0
+    for depth in range(1, most + 1):
+        reached *= acceptance(depth - 1)
+        tokens += reached
+        here = tokens / cost(depth)
+        if here > rate:
+            best, rate = depth, here
+    return best
 
 
 def expected_tokens(acceptance: float, length: int) -> float:

@@ -18,6 +18,7 @@ from ragkit.errors import GenerationError
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.draft_tree import DraftTree
+from ragkit.generation.drafter import READ_AT_ONCE
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.request_tables import (
     GraphMemory,
@@ -35,7 +36,7 @@ from ragkit.kvcache.pool import KVPool
 MOST_STEPS = MOST_DRAFTED
 # Tokens that a pass over what is not read yet is recorded for: a draft that stood or fell leaves one or two. More than
 # the last are read by a pass without a graph, as a prompt is, however many they are.
-PENDING_BUCKETS = (2, 16)
+PENDING_BUCKETS = (2, READ_AT_ONCE)
 
 
 @dataclass(frozen=True, slots=True)

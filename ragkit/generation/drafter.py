@@ -11,6 +11,8 @@ from ragkit.generation.sampling import SamplingConfig
 from ragkit.kvcache.pool import KVPool
 from ragkit.types import Prompt
 
+READ_AT_ONCE = 16  # tokens that a model reads with the first step of a draft; more take a pass of their own
+
 
 @dataclass(frozen=True, slots=True)
 class DraftContext:
@@ -41,6 +43,23 @@ class DraftBudget:
     nodes: int
 
 
+@dataclass(frozen=True, slots=True)
+class DraftPrice:
+    """What drafting for a request would cost, before it is begun. All 0: nothing.
+
+    Attributes:
+        step_ms: measured milliseconds of one more token of depth; 0 before the first.
+        step_share: the same in plain steps of the target, by the bytes that both read.
+        begin_ms: measured milliseconds of reading the drafter's prompt; 0 before the first.
+        begin_tokens: tokens of it that are computed.
+    """
+
+    step_ms: float = 0.0
+    step_share: float = 0.0
+    begin_ms: float = 0.0
+    begin_tokens: int = 0
+
+
 class DraftSession(Protocol):
     """The drafter's state of one request. It is told every token of the answer, and proposes what follows them."""
 
@@ -52,6 +71,11 @@ class DraftSession(Protocol):
     @property
     def step_share(self) -> float:
         """The same in plain steps of the target, by the bytes that both read; 0 where no model runs."""
+        ...
+
+    @property
+    def lag(self) -> int:
+        """Tokens noted that are read with the next draft and not before; 0 where no model reads them."""
         ...
 
     def accept(self, token_ids: Sequence[int]) -> None:
@@ -87,6 +111,10 @@ class Drafter(Protocol):
     @property
     def width(self) -> int:
         """Paths that it proposes beside each other at most, each token of depth costing as many nodes."""
+        ...
+
+    def price(self, prompt: Prompt) -> DraftPrice:
+        """Return what drafting for a request with this prompt would cost."""
         ...
 
     def begin(self, context: DraftContext) -> DraftSession:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ragkit.generation.draft_tree import ROOT, DraftTree
-from ragkit.generation.drafter import DraftBudget, DraftContext, DraftSession
+from ragkit.generation.drafter import DraftBudget, DraftContext, DraftPrice, DraftSession
 from ragkit.generation.suffix_automaton import ROOT_STATE, SuffixAutomaton
 from ragkit.kvcache.pool import KVPool
 from ragkit.types import Prompt
@@ -44,6 +44,10 @@ class LookupDrafter:
     def width(self) -> int:
         """Trees tell the chances of their nodes, which decide."""
         return 1
+
+    def price(self, prompt: Prompt) -> DraftPrice:
+        """Nothing."""
+        return DraftPrice()
 
     def begin(self, context: DraftContext) -> LookupSession:
         """Return the state of one request: its prompt's segments, indexed in time proportional to their tokens."""
@@ -83,6 +87,11 @@ class LookupSession:
     def step_share(self) -> float:
         """No model runs."""
         return 0.0
+
+    @property
+    def lag(self) -> int:
+        """Texts grow as tokens come."""
+        return 0
 
     @property
     def match_length(self) -> int:

@@ -18,13 +18,14 @@ from ragkit.errors import CacheCapacityError, ConfigError
 from ragkit.generation.contiguous_draft import ChainRunner, ContiguousDraftRunner
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.decode_state import DecodeState
-from ragkit.generation.draft_runner import MOST_STEPS, DraftRunner, DrawnSteps
+from ragkit.generation.draft_runner import MOST_STEPS, PENDING_BUCKETS, DraftRunner, DrawnSteps
 from ragkit.generation.draft_tree import DraftTree, joined
-from ragkit.generation.drafter import DraftBudget, DraftContext, DraftSession
+from ragkit.generation.drafter import READ_AT_ONCE, DraftBudget, DraftContext, DraftPrice, DraftSession
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.sampling import SamplingConfig
 from ragkit.generation.strategy import PrefillRequest, PrefillStrategy
 from ragkit.generation.verify_runner import VerifyRunner
+from ragkit.generation.weight_bytes import weight_bytes
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ragkit.generation.decoder import Decoder
     from ragkit.generation.engine import Engine
 
+_REUSED = 0.75  # of a prompt that is blended from stored rows, before it was measured what that saves
 _NEWEST = 0.3  # say of the newest draft in what a step takes
 _OUTLIER = 3.0  # a step that took so many times what is known counts as this
 _SEED_OFFSET = 0x5EED  # the drafter's random numbers are not those that accept
@@ -51,6 +53,7 @@ class DraftModel:
         runner: drafts chains with them.
         strategy: brings the prompt's rows into the pool.
         weight_bytes: bytes that a step reads of them.
+        reader: the weights that the prompt's rows are computed with.
     """
 
     engine: Engine
@@ -58,14 +61,27 @@ class DraftModel:
     runner: ChainRunner
     strategy: PrefillStrategy
     weight_bytes: int
+    reader: Decoder
 
     @classmethod
-    def of(cls, engine: Engine, decoder: Decoder | None = None, strategy: PrefillStrategy | None = None) -> DraftModel:
-        """Return the model of `engine`, or a variant of it; its prompts are computed in full by default."""
+    def of(
+        cls, engine: Engine, decoder: Decoder | None = None, strategy: PrefillStrategy | None = None,
+        reader: Decoder | None = None,
+    ) -> DraftModel:  # fmt: skip
+        """Return the model of `engine`, or a variant of it; its prompts are computed in full by default.
+
+        Args:
+            engine: the model.
+            decoder: a variant of its weights with KV of the same shape.
+            strategy: brings prompts' rows into the pool.
+            reader: computes them, and what a draft is far behind; the variant itself by default. Weights of 4 bits are
+                made for few rows, and rows of the true weights serve them as well.
+        """
         decoder = decoder or engine.decoder
+        reader = reader or decoder
         on_gpu = decoder.device.type == "cuda"
-        runner = GraphDraftRunner.of(engine, decoder) if on_gpu else ContiguousDraftRunner(decoder)
-        return cls(engine, decoder, runner, strategy or FullPrefill(), weight_bytes(decoder))
+        runner = GraphDraftRunner.of(engine, decoder, reader) if on_gpu else ContiguousDraftRunner(decoder)
+        return cls(engine, decoder, runner, strategy or FullPrefill(), weight_bytes(decoder), reader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +91,14 @@ class GraphDraftRunner:
     _runner: DraftRunner
 
     @classmethod
-    def of(cls, engine: Engine, decoder: Decoder) -> GraphDraftRunner:
-        """Return the runner of `decoder`, whose rows lie in the engine's pool."""
+    def of(cls, engine: Engine, decoder: Decoder, reader: Decoder | None = None) -> GraphDraftRunner:
+        """Return the runner of `decoder`, whose rows lie in the engine's pool, with what it will replay recorded."""
         assert isinstance(engine.step_runner, DecodeRunner), "on a GPU steps are graphs"
         scratch = engine.step_runner.scratch_slot
-        verify = VerifyRunner(decoder, engine.pool, scratch)
-        return cls(DraftRunner(decoder, engine.pool, verify, scratch))
+        verify = VerifyRunner(decoder, engine.pool, scratch, PENDING_BUCKETS)
+        runner = DraftRunner(decoder, engine.pool, verify, scratch, reader)
+        engine.record_ahead(runner.prepare)
+        return cls(runner)
 
     def begin(self, kv: RequestKV, rotary: RotaryTable) -> DecodeState:
         """Return the state of a request; nothing is copied."""
@@ -121,7 +139,8 @@ class ModelDrafter:
         self._target = target
         self._prompts = prompts
         self._width = width
-        self._step_time = _StepTime()
+        self._step_time = _Time()
+        self._begin_time = _Time()  # a token
 
     @property
     def name(self) -> str:
@@ -138,13 +157,25 @@ class ModelDrafter:
         """One path a prompt."""
         return self._width
 
+    def price(self, prompt: Prompt) -> DraftPrice:
+        """Return what a step over the prompts to draft from reads, and what is computed of them."""
+        tokens = sum(map(len, self._prompts(prompt)))
+        computed = tokens if self._model.strategy.name == FullPrefill().name else round(tokens * (1 - _REUSED))
+        share = _step_share(self._model, self._target, tokens, len(prompt))
+        return DraftPrice(self._step_time.ms, share, self._begin_time.ms * tokens, computed)
+
     def begin(self, context: DraftContext) -> ModelSession:
         """Return the state of one request; its prompts are computed here.
 
         Raises:
             CacheCapacityError: the pool has too few free blocks.
         """
-        return ModelSession(self._model, self._target, self._prompts, context, self._step_time)
+        started = time.perf_counter()
+        session = ModelSession(self._model, self._target, self._prompts, context, self._step_time)
+        tokens = sum(path.state.kv.num_tokens for path in session.paths)
+        if tokens:
+            self._begin_time.note((time.perf_counter() - started) * 1e3 / tokens)
+        return session
 
     @torch.inference_mode()
     def propose(self, sessions: Sequence[DraftSession], budgets: Sequence[DraftBudget]) -> list[DraftTree]:
@@ -173,9 +204,9 @@ class ModelDrafter:
         drawn = None
         if temperature > 0:
             drawn = DrawnSteps(temperature, torch.cat([session.uniforms(steps) for session in sessions]))
-        chains = iter(
-            self._model.runner.draft([path.state for path in paths], [path.pending for path in paths], steps, drawn)
-        )
+        pending = [path.pending for path in paths]
+        passes = steps + any(len(tokens) > READ_AT_ONCE for tokens in pending)
+        chains = iter(self._model.runner.draft([path.state for path in paths], pending, steps, drawn))
         trees = []
         for session, budget in zip(sessions, budgets, strict=True):
             own = []
@@ -184,7 +215,7 @@ class ModelDrafter:
                 path.note(chain.token_ids)
                 own.append(self._widened(chain).cut(budget.nodes, budget.depth))
             trees.append(joined(own).cut(budget.nodes, budget.depth))
-        self._step_time.note((time.perf_counter() - started) * 1e3 / steps)
+        self._step_time.note((time.perf_counter() - started) * 1e3 / passes)
         return trees
 
     def _widened(self, chain: DraftTree) -> DraftTree:
@@ -212,7 +243,7 @@ class ModelSession:
     """
 
     def __init__(
-        self, model: DraftModel, target: Engine, prompts: DraftPrompts, context: DraftContext, step_time: _StepTime
+        self, model: DraftModel, target: Engine, prompts: DraftPrompts, context: DraftContext, step_time: _Time
     ) -> None:
         self._model = model
         self._target = target
@@ -235,10 +266,13 @@ class ModelSession:
     @property
     def step_share(self) -> float:
         """Bytes of a step of the drafter over those of a plain step of the target."""
-        own = self._model.weight_bytes + sum(_kv_bytes(path.state.kv) for path in self.paths)
-        target = self._target.decoder
-        rows = len(self._context.prompt) * target.layout.bytes_per_token
-        return own / (weight_bytes(target) + rows)
+        tokens = sum(path.state.kv.num_tokens for path in self.paths)
+        return _step_share(self._model, self._target, tokens, len(self._context.prompt))
+
+    @property
+    def lag(self) -> int:
+        """Tokens that its model has not read yet."""
+        return max((len(path.pending) for path in self.paths), default=0)
 
     def uniforms(self, steps: int) -> torch.Tensor:
         """Return (paths, steps) fp32 numbers in [0, 1)."""
@@ -300,7 +334,7 @@ class ModelSession:
             kv = held.enter_context(RequestKV(pool))
             rotary = model.engine.rotary.table(total, prompt_tokens=len(prompt))
             request = PrefillRequest(prompt, kv, rotary, answer_tokens=total - len(prompt))
-            model.strategy.prefill(model.decoder, request)
+            model.strategy.prefill(model.reader, request)
             kv.reserve(total)
             spare.has_taken()
             return _Path(model.runner.begin(kv, rotary), total, held.pop_all())
@@ -348,15 +382,15 @@ class _Path:
                 self._drafted = []
 
 
-class _StepTime:
-    """What a step takes, measured over all requests of a drafter."""
+class _Time:
+    """What something takes, measured over all requests of a drafter."""
 
     def __init__(self) -> None:
         self.ms = 0.0
         self._is_warm = False
 
     def note(self, ms: float) -> None:
-        """Note the steps of a draft; those of the first may have compiled or recorded something and do not count."""
+        """Note a time; the first may have compiled or recorded something and does not count."""
         if self._is_warm:
             known = self.ms or ms
             self.ms = known + _NEWEST * (min(ms, _OUTLIER * known) - known)
@@ -374,15 +408,7 @@ def _check_vocabulary(name: str, engine: Engine, target: Engine) -> None:
         raise ConfigError(f"{name} has {own} token ids and {target.model_name} {theirs}: it may draft unknown ones")
 
 
-def _kv_bytes(kv: RequestKV) -> int:
-    return kv.num_tokens * kv.pool.layout.bytes_per_token
-
-
-def weight_bytes(decoder: Decoder) -> int:
-    """Return the bytes of weights that a step reads: all matrices, and one row of the embedding."""
-    config = decoder.config
-    heads = config.num_q_heads + 2 * config.num_kv_heads
-    attention = config.hidden_size * config.head_dim * (heads + config.num_q_heads)
-    feed_forward = 3 * config.hidden_size * config.intermediate_size
-    matrices = config.num_layers * (attention + feed_forward) + config.hidden_size * config.vocab_size
-    return matrices * decoder.dtype.itemsize
+def _step_share(model: DraftModel, target: Engine, tokens: int, target_tokens: int) -> float:
+    """Return the bytes of a step behind so many tokens over those of a plain step of the target behind its own."""
+    own = model.weight_bytes + tokens * model.decoder.layout.bytes_per_token
+    return own / (weight_bytes(target.decoder) + target_tokens * target.decoder.layout.bytes_per_token)

@@ -36,6 +36,7 @@ def self_drafter(
     width: int = 1,
     strategy: PrefillStrategy | None = None,
     decoder: Decoder | None = None,
+    reader: Decoder | None = None,
 ) -> ModelDrafter:
     """Return the drafter `self`.
 
@@ -45,8 +46,9 @@ def self_drafter(
         width: prompts that the chunks are dealt out to; each is one branch of the tree.
         strategy: brings the short prompt's rows into the pool; None computes it in full.
         decoder: a cheaper variant of the weights; None takes the target's own.
+        reader: computes prompts for the variant; None has it do so itself (`DraftModel.of`).
     """
-    model = DraftModel.of(engine, decoder, strategy)
+    model = DraftModel.of(engine, decoder, strategy, reader)
     return ModelDrafter(SELF, model, engine, lambda prompt: short_prompts(prompt, context_tokens, width), width)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor
 
 from ragkit.config import Device
-from ragkit.errors import GenerationError
+from ragkit.errors import CacheCapacityError, GenerationError
 from ragkit.generation.admission import Admission
 from ragkit.generation.attention import StandaloneAttention
 from ragkit.generation.contiguous_decode import ContiguousDecodeRunner
 from ragkit.generation.contiguous_verify import ContiguousVerifier
 from ragkit.generation.decode import decode
 from ragkit.generation.decode_runner import DecodeRunner
-from ragkit.generation.decode_state import StepRunner
+from ragkit.generation.decode_state import DecodeState, StepRunner
 from ragkit.generation.decoder import Decoder
-from ragkit.generation.draft_control import Costs, MeasuredCosts
+from ragkit.generation.draft_costs import Costs, MeasuredCosts
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.placement import kv_tokens_that_fit, resolve_device, resolve_dtype
 from ragkit.generation.prompt import PromptBuilder
@@ -44,6 +45,7 @@ from ragkit.models.tokenizer import ModelTokenizer
 from ragkit.progress import Progress
 from ragkit.types import CausalOutput, DraftUse, Prompt, TokenUsage
 
+_log = logging.getLogger(__name__)
 _LOSS_ROWS = 512  # rows of logits held at once while losses are computed
 _KEPT_BUILDERS = 8  # rendering and tokenising the chat template takes milliseconds
 
@@ -186,6 +188,7 @@ class Engine:
             if drafted is None:
                 tokens = decode(self._runner, kv, rotary, prefilled.logits, sampling, stops, self.tokenizer)
             else:
+                self._record_for([DecodeState(kv, rotary)])
                 tokens = speculative_decode(
                     drafted, self._runner, self.verifier, kv, rotary, prefilled.logits, self.tokenizer
                 )
@@ -222,6 +225,29 @@ class Engine:
         if isinstance(self._runner, DecodeRunner):
             return VerifyRunner(self.decoder, self.pool, self._runner.scratch_slot)
         return ContiguousVerifier(self.decoder)
+
+    def record_ahead(self, record: Callable[[Sequence[DecodeState]], None]) -> None:
+        """Have `record` record what requests with up to some thousand tokens replay, before there is one.
+
+        Where no block is spare for that the first request's own are used.
+        """
+        try:
+            with self.admission.spare(1) as spare, RequestKV(self.pool) as kv:
+                kv.reserve(1)
+                spare.has_taken()
+                record([DecodeState(kv, self.rotary.table(1, prompt_tokens=1))])
+        except CacheCapacityError as error:
+            _log.info("nothing recorded ahead: %s", error)
+
+    def prepare_drafting(self) -> None:
+        """Record what drafted answers replay, plain steps included; longer requests record theirs as they begin."""
+        self.record_ahead(self._record_for)
+
+    def _record_for(self, states: Sequence[DecodeState]) -> None:
+        verifier = self.verifier
+        if isinstance(self._runner, DecodeRunner) and isinstance(verifier, VerifyRunner):
+            self._runner.prepare(states)
+            verifier.prepare(states)
 
     def speculative_request(
         self, drafting: Drafting, prompt: Prompt, sampling: SamplingConfig, stop_token_ids: frozenset[int],

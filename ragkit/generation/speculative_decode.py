@@ -17,7 +17,8 @@ from ragkit.errors import CacheCapacityError, ConfigError
 from ragkit.generation.acceptance import Acceptance, Transfer
 from ragkit.generation.decode import Decoded
 from ragkit.generation.decode_state import DecodeState, StepRunner
-from ragkit.generation.draft_control import Costs, DraftController, DraftLimits, NominalCosts
+from ragkit.generation.draft_control import DraftController, DraftLimits
+from ragkit.generation.draft_costs import Costs, NominalCosts
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter import DraftBudget, DraftContext, Drafter, DraftSession
 from ragkit.generation.sampling import SamplingConfig
@@ -94,8 +95,9 @@ class SpeculativeRequest:
         draws = drafting.drafter.has_probabilities and (sampling.temperature > 0 or drafting.transfer is not None)
         width = drafting.drafter.width
         self.costs = NominalCosts() if draws else costs
-        self._controller = DraftController(self.costs, drafting.limits, width)
+        self._controller = DraftController(self.costs, drafting.limits, width, drafting.drafter.name)
         self._session: DraftSession | None = None
+        self._is_declined = False  # as it cannot pay
         self._begun = 0  # sessions so far
         self.warnings: tuple[str, ...] = ()
         self.state: DecodeState | None = None
@@ -138,12 +140,16 @@ class SpeculativeRequest:
         kv = self.state.kv
         remaining = self._sampling.max_new_tokens - len(self.token_ids)
         room = kv.num_reserved - kv.num_tokens - 1 if room is None else room
+        if self._session is None and not self._may_begin(kv.num_tokens, remaining, requests):
+            return DraftBudget(0, 0)
         try:
             session = self.session
         except CacheCapacityError as error:  # the answer does not depend on its drafts
             self.give_up(error)
             return DraftBudget(0, 0)
-        return self._controller.budget(kv.num_tokens, remaining, room, session.step_ms, session.step_share, requests)
+        return self._controller.budget(
+            kv.num_tokens, remaining, room, session.step_ms, session.step_share, requests, session.lag
+        )
 
     def cut(self, tree: DraftTree, budget: DraftBudget) -> DraftTree:
         """Return the part of a proposal that is verified."""
@@ -187,14 +193,9 @@ class SpeculativeRequest:
         self._passes += 1
         self._spent_ms += pass_ms + draft_ms
         self._controller.observe(tree, accepted, context, pass_ms)
-        if self.reason is None and self.drafting.retrieve is not None and self._controller.wants_refresh:
-            self._controller.refreshed()
-            prompt = self.drafting.retrieve(self.token_ids)
-            if prompt is not None:
-                try:
-                    self.session.refresh(prompt)
-                except CacheCapacityError as error:
-                    self.give_up(error)
+        is_drafting = self.reason is None and self._session is not None and not self.warnings
+        if is_drafting and self._controller.wants_refresh:
+            self._refresh(context)
 
     def use(self) -> DraftUse:
         """Return what drafting did."""
@@ -229,6 +230,36 @@ class SpeculativeRequest:
             return False
         self.give_up("other requests need the KV blocks of its drafter")
         return True
+
+    def _may_begin(self, context: int, remaining: int, requests: int) -> bool:
+        """Return whether drafting may pay. In `transfer` it is done for the answer, whatever it costs."""
+        if self._is_declined:
+            return False
+        if self.drafting.transfer is None:
+            price = self.drafting.drafter.price(self._prompt)
+            reason = self._controller.reason_not_to_begin(price, context, remaining, requests)
+            if reason:
+                _log.info("not drafted by %s: %s", self.drafting.drafter.name, reason)
+                self._is_declined = True
+        return not self._is_declined
+
+    def _refresh(self, context: int) -> None:
+        """Retrieve anew, and draft from there, where that pays."""
+        retrieve, started = self.drafting.retrieve, time.perf_counter()
+        remaining = self._sampling.max_new_tokens - len(self.token_ids)
+        price = self.drafting.drafter.price(self._prompt)
+        if retrieve is None or not self._controller.pays_to_refresh(price, context, remaining):
+            self._controller.refreshed()
+            return
+        prompt = retrieve(self.token_ids)
+        if prompt is not None:
+            try:
+                self.session.refresh(prompt)
+            except CacheCapacityError as error:
+                self.give_up(error)
+        spent = (time.perf_counter() - started) * 1e3
+        self._controller.refreshed(spent)
+        self._spent_ms += spent
 
     def _take(self, tokens: Sequence[int]) -> list[int]:
         taken: list[int] = []

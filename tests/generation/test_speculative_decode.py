@@ -1,5 +1,6 @@
 """Drafting changes nothing but the number of passes: tokens, stops, limits and rows are those of plain decoding."""
 
+import logging
 import math
 import random
 import sys
@@ -12,8 +13,10 @@ from ragkit.errors import ConfigError, RagkitError
 from ragkit.generation.acceptance import Transfer
 from ragkit.generation.contiguous_decode import ContiguousDecodeRunner
 from ragkit.generation.decode import decode
-from ragkit.generation.draft_control import DraftLimits, MeasuredCosts
+from ragkit.generation.draft_control import DraftLimits
+from ragkit.generation.draft_costs import MeasuredCosts, NominalCosts
 from ragkit.generation.draft_tree import DraftTree
+from ragkit.generation.drafter import DraftPrice
 from ragkit.generation.drafter_lookup import LookupDrafter
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.sampling import SamplingConfig, distribution
@@ -255,12 +258,35 @@ def test_plain_decoding_drafts_nothing(engine):
     assert (use.mode, use.drafted, use.accepted) == ("none", 0, 0)
 
 
-def test_a_drafter_that_is_always_wrong_is_soon_asked_no_more(engine):
+def test_a_drafter_that_is_always_wrong_is_soon_asked_no_more(engine, monkeypatch):
+    monkeypatch.setattr(engine, "draft_costs", NominalCosts())  # with no other test's drafts and times
     drafter = ScriptedDrafter(lambda session, budget: DraftTree.chain([299] * budget.depth), step_ms=0.5)
     config = sampling(200)
     finished = run(engine, config, Drafting(drafter))
     assert finished.token_ids == right_answer(engine, config)
-    assert finished.draft.drafted < 80
+    assert 0 < finished.draft.drafted < 15
+
+
+def test_a_drafter_that_cannot_pay_is_not_begun(engine, monkeypatch, caplog):
+    monkeypatch.setattr(engine, "draft_costs", NominalCosts())
+    drafter = oracle(right_answer(engine, sampling(30)))
+    drafter.price = lambda prompt: DraftPrice(step_share=1.01)
+    with caplog.at_level(logging.INFO):
+        finished = run(engine, sampling(30), Drafting(drafter))
+    assert drafter.sessions == []
+    assert (finished.draft.drafter, finished.draft.drafted, finished.draft.steps) == ("scripted", 0, 29)
+    assert [record.message for record in caplog.records if "not drafted" in record.message] == [
+        "not drafted by scripted: even if all of its tokens stood, the answer would come 0.99 times as fast"
+    ]
+    assert finished.warnings == ()
+
+
+def test_transfer_is_drafted_whatever_it_costs(engine, monkeypatch):
+    monkeypatch.setattr(engine, "draft_costs", NominalCosts())
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
+    drafter = ScriptedDrafter(drawn_trees(3, logits, 1, 4), has_probabilities=True)
+    drafter.price = lambda prompt: DraftPrice(step_share=1.01)
+    assert run(engine, sampling(10), Drafting(drafter, Transfer(1.0))).draft.drafted > 0
 
 
 def test_requests_of_one_pass_are_drafted_together_and_get_their_own_answers(engine):

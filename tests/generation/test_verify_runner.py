@@ -9,7 +9,7 @@ from ragkit.generation import request_tables
 from ragkit.generation.acceptance import Acceptance
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.decode_state import DecodeState
-from ragkit.generation.draft_control import NominalCosts
+from ragkit.generation.draft_costs import NominalCosts
 from ragkit.generation.draft_runner import PENDING_BUCKETS, DraftRunner, DrawnSteps
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.full_prefill import FullPrefill

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 from ragkit.generation.draft_tree import ROOT, DraftTree
+from ragkit.generation.drafter import DraftPrice
 from ragkit.generation.sampling import Sampler, SamplingConfig, distribution
 
 
 class ScriptedSession:
-    step_share = 0.0
+    lag = 0
 
     def __init__(self, context, step_ms):
         self.context, self.tokens, self.closed, self.prompts = context, [], 0, [context.prompt]
-        self.step_ms = step_ms
+        self.step_ms, self.step_share = step_ms, 0.5 if step_ms else 0.0
 
     def accept(self, token_ids):
         self.tokens += token_ids
@@ -37,6 +38,9 @@ class ScriptedDrafter:
     def __init__(self, draft, has_probabilities=False, step_ms=0.0):
         self._draft, self.has_probabilities, self._step_ms = draft, has_probabilities, step_ms
         self.sessions, self.trees, self.batches = [], [], []
+
+    def price(self, prompt):
+        return DraftPrice(self._step_ms, 0.5 if self._step_ms else 0.0)
 
     def begin(self, context):
         self.sessions.append(ScriptedSession(context, self._step_ms))
