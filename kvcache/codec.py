@@ -16,7 +16,7 @@ from ragkit.kvcache.layout import KVLayout
 
 LayerKV = tuple[Tensor, Tensor]  # keys before RoPE and values, (tokens, kv_heads, head_dim) each
 
-_LARGEST = 6e4  # scales and zeros are fp16
+_LARGEST = 6e4  # numbers, or their scales and zeros, are fp16
 
 
 class KVCodec(Protocol):
@@ -96,14 +96,14 @@ def decode_chunk(codec: KVCodec, encoded: EncodedKV) -> ChunkKV:
 
 
 def require_encodable(layers: Sequence[LayerKV]) -> None:
-    """Raise `KVCacheError` if a number is not finite or beyond what fp16 scales carry."""
+    """Raise `KVCacheError` if a number is not finite or beyond what fp16 carries."""
     for index, layer in enumerate(layers):
         for name, heads in zip(("keys", "values"), layer, strict=True):
             # Written so that NaN fails, too.
             if heads.numel() and not float(heads.abs().amax()) <= _LARGEST:
                 raise KVCacheError(
                     f"the {name} of layer {index} hold a number that is not finite or above {_LARGEST:g}: "
-                    "this KV cannot be stored by a low-bit codec, take bf16 or fp32"
+                    "this codec cannot store such KV, set kv.codec to bf16 or fp32"
                 )
 
 

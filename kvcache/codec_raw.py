@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ragkit.kernels.placement_table import ChunkFormat, Section
-from ragkit.kvcache.codec import LayerKV, join_sections, rounding, section_bytes, split_sections
+from ragkit.kvcache.codec import LayerKV, join_sections, require_encodable, rounding, section_bytes, split_sections
 from ragkit.kvcache.layout import KVLayout
 
 
@@ -27,6 +27,8 @@ class RawCodec:
 
     def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:
         """Return the bytes of each layer: keys, then values."""
+        if self.dtype == torch.float16:  # what it cannot hold would become infinite, and so would every answer
+            require_encodable(layers)
         return [join_sections([keys.to(self.dtype), values.to(self.dtype)]) for keys, values in layers]
 
     def decode(self, encoded: Sequence[Tensor], tokens: int, first_layer: int = 0) -> list[LayerKV]:
