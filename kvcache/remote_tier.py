@@ -56,7 +56,9 @@ class RemoteTier:
             self._files, self._root = fsspec.core.url_to_fs(url, **(options or {}))
             found = self._files.find(self._root, detail=True) if self._files.exists(self._root) else {}
         except Exception as error:  # every file system has errors of its own
-            raise KVCacheError(f"the KV tier {shown} cannot be opened: {self._said(error)}") from safe_cause(error, url)
+            raise KVCacheError(
+                f"the KV tier {shown} cannot be opened: {self._said(error)}; check kv.remote, or leave it empty"
+            ) from safe_cause(error, url)
         for path, about in sorted(found.items()):
             name = str(path).rsplit("/", 1)[-1]
             with contextlib.suppress(KVCacheError):  # other files may lie there

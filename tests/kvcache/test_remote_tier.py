@@ -114,7 +114,7 @@ def test_objects_that_cannot_be_removed_count_on_and_leave_no_room_for_others(tm
 
 
 def test_an_unknown_kind_of_place_is_refused():
-    with pytest.raises(KVCacheError, match="cannot be opened"):
+    with pytest.raises(KVCacheError, match=r"cannot be opened: .*; check kv\.remote"):
         RemoteTier("nowhere://x", 1, make_policy("lru"))
 
 
