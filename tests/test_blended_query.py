@@ -23,7 +23,7 @@ from ragkit.config import (
     SelectorName,
     Strategy,
 )
-from ragkit.errors import ConfigError, UsageError
+from ragkit.errors import ConfigError, StoreError, UsageError
 from ragkit.generation.engine import Engine
 from ragkit.kvcache.load_controller import LoadController, LoadPlan
 
@@ -159,6 +159,26 @@ def test_chunks_that_are_computed_sooner_than_loaded_are_and_the_answer_says_so(
     assert (warm.text, warm.tokens) == (cold.text, cold.tokens)
     with open_blended(place, engine, loading=LoadingMode.ALWAYS) as pipeline:
         assert reused(pipeline.query(QUESTIONS[0])) == (5, 0)
+
+
+def test_what_left_the_store_is_forgotten_after_an_error_in_looking(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.query(QUESTIONS[0])
+    blending, store = pipeline.parts.blending, pipeline.store
+    assert len(blending.kv_store.refs()) == 5
+
+    def unreadable(chunk_ids: list[str]) -> set[str]:
+        raise StoreError("the catalogue cannot be read")
+
+    with monkeypatch.context() as damaged:
+        damaged.setattr(store, "known_chunks", unreadable)
+        with pytest.raises(StoreError):
+            blending.follow(10**6)
+    monkeypatch.setattr(store, "known_chunks", lambda chunk_ids: set())
+    monkeypatch.setattr(store, "kv_entries", lambda keys: {})
+    blending.follow(10**6)
+    assert blending.kv_store.refs() == []
 
 
 def test_two_pipelines_share_an_engine_and_not_their_stores(tmp_path: Path, place: Path, engine: Engine) -> None:

@@ -102,8 +102,8 @@ class Blending:
     def follow(self, generation: int) -> None:
         """Do what `forget_removed` does if the store has another generation than at the last call."""
         if generation != self._generation:
-            self._generation = generation
             self.forget_removed()
+            self._generation = generation  # now: after an error the next question has to look again
 
     def forget_removed(self, heirs: Mapping[str, str] | None = None) -> None:
         """Drop from memory the KV of chunks that have left the store.
