@@ -210,7 +210,7 @@ def _placed(target: str) -> Iterator[Path]:
 
 def _upload(target: str, files: Any, path: str, file: Path) -> None:
     from ragkit.credentials import public_url, safe_cause, without_credentials
-    from ragkit.readers.file_systems import scheme_of
+    from ragkit.readers.file_systems import move_file, scheme_of
 
     direct = scheme_of(target) in _WHOLE_OR_NOT and not type(files).__module__.endswith(".arrow")
     part = path if direct else f"{path}.{secrets.token_hex(4)}.part"
@@ -220,7 +220,7 @@ def _upload(target: str, files: Any, path: str, file: Path) -> None:
             files.makedirs(parent, exist_ok=True)
         files.put_file(str(file), part)
         if not direct:
-            files.mv(part, path)
+            move_file(files, part, path)
     except Exception as error:  # every file system has errors of its own
         if not direct:
             with contextlib.suppress(Exception):

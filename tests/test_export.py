@@ -89,6 +89,16 @@ def test_an_export_goes_to_any_file_system(pipeline: Pipeline):
     files.rm("/out", recursive=True)
 
 
+@pytest.mark.parametrize("name", ["[2024] chunks.parquet", "all*?.parquet"])
+def test_an_export_takes_a_name_at_a_url_as_it_is(pipeline: Pipeline, name: str):
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/out/2 chunks.parquet", b"another")
+    pipeline.export(f"memory://out/{name}")
+    assert sorted(files.find("/out")) == sorted([f"/out/{name}", "/out/2 chunks.parquet"])
+    assert files.cat_file("/out/2 chunks.parquet") == b"another"
+    files.rm("/out", recursive=True)
+
+
 def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(pipeline, tmp_path, monkeypatch):
     target = tmp_path / "out" / "chunks.parquet"
     target.parent.mkdir()
@@ -111,7 +121,7 @@ def test_a_failed_upload_is_one_line_and_leaves_nothing(pipeline, monkeypatch):
     def failing(self, source, target):
         raise PermissionError("key sesame refused")
 
-    monkeypatch.setattr(type(files), "mv", failing)
+    monkeypatch.setattr(type(files), "cp_file", failing)
     with pytest.raises(JobError, match=r"^memory://up/c\.parquet could not be written: key \*\*\* refused$"):
         pipeline.export("memory://up/c.parquet?api_key=sesame")
     assert files.find("/up") == []

@@ -15,7 +15,7 @@ from ragkit.credentials import public_url, safe_cause, without_credentials
 from ragkit.errors import JobError, StoreLockedError, UsageError
 from ragkit.jobs.question_files import lies_elsewhere, local_path
 from ragkit.jobs.result_log import ResultLog
-from ragkit.readers.file_systems import open_file_system
+from ragkit.readers.file_systems import move_file, open_file_system
 from ragkit.store.files import TEMPORARY_PREFIX, sync_folder, write_file_atomically
 
 SUFFIX = ".partial"
@@ -235,7 +235,7 @@ class _RemoteJobFolder:
             self._ask(self._files.put_file, str(whole), self._target)
         else:
             self._ask(self._files.put_file, str(whole), f"{self._folder}/output")
-            self._ask(self._files.mv, f"{self._folder}/output", self._target)
+            self._ask(move_file, self._files, f"{self._folder}/output", self._target)
         self._remove()
 
     def _remove(self) -> None:

@@ -70,6 +70,21 @@ def open_file_system(url: str) -> tuple[Any, str]:
     return files, str(path)
 
 
+def move_file(files: Any, source: str, target: str) -> None:
+    """Move one file within an fsspec file system. Names are taken as they are.
+
+    What fsspec does where a file system has no move of its own reads them as patterns: `[2024].jsonl` is not found, or
+    is another file.
+    """
+    from fsspec import AbstractFileSystem
+
+    if type(files).mv is AbstractFileSystem.mv:
+        files.cp_file(source, target)
+        files.rm_file(source)
+    else:
+        files.mv(source, target)
+
+
 def _arrow_file_system(url: str, missing: ImportError) -> tuple[Any, str]:
     scheme, shown = scheme_of(url), public_url(url)
     if scheme not in _ARROW:

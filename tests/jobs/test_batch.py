@@ -17,7 +17,7 @@ from ragkit import Pipeline
 from ragkit.config import DraftMode
 from ragkit.errors import OfflineError, UsageError
 from ragkit.generation.engine import Engine
-from ragkit.jobs import batch
+from ragkit.jobs import batch, job_folder
 from ragkit.jobs.answering import answer_many
 from ragkit.jobs.batch import BatchJob, run_batch
 from ragkit.jobs.batch_estimate import estimate_batch
