@@ -29,12 +29,13 @@ from ragkit.kernels.paged_rows import (
     Blocks,
     channels_of,
     check_paged_rows,
-    load_angles,
+    load_near_angles,
     load_rotated_keys,
     load_value_codes,
     load_value_field,
     load_values,
     parts_of,
+    row_angles,
     stored_as,
     visible_rows_torch,
 )
@@ -60,12 +61,14 @@ class DecodeTile(NamedTuple):
         rows: read at a time.
         warps: of a program.
         stages: of the pipeline that loads rows ahead.
+        adds_angles: those of rows behind a row to its own, where `bases` says that they stand so.
     """
 
     heads: int
     rows: int
     warps: int
     stages: int
+    adds_angles: bool = False
 
 
 def paged_decode_attention(
@@ -79,6 +82,7 @@ def paged_decode_attention(
     cos: Tensor,
     sin: Tensor,
     *,
+    bases: Tensor | None = None,
     key_field: Tensor | None = None,
     value_field: Tensor | None = None,
     scale: float,
@@ -93,7 +97,8 @@ def paged_decode_attention(
         row_positions: (requests, max_entries, block_size) int32, true position of each row, or `HIDDEN`.
         num_entries: (requests,) int32.
         query_positions: (requests,) int64.
-        cos, sin: (positions, head_dim / 2) fp32.
+        cos, sin: (positions, head_dim / 2) fp32; of angles that grow with the position evenly where `bases` is given.
+        bases: (requests, max_entries) int32, what `entry_bases` gives; None looks up the angle of every row.
         key_field, value_field: (requests, max_entries, block_size / FIELD_ROWS, kv_heads, head_dim), contiguous, added
             to the rows of each entry, to keys before they are rotated.
         scale: factor on the scores.
@@ -106,6 +111,8 @@ def paged_decode_attention(
         raise KernelInputError(
             f"query_positions must be {tuple(queries.shape[:1])}, got {tuple(query_positions.shape)}"
         )
+    if bases is not None and (bases.shape != block_tables.shape or bases.dtype != torch.int32):
+        raise KernelInputError(f"bases must be {tuple(block_tables.shape)} int32, got {tuple(bases.shape)}")
     check_paged_rows(
         queries, queries.shape[0], key_pool, value_pool, block_tables, row_positions, num_entries, cos, sin,
         key_field, value_field,
@@ -117,7 +124,8 @@ def paged_decode_attention(
         )  # fmt: skip
     return launch_paged_decode_attention(
         queries, key_pool, value_pool, block_tables, row_positions, num_entries, query_positions, cos, sin,
-        key_field=key_field, value_field=value_field, scale=scale, tile=decode_tile(queries, key_pool, value_pool),
+        bases=bases, key_field=key_field, value_field=value_field, scale=scale,
+        tile=decode_tile(queries, key_pool, value_pool),
     )  # fmt: skip
 
 
@@ -132,6 +140,7 @@ def launch_paged_decode_attention(
     cos: Tensor,
     sin: Tensor,
     *,
+    bases: Tensor | None = None,
     key_field: Tensor | None = None,
     value_field: Tensor | None = None,
     scale: float,
@@ -151,7 +160,7 @@ def launch_paged_decode_attention(
     weights = torch.empty((requests, q_heads, splits), dtype=torch.float32, device=queries.device)
     _paged_decode_attention_kernel[(requests, kv_heads // tile.heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, num_entries,
-        query_positions, cos, sin,
+        query_positions, cos, sin, num_entries if bases is None else bases,
         queries if key_field is None else key_field, queries if value_field is None else value_field,
         partial, weights,
         scale * 1.4426950408889634,  # the kernel works with powers of two
@@ -159,7 +168,7 @@ def launch_paged_decode_attention(
         GROUP=group, VALUE_GROUPS=value_groups, PAIRS=max(_PAIRS, next_power_of_2(tile.heads * group * value_groups)),
         HEADS=tile.heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF_PADDED=max(16, next_power_of_2(head_dim // 2)),
         BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS, ROWS=tile.rows, SPLITS=splits, BITS=bits, KEY_GROUP=key_group,
-        HAS_FIELD=key_field is not None,
+        HAS_FIELD=key_field is not None, ADDS_ANGLES=tile.adds_angles and bases is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -233,13 +242,13 @@ def decode_tile(queries: Tensor, key_pool: Blocks, value_pool: Blocks) -> Decode
 @launched
 def _paged_decode_attention_kernel(
     query_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
-    table_ptr, row_position_ptr, num_entries_ptr, query_position_ptr, cos_ptr, sin_ptr,
+    table_ptr, row_position_ptr, num_entries_ptr, query_position_ptr, cos_ptr, sin_ptr, base_ptr,
     key_field_ptr, value_field_ptr, partial_ptr, weight_ptr,
     scale_log2, max_entries, stride_qr,
     GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     FIELD_ROWS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
-    HAS_FIELD: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with the query heads of HEADS key heads over one part of one request's blocks. A query head
     # stands in VALUE_GROUPS rows, one for each group of channels of the values: with the group's scale in the weights,
@@ -264,6 +273,7 @@ def _paged_decode_attention_kernel(
     if UPCAST:
         query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
 
+    near_cos, near_sin = load_near_angles(cos_ptr, sin_ptr, half, ROWS, HALF, ADDS_ANGLES)
     highest = tl.full((PAIRS,), float("-inf"), tl.float32)
     total = tl.zeros((PAIRS,), tl.float32)
     summed = tl.zeros((PAIRS, 2 * HALF_PADDED), tl.float32)
@@ -281,7 +291,10 @@ def _paged_decode_attention_kernel(
         row_at = (block * BLOCK_SIZE + row) * KV_HEADS + first_head
         group_at = (block * (BLOCK_SIZE // KEY_GROUP) + first_row // KEY_GROUP) * KV_HEADS + first_head
         field_at = (entry.to(tl.int64) * (BLOCK_SIZE // FIELD_ROWS) + row // FIELD_ROWS) * KV_HEADS + first_head
-        cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
+        cos, sin = row_angles(
+            cos_ptr, sin_ptr, base_ptr + entry, first_row, query_position, position, seen, near_cos, near_sin, half,
+            HALF, ADDS_ANGLES,
+        )  # fmt: skip
         scores = tl.full((PAIRS, ROWS), float("-inf"), tl.float32)
         for of_head in tl.static_range(HEADS):
             key_first, key_second = load_rotated_keys(

@@ -171,6 +171,49 @@ def load_angles(cos_ptr, sin_ptr, position, seen, half, HALF: tl.constexpr):
 
 
 @jit
+def load_near_angles(cos_ptr, sin_ptr, half, ROWS: tl.constexpr, HALF: tl.constexpr, ADDS_ANGLES: tl.constexpr):
+    """Return cosines and sines (ROWS, HALF_PADDED) that `row_angles` adds, nothing if it does not."""
+    if not ADDS_ANGLES:
+        return 0.0, 0.0
+    near = tl.arange(0, ROWS)[:, None] * HALF + half[None, :]
+    mask = (half < HALF)[None, :]
+    at_zero = tl.load(cos_ptr)  # the factor of the table, which a product of two of its numbers has twice
+    near_cos = tl.load(cos_ptr + near, mask=mask, other=0.0) / at_zero
+    return near_cos, tl.load(sin_ptr + near, mask=mask, other=0.0) / at_zero
+
+
+@jit
+def row_angles(
+    cos_ptr, sin_ptr, base_ptr, first_row, last, position, seen, near_cos, near_sin, half,
+    HALF: tl.constexpr, ADDS_ANGLES: tl.constexpr,
+):  # fmt: skip
+    """Return cosines and sines (ROWS, HALF_PADDED) of a tile's rows.
+
+    They are looked up as `load_angles` does, or come of those of its first row: R(p + r) = R(p) R(r).
+
+    Args:
+        base_ptr: where the first row of the entry stands, below 0 if its rows do not stand behind each other.
+        first_row: of the tile, in its entry.
+        last: a position that no row seen is behind.
+        near_cos, near_sin: what `load_near_angles` returns.
+        ADDS_ANGLES: whether there are bases.
+    """
+    if not ADDS_ANGLES:
+        return load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
+    is_half = half < HALF
+    base = tl.load(base_ptr)
+    if base >= 0:
+        far = tl.minimum(base + first_row, last) * HALF + half  # of a tile that is seen the former
+        far_cos = tl.load(cos_ptr + far, mask=is_half, other=0.0)[None, :]
+        far_sin = tl.load(sin_ptr + far, mask=is_half, other=0.0)[None, :]
+        cos = far_cos * near_cos - far_sin * near_sin
+        sin = far_sin * near_cos + far_cos * near_sin
+    else:
+        cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
+    return cos, sin
+
+
+@jit
 def load_key_halves(
     key_ptr, scale_ptr, zero_ptr, row_at, group_at, seen, half,
     HALF: tl.constexpr, BITS: tl.constexpr, BY_FOURS: tl.constexpr,
@@ -178,8 +221,8 @@ def load_key_halves(
     """Return both halves (ROWS, HALF_PADDED) of one head's keys as they lie, fp32.
 
     Of a row not seen they may be anything. `row_at` and `group_at` are those of `load_rotated_keys`. A thread that
-    holds sixteen codes of one row meets as many scales. `BY_FOURS`, fours of several rows share theirs; only if a kernel
-    reads all codes so.
+    holds sixteen codes of one row meets as many scales. `BY_FOURS`, fours of several rows share theirs: for kernels
+    that read all codes so.
     """
     is_channel = half < HALF
     mask = seen[:, None] & is_channel[None, :]

@@ -32,10 +32,11 @@ from ragkit.kernels.paged_rows import (
     Blocks,
     channels_of,
     check_paged_rows,
-    load_angles,
+    load_near_angles,
     load_rotated_keys,
     load_values,
     parts_of,
+    row_angles,
     stored_as,
     visible_rows_torch,
 )
@@ -304,11 +305,7 @@ def _paged_verify_attention_kernel(
     if UPCAST:
         query_first, query_second = query_first.to(tl.float32), query_second.to(tl.float32)
 
-    if ADDS_ANGLES:
-        near = tl.arange(0, ROWS)[:, None] * HALF + half[None, :]
-        at_zero = tl.load(cos_ptr)  # the factor of the table, which a product of two of its numbers has twice
-        near_cos = tl.load(cos_ptr + near, mask=is_half[None, :], other=0.0) / at_zero
-        near_sin = tl.load(sin_ptr + near, mask=is_half[None, :], other=0.0) / at_zero
+    near_cos, near_sin = load_near_angles(cos_ptr, sin_ptr, half, ROWS, HALF, ADDS_ANGLES)
     highest = tl.full((PAIRS,), float("-inf"), tl.float32)
     total = tl.zeros((PAIRS,), tl.float32)
     summed = tl.zeros((PAIRS, 2 * HALF_PADDED), tl.float32)
@@ -325,18 +322,10 @@ def _paged_verify_attention_kernel(
         row_at = (block * BLOCK_SIZE + row) * KV_HEADS + kv_head
         group_at = (block * (BLOCK_SIZE // KEY_GROUP) + first_row // KEY_GROUP) * KV_HEADS + kv_head
         field_at = (entry.to(tl.int64) * (BLOCK_SIZE // FIELD_ROWS) + row // FIELD_ROWS) * KV_HEADS + kv_head
-        if ADDS_ANGLES:
-            base = tl.load(base_ptr + entry)
-            if base >= 0:
-                far = tl.minimum(base + first_row, first_position) * HALF + half  # of a tile that is seen the former
-                far_cos = tl.load(cos_ptr + far, mask=is_half, other=0.0)[None, :]
-                far_sin = tl.load(sin_ptr + far, mask=is_half, other=0.0)[None, :]
-                cos = far_cos * near_cos - far_sin * near_sin
-                sin = far_sin * near_cos + far_cos * near_sin
-            else:
-                cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
-        else:
-            cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
+        cos, sin = row_angles(
+            cos_ptr, sin_ptr, base_ptr + entry, first_row, first_position, position, seen, near_cos, near_sin, half,
+            HALF, ADDS_ANGLES,
+        )  # fmt: skip
         key_first, key_second = load_rotated_keys(
             key_ptr, key_scale_ptr, key_zero_ptr, key_field_ptr, row_at, group_at, field_at, cos, sin, seen, half,
             HALF, BITS, HAS_FIELD, NUMBER,

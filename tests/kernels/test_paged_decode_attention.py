@@ -5,8 +5,14 @@ import torch
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
-from ragkit.kernels.paged_decode_attention import HIDDEN, paged_decode_attention, paged_decode_attention_torch
-from ragkit.kernels.paged_rows import FIELD_ROWS
+from ragkit.kernels.paged_decode_attention import (
+    HIDDEN,
+    DecodeTile,
+    launch_paged_decode_attention,
+    paged_decode_attention,
+    paged_decode_attention_torch,
+)
+from ragkit.kernels.paged_rows import FIELD_ROWS, entry_bases
 from ragkit.kernels.testing import assert_matches, guarded
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -152,3 +158,26 @@ def test_tables_of_another_shape_are_refused(device, rng):
     inputs[4] = inputs[4][..., :32]
     with pytest.raises(KernelInputError, match="tables must be of 1 requests"):
         paged_decode_attention(*inputs, scale=1.0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_angles_that_are_added_are_those_of_the_table(head_dim, factor, device, rng):
+    inputs = _inputs((250, 40, 200), 4, 2, head_dim, torch.float32, device, rng)
+    positions = inputs[4]
+    positions[0, 1] = positions[0, 1].flip(0)  # rows in another order
+    positions[0, 2, 5:20] = HIDDEN
+    positions[2, 0, 3] = HIDDEN
+    angles = torch.outer(torch.arange(256, device=device), 100.0 ** -torch.linspace(0, 1, head_dim // 2, device=device))
+    inputs[7:] = angles.cos() * factor, angles.sin() * factor
+    bases = entry_bases(positions)
+    assert bases[0].tolist() == [0, -1, 128, 192, -1]
+    tile = DecodeTile(1, 32, 4, 2, adds_angles=True)
+    got = launch_paged_decode_attention(*inputs, bases=bases, scale=0.2, tile=tile)
+    assert_matches(got, paged_decode_attention_torch(*inputs, scale=0.2), reduced=4)
+
+
+def test_bases_of_another_shape_are_refused(device, rng):
+    inputs = _inputs((5,), 4, 2, 32, torch.float32, device, rng)
+    with pytest.raises(KernelInputError, match="bases must be"):
+        paged_decode_attention(*inputs, bases=entry_bases(inputs[4])[:, :1], scale=1.0)
