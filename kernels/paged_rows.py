@@ -173,13 +173,14 @@ def load_angles(cos_ptr, sin_ptr, position, seen, half, HALF: tl.constexpr):
 @jit
 def load_near_angles(cos_ptr, sin_ptr, half, ROWS: tl.constexpr, HALF: tl.constexpr, ADDS_ANGLES: tl.constexpr):
     """Return cosines and sines (ROWS, HALF_PADDED) that `row_angles` adds, nothing if it does not."""
-    if not ADDS_ANGLES:
-        return 0.0, 0.0
-    near = tl.arange(0, ROWS)[:, None] * HALF + half[None, :]
-    mask = (half < HALF)[None, :]
-    at_zero = tl.load(cos_ptr)  # the factor of the table, which a product of two of its numbers has twice
-    near_cos = tl.load(cos_ptr + near, mask=mask, other=0.0) / at_zero
-    return near_cos, tl.load(sin_ptr + near, mask=mask, other=0.0) / at_zero
+    near_cos, near_sin = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32)
+    if ADDS_ANGLES:
+        near = tl.arange(0, ROWS)[:, None] * HALF + half[None, :]
+        mask = (half < HALF)[None, :]
+        at_zero = tl.load(cos_ptr)  # the factor of the table, which a product of two of its numbers has twice
+        near_cos = tl.load(cos_ptr + near, mask=mask, other=0.0) / at_zero
+        near_sin = tl.load(sin_ptr + near, mask=mask, other=0.0) / at_zero
+    return near_cos, near_sin
 
 
 @jit
@@ -198,16 +199,16 @@ def row_angles(
         near_cos, near_sin: what `load_near_angles` returns.
         ADDS_ANGLES: whether there are bases.
     """
-    if not ADDS_ANGLES:
-        return load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
-    is_half = half < HALF
-    base = tl.load(base_ptr)
-    if base >= 0:
-        far = tl.minimum(base + first_row, last) * HALF + half  # of a tile that is seen the former
-        far_cos = tl.load(cos_ptr + far, mask=is_half, other=0.0)[None, :]
-        far_sin = tl.load(sin_ptr + far, mask=is_half, other=0.0)[None, :]
-        cos = far_cos * near_cos - far_sin * near_sin
-        sin = far_sin * near_cos + far_cos * near_sin
+    if ADDS_ANGLES:
+        base = tl.load(base_ptr)
+        if base >= 0:
+            far = tl.minimum(base + first_row, last) * HALF + half  # of a tile that is seen the former
+            far_cos = tl.load(cos_ptr + far, mask=half < HALF, other=0.0)[None, :]
+            far_sin = tl.load(sin_ptr + far, mask=half < HALF, other=0.0)[None, :]
+            cos = far_cos * near_cos - far_sin * near_sin
+            sin = far_sin * near_cos + far_cos * near_sin
+        else:
+            cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
     else:
         cos, sin = load_angles(cos_ptr, sin_ptr, position, seen, half, HALF)
     return cos, sin
