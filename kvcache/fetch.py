@@ -74,8 +74,9 @@ class Fetch:
         wanted = list(dict.fromkeys(refs))
         while open_refs := [ref for ref in wanted if ref not in self._pins]:
             started = time.perf_counter()
-            led, awaited = self._take_or_lead(open_refs)
+            led: list[ChunkRef] = []
             try:
+                awaited = self._take_or_lead(open_refs, led)
                 self._bring(led, started)
             finally:
                 for ref in led:  # whatever happened, nobody waits for us any longer
@@ -115,9 +116,8 @@ class Fetch:
             recomputed=recomputed,
         )
 
-    def _take_or_lead(self, refs: Sequence[ChunkRef]) -> tuple[list[ChunkRef], dict[ChunkRef, InFlight]]:
-        """Pin what is in memory; return what this request has to bring, and what others are bringing."""
-        led: list[ChunkRef] = []
+    def _take_or_lead(self, refs: Sequence[ChunkRef], led: list[ChunkRef]) -> dict[ChunkRef, InFlight]:
+        """Pin what is in memory, add to `led` what this request has to bring, and return what others are bringing."""
         awaited: dict[ChunkRef, InFlight] = {}
         pool = self._store.pool
         if pool is not None:  # all at once: there are many, and the GPU waits for the host meanwhile
@@ -135,7 +135,7 @@ class Fetch:
         # Another request may have brought a chunk between the look into memory and the lead.
         for ref in led:
             self._pin(ref)
-        return led, awaited
+        return awaited
 
     def _pin(self, ref: ChunkRef) -> bool:
         for tier in self._store.near:

@@ -163,6 +163,31 @@ def test_nothing_stays_pinned_after_an_error(compute):
             assert is_right(got.chunks[0], ref_of("b"))
 
 
+def test_nobody_waits_for_a_request_that_was_interrupted_while_it_looked(compute, monkeypatch):
+    def interrupted(ref):
+        if ref == ref_of("b"):
+            raise KeyboardInterrupt
+        return None
+
+    with kv_store() as kv, ThreadPoolExecutor(1) as pool:
+        with monkeypatch.context() as patched:
+            patched.setattr(kv.memory, "pin", interrupted)
+            with pytest.raises(KeyboardInterrupt), kv.fetch([ref_of("a"), ref_of("b")], compute):
+                pass
+
+        def ask():
+            with kv.fetch([ref_of("a")], compute) as got:
+                return is_right(got.chunks[0], ref_of("a"))
+
+        asked = pool.submit(ask)
+        try:
+            assert asked.result(5)
+        finally:
+            for future in list(kv._in_flight.values()):  # so that a failing test ends
+                future.cancel()
+                kv._in_flight.clear()
+
+
 def test_two_requests_compute_a_chunk_once(compute):
     compute.gate = threading.Event()
     with kv_store() as kv, ThreadPoolExecutor(4) as pool:
