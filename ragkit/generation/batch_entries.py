@@ -83,6 +83,11 @@ class RequestEntry:
         return self.prompt_tokens + self.replayed
 
     @property
+    def rows_at_start(self) -> int:
+        """Rows of its own that it starts with: those of its prefill, and one for an answer that begins."""
+        return self.prompt_tokens + max(self.generated, 1)
+
+    @property
     def rows(self) -> int:
         """Rows of its own that it needs once its next token is computed."""
         return self.prompt_tokens + self.generated

@@ -207,7 +207,7 @@ class BatchRun:
             job = self._jobs[entry]
             job.start()
             capacity = len(job.token_ids) + job.sampling.max_new_tokens
-            job.packed = self._runner.open(above, entry.rows, capacity=capacity)
+            job.packed = self._runner.open(above, entry.rows_at_start, capacity=capacity)
 
     def _prefill(self, job: BatchJob) -> list[BatchResult]:
         """Have a strategy prefill the whole prompt."""

@@ -237,7 +237,7 @@ class BatchScheduler:
     def _make_room(self, entry: RequestEntry, missing: list[SharedEntry]) -> bool:
         """Promise the blocks that a request and what it lists need; those of idle beginnings go for them."""
         blocks_for = self._supply.blocks_for
-        own = max(blocks_for(entry.prompt_tokens + max(entry.generated, 1)), entry.strategy_blocks)
+        own = max(blocks_for(entry.rows_at_start), entry.strategy_blocks)
         shared = sum(blocks_for(one.length) for one in missing)
         # Answers that are running will want to grow: a block for each, or the newcomer is sent away again.
         spare = len(self._running)

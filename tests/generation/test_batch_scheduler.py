@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,8 +67,10 @@ class CountedPool:
 class Simulation:
     """Runs a scheduler to the end, and checks every step."""
 
-    def __init__(self, capacity: int, budget: int, max_running: int = 99) -> None:
+    def __init__(self, capacity: int, budget: int, max_running: int = 99, drafts: int | None = None) -> None:
         self.pool = CountedPool(capacity)
+        self.drafts = None if drafts is None else random.Random(drafts)
+        self.drafted = 0
         self.budget = budget
         self.scheduler = BatchScheduler(self.pool, budget, max_running)
         self.max_running = max_running
@@ -85,6 +89,8 @@ class Simulation:
                 entry.stage = Stage.ENDED
         while self.scheduler.num_waiting or self.scheduler.num_running:
             assert len(self.steps) < most_steps, "some request starves"
+            for entry in self.scheduler.decoding:
+                entry.wanted_rows = self.drafts.randrange(9) if self.drafts else 0
             self._step(self.scheduler.step())
         self.scheduler.step()
         self.scheduler.close()
@@ -98,27 +104,35 @@ class Simulation:
         assert step.decodes or step.pieces or step.by_strategy or step.refused
         for entry in step.started:
             shared = entry.parent if isinstance(entry, SharedEntry) else entry.beginning
-            self.pool.open(entry, entry.to_compute if isinstance(entry, SharedEntry) else entry.rows, shared)
+            rows = entry.to_compute if isinstance(entry, SharedEntry) else entry.rows_at_start
+            self.pool.open(entry, rows, shared)
         for entry in step.by_strategy:
             self.pool.open(entry, entry.rows, None)
             if entry.replayed:
                 self.scheduler.prefilled_by_strategy(entry, self.pool.blocks_for(entry.rows))
             else:
                 self._token(entry, first=True)
+        assert not step.drafts or not (step.pieces or step.by_strategy or step.started)
         for entry in step.decodes:
-            self.pool.grow(entry, entry.rows)
-            self._token(entry, first=False)
+            rows = step.drafts.get(entry, 0)
+            assert rows <= min(entry.wanted_rows, entry.answer_tokens - entry.generated)
+            self.drafted += rows
+            self.pool.grow(entry, entry.rows + rows)
+            assert self.pool.blocks_for(entry.rows + rows) <= entry.blocks or entry.cost
+        for entry in step.decodes:
+            stands = self.drafts.randrange(step.drafts[entry] + 1) if entry in step.drafts else 0
+            self._token(entry, first=False, brought=1 + stands)
         for piece in step.pieces:
             assert piece.start < piece.stop
             self.computed += piece.stop - piece.start
             if piece.is_last and isinstance(piece.entry, RequestEntry):
                 self._token(piece.entry, first=True)
 
-    def _token(self, entry: RequestEntry, *, first: bool) -> None:
+    def _token(self, entry: RequestEntry, *, first: bool, brought: int = 1) -> None:
         if first:
             self.scheduler.started_answer(entry)
         else:
-            entry.generated += 1
+            entry.generated = min(entry.generated + brought, entry.answer_tokens)
         if entry.generated == entry.answer_tokens:
             self.scheduler.end(entry)
             self.ended.append(entry)
@@ -142,9 +156,11 @@ def workloads(draw):
 
 
 @settings(max_examples=400, deadline=None)
-@given(workloads(), st.integers(4, 40), st.integers(1, 30), st.integers(1, 6))
-def test_every_request_ends_within_budget_and_pool(entries, capacity, budget, max_running):
-    simulation = Simulation(capacity, budget, max_running)
+@given(
+    workloads(), st.integers(4, 40), st.integers(1, 30), st.integers(1, 6), st.one_of(st.none(), st.integers(0, 99))
+)  # fmt: skip
+def test_every_request_ends_within_budget_and_pool(entries, capacity, budget, max_running, drafts):
+    simulation = Simulation(capacity, budget, max_running, drafts)
     simulation.run(entries)
     assert {*simulation.ended} | {*simulation.refused} == {*entries}
     assert len(simulation.ended) + len(simulation.refused) == len(entries)
@@ -170,9 +186,9 @@ def test_what_is_computed_is_what_is_needed_and_what_was_given_up(entries, capac
 
 
 @settings(max_examples=200, deadline=None)
-@given(workloads(), st.integers(1, 30))
-def test_nothing_is_computed_twice_while_there_is_room(entries, budget):
-    simulation = Simulation(10_000, budget)
+@given(workloads(), st.integers(1, 30), st.one_of(st.none(), st.integers(0, 99)))
+def test_nothing_is_computed_twice_while_there_is_room(entries, budget, drafts):
+    simulation = Simulation(10_000, budget, drafts=drafts)
     simulation.run(entries)
     assert simulation.scheduler.repeated_tokens == simulation.scheduler.preemptions == 0
 
@@ -222,3 +238,62 @@ def test_a_prefill_that_goes_in_one_go_may_exceed_the_budget_only_alone():
     entries = [RequestEntry(0, 4, 2, cost=4), RequestEntry(1, 30, 1, cost=30), RequestEntry(2, 4, 1, cost=4)]
     simulation.run(entries)
     assert [[entry.key for entry in step.by_strategy] for step in simulation.steps[:3]] == [[0], [1], [2]]
+
+
+def decoding(scheduler: BatchScheduler, *entries: RequestEntry) -> None:
+    """Bring requests to where they decode."""
+    for entry in entries:
+        scheduler.add(entry)
+    step = scheduler.step()
+    assert step.started == [*entries]
+    for entry in entries:
+        scheduler._supply.open(entry, entry.rows_at_start, None)
+        scheduler.started_answer(entry)
+
+
+def test_drafts_take_what_the_budget_leaves_the_oldest_first():
+    scheduler = BatchScheduler(CountedPool(100), 12, 9)
+    one, two, three = (RequestEntry(key, 2, 40) for key in range(3))
+    decoding(scheduler, one, two, three)
+    one.wanted_rows, two.wanted_rows, three.wanted_rows = 5, 0, 7
+    step = scheduler.step()
+    assert step.drafts == {one: 5, three: 4}
+    assert step.tokens == 12
+
+
+def test_drafts_reach_no_further_than_the_answer():
+    scheduler = BatchScheduler(CountedPool(100), 50, 9)
+    entry = RequestEntry(0, 2, 4)
+    decoding(scheduler, entry)
+    entry.wanted_rows = 20
+    assert scheduler.step().drafts == {entry: 3}
+
+
+def test_drafts_get_no_blocks_while_somebody_waits_for_some():
+    pool = CountedPool(4)
+    scheduler = BatchScheduler(pool, 50, 9)
+    running, waiting = RequestEntry(0, 4, 9), RequestEntry(1, 12, 4)
+    decoding(scheduler, running)
+    running.wanted_rows = 6
+    assert scheduler.step().drafts == {running: 6}
+    assert running.blocks == 3
+    pool.grow(running, running.rows + 6)
+    scheduler.add(waiting)
+    assert scheduler.step().drafts == {running: 3}
+    assert (running.blocks, pool.given_back) == (2, 1)
+
+
+def test_blocks_of_drafts_are_taken_back_before_a_request_gives_way():
+    pool = CountedPool(6)
+    scheduler = BatchScheduler(pool, 50, 9)
+    old, young = RequestEntry(0, 8, 12), RequestEntry(1, 3, 12)
+    decoding(scheduler, old, young)
+    young.wanted_rows = 8
+    assert scheduler.step().drafts == {young: 8}
+    pool.grow(young, young.rows + 8)
+    assert pool.used == pool.capacity
+    old.generated += 4
+    young.wanted_rows = 0
+    step = scheduler.step()
+    assert step.decodes == [old, young]
+    assert (scheduler.preemptions, pool.given_back) == (0, 2)
