@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ import typer
 from ragkit.cli.common import Session, flag
 from ragkit.cli.measuring import check_places
 from ragkit.cli.output import json_text
-from ragkit.config import DraftConfig, DraftMode
+from ragkit.config import DraftMode
 from ragkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _ways(pipeline: Pipeline, engine: Engine, names: list[str], *, transfer: boo
     ways = {}
     base = pipeline.config.draft
     for name in names:
-        config = DraftConfig(name, DraftMode.EXACT, base.strength, base.depth, base.context_tokens, base.prompts)
+        config = replace(base, drafter=name, mode=DraftMode.EXACT, dropped_layers=0)
         drafter = make_drafter(pipeline.parts, config, blended=False, prompt=Prompt(()))
         limits = DraftLimits(config.depth)
         ways[name] = Drafting(drafter, limits=limits)

@@ -87,10 +87,10 @@ def answer_settings(
 def draft_settings(draft: str | None, exact: bool | None) -> dict[str, Flag | None]:
     """Return the settings that the options of drafting stand for, None where one was not given."""
     mode = None if exact is None else DraftMode.EXACT if exact else DraftMode.TRANSFER
-    return {
-        "draft.drafter": flag(draft, "--draft"),
-        "draft.mode": flag(mode, "--exact" if exact else "--transfer"),
-    }
+    option = "--exact" if exact else "--transfer"
+    if draft == "none" and mode is None:
+        mode, option = DraftMode.EXACT, "--draft"  # what drafts may do where others are drafted plays no part
+    return {"draft.drafter": flag(draft, "--draft"), "draft.mode": flag(mode, option)}
 
 
 def check_draft_mode(exact: bool | None, settings: Settings) -> None:

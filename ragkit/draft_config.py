@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ragkit.errors import ConfigError
 from ragkit.setting_checks import at_least
-from ragkit.setting_names import DraftMode
+from ragkit.setting_names import DraftMode, DraftWeights
 
 #: Names of drafters that are no models.
 DRAFTERS = ("none", "auto", "self", "lookup")
@@ -23,9 +23,10 @@ class DraftConfig:
     generator alone gives, or has its distribution; `transfer` moves the generator towards its drafter by `strength`,
     and the answer with it. `depth` bounds the tokens of a draft, which adapt to what they bring.
 
-    `self` reads at most `context_tokens` of the best chunks, dealt out to `prompts` whose drafts are one tree, and
-    leaves out attention in `dropped_layers` layers. With `retrieve_anew` other chunks are looked for with the answer so
-    far where drafts become worse.
+    `self` reads at most `context_tokens` of the best chunks, dealt out to `prompts` whose drafts are one tree, drafts
+    with the generator's own `weights` or a copy of 4 bits (a quarter of the memory more), and leaves out attention in
+    `dropped_layers` layers. With `retrieve_anew` other chunks are looked for with the answer so far where drafts become
+    worse.
     """
 
     drafter: str = "none"
@@ -34,6 +35,7 @@ class DraftConfig:
     depth: int = 16
     context_tokens: int = 4096
     prompts: int = 1
+    weights: DraftWeights = DraftWeights.SAME
     dropped_layers: int = 0
     retrieve_anew: bool = True
 
@@ -46,10 +48,13 @@ class DraftConfig:
         at_least("draft.context_tokens", self.context_tokens, 1)
         at_least("draft.prompts", self.prompts, 1)
         at_least("draft.dropped_layers", self.dropped_layers, 0)
-        if self.depth * self.prompts > MOST_DEPTH:
+        for name, number in (("depth", self.depth), ("prompts", self.prompts)):
+            if number > MOST_DEPTH:
+                raise ConfigError(f"draft.{name} must be at most {MOST_DEPTH}, as one pass verifies, got {number}")
+        if self.mode is DraftMode.TRANSFER and self.drafter == "none":
             raise ConfigError(
-                f"draft.depth times draft.prompts must be at most {MOST_DEPTH}, which one pass verifies, got "
-                f"{self.depth} times {self.prompts}"
+                "draft.mode transfer says what drafts may do, and draft.drafter is none: name a drafter (--draft), or "
+                "leave the mode exact"
             )
         if self.mode is DraftMode.TRANSFER and self.drafter in ("auto", "lookup"):
             raise ConfigError(

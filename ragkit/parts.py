@@ -19,6 +19,7 @@ from ragkit.types import Prompt, TextTokenizer
 if TYPE_CHECKING:
     from ragkit.draft_config import DraftConfig
     from ragkit.generation.blending import Blending
+    from ragkit.generation.decoder import Decoder
     from ragkit.generation.drafter import Drafter
     from ragkit.generation.engine import Engine
     from ragkit.generation.paging import Paging
@@ -190,10 +191,26 @@ class Parts:
 
     def drafter(self, config: DraftConfig, *, blended: bool, prompt: Prompt) -> Drafter:
         """Return the drafter that `config` names, made for the first question that it drafts for."""
-        from ragkit.drafting import make_drafter, options_key
+        from ragkit.drafting import make_drafter
 
-        key = "drafter " + " ".join(map(str, options_key(config, blended=blended)))
+        key = _drafter_key(config, blended=blended)
         return self._part(key, lambda: make_drafter(self, config, blended=blended, prompt=prompt), is_model=True)
+
+    def made_drafter(self, config: DraftConfig, *, blended: bool) -> Drafter | None:
+        """Return the drafter that `config` names where a question was drafted by it before."""
+        made: Drafter | None = self._loaded.get(_drafter_key(config, blended=blended))  # type: ignore[assignment]
+        return made
+
+    @property
+    def int4_decoder(self) -> Decoder:
+        """The generator's copy with weights of 4 bits, which drafts for it."""
+
+        def load() -> Decoder:
+            from ragkit.generation.int4_projection import int4_copy
+
+            return int4_copy(self.engine.decoder, self.engine.folder)
+
+        return self._part("int4 decoder", load, is_model=True)
 
     def forget_removed(self, heirs: Mapping[str, str] | None = None) -> None:
         """Drop what is kept in memory of chunks that have left the store, as `Blending.forget_removed` says."""
@@ -261,3 +278,9 @@ class Parts:
             if is_model:  # what was loaded on the way is in this time already
                 self._load_time.seconds = before + time.perf_counter() - started
         return part  # type: ignore[return-value]
+
+
+def _drafter_key(config: DraftConfig, *, blended: bool) -> str:
+    from ragkit.drafting import options_key
+
+    return "drafter " + " ".join(map(str, options_key(config, blended=blended)))

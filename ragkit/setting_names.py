@@ -37,6 +37,13 @@ class Strategy(StrEnum):
     PAGES = "pages"
 
 
+class DraftWeights(StrEnum):
+    """Which weights `self` drafts with: the generator's own, or a copy of 4 bits."""
+
+    SAME = "same"
+    INT4 = "int4"
+
+
 class LengthPriorName(StrEnum):
     """How welcome the lengths under the cap are; `auto` leaves it to the chunker."""
 

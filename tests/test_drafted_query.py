@@ -2,15 +2,21 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ragkit import Pipeline
+from ragkit import Pipeline, drafting
 from ragkit.answers.json_form import answer_json
-from ragkit.config import DraftConfig, DraftMode
+from ragkit.config import DraftConfig, DraftMode, DraftWeights
 from ragkit.drafting import NO_PAGES
 from ragkit.errors import ConfigError, ModelError, UsageError
+from ragkit.generation import draft_control
+from ragkit.generation.draft_control import DraftLimits
+from ragkit.generation.draft_costs import MeasuredCosts
+from ragkit.generation.drafter import DraftPrice
+from ragkit.generation.drafter_lookup import LookupDrafter
 from ragkit.generation.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
@@ -58,7 +64,13 @@ def test_answers_of_a_drafted_batch_are_those_without_drafts(pipeline, draft, st
         assert one.draft.steps + one.draft.accepted == one.tokens.generated - 1
 
 
-def test_a_model_by_its_name_drafts(pipeline, model):
+@pytest.fixture
+def whatever_it_costs(monkeypatch):
+    """Draft four tokens always: no model is small beside the tiny one, so that none would pay."""
+    monkeypatch.setattr(draft_control, "DraftLimits", lambda depth: DraftLimits(depth, length=4))
+
+
+def test_a_model_by_its_name_drafts(pipeline, model, whatever_it_costs):
     plain = pipeline.query(QUESTIONS[0], strategy="full")
     answer = pipeline.query(QUESTIONS[0], strategy="full", draft=str(model))
     assert answer.text == plain.text
@@ -66,7 +78,71 @@ def test_a_model_by_its_name_drafts(pipeline, model):
     assert answer.draft.accepted > 0
 
 
-def test_the_json_of_a_drafted_answer_says_what_was_drafted(pipeline, model):
+def test_a_drafter_that_cannot_pay_leaves_the_answer_undrafted(pipeline, model):
+    answer = pipeline.query(QUESTIONS[0], strategy="full", draft=str(model))
+    assert answer.draft.drafter == str(model)
+    assert (answer.draft.drafted, answer.draft.accepted) == (0, 0)
+    assert answer.draft.steps == answer.tokens.generated - 1
+
+
+@pytest.fixture
+def configured(pipeline):
+    """Return a function that changes settings of drafting for the rest of a test."""
+    config = pipeline.parts.config
+
+    def change(**settings):
+        pipeline.parts.config = replace(config, draft=DraftConfig(**settings))
+
+    yield change
+    pipeline.parts.config = config
+
+
+def test_self_drafts_with_a_copy_of_4_bits_where_that_is_configured(pipeline, configured, whatever_it_costs):
+    plain = pipeline.query(QUESTIONS[0], strategy="blend")
+    configured(drafter="self", weights=DraftWeights.INT4)
+    answer = pipeline.query(QUESTIONS[0], strategy="blend")
+    assert answer.text == plain.text
+    assert answer.draft.drafted > 0
+    engine, (drafter,) = pipeline.parts.engine, [
+        part for name, part in pipeline.parts._loaded.items() if name.startswith("drafter self") and "int4" in name
+    ]  # fmt: skip
+    assert drafter._model.decoder is pipeline.parts.int4_decoder is not engine.decoder
+    assert drafter._model.reader is engine.decoder  # prompts are read by the true weights
+
+
+def test_naming_no_drafter_turns_off_what_is_configured(pipeline, configured):
+    configured(drafter="self", mode=DraftMode.TRANSFER)
+    assert pipeline.query(QUESTIONS[0], strategy="full", draft="none").draft.mode == "none"
+
+
+@pytest.mark.parametrize(
+    ("share", "acceptance", "looked_up", "temperature", "chosen"),
+    [
+        (0.3, 0.9, 1.1, 0.0, "self"),
+        (0.3, 0.9, 1.1, 1.0, "lookup"),  # the tokens of a seed stay
+        (0.3, 0.9, 3.0, 0.0, "lookup"),
+        (0.3, 0.2, 1.1, 0.0, "lookup"),
+        (0.9, 0.9, 1.0, 0.0, "lookup"),
+    ],
+)
+def test_auto_takes_self_where_it_should_bring_more_than_lookup_has_brought(
+    pipeline, share, acceptance, looked_up, temperature, chosen, monkeypatch
+):
+    costs = MeasuredCosts("cuda")
+    for at in range(2000):
+        costs.record("lookup").note(0, 0, 1 / looked_up)
+        costs.record("self").note(1, int(at % 10 < 10 * acceptance), 1.0)
+    monkeypatch.setattr(pipeline.parts.engine, "draft_costs", costs)
+    monkeypatch.setattr(drafting, "_self_price", lambda *_, **__: DraftPrice(step_share=share, begin_tokens=100))
+    asked = []
+    monkeypatch.setattr(
+        type(pipeline.parts), "drafter", lambda self, config, **_: asked.append(config.drafter) or LookupDrafter()
+    )
+    pipeline.query(QUESTIONS[0], strategy="full", draft="auto", temperature=temperature)
+    assert asked == [chosen]
+
+
+def test_the_json_of_a_drafted_answer_says_what_was_drafted(pipeline, model, whatever_it_costs):
     drafted = answer_json(pipeline.query(QUESTIONS[0], strategy="full", draft=str(model)))["draft"]
     assert drafted["mode"] == "exact"
     assert 0 < drafted["accepted"] <= drafted["drafted"]
@@ -82,11 +158,9 @@ def test_transfer_is_said_in_the_answer(pipeline, model):
 
 
 def test_attention_may_be_dropped_and_chunks_dealt_out(pipeline):
-    from dataclasses import replace
-
     plain = pipeline.query(QUESTIONS[1], strategy="full")
     config = pipeline.parts.config
-    pipeline.parts.config = replace(config, draft=DraftConfig(drafter="self", dropped_layers=1, prompts=2, depth=8))
+    pipeline.parts.config = replace(config, draft=DraftConfig(drafter="self", dropped_layers=1, prompts=2))
     try:
         answer = pipeline.query(QUESTIONS[1], strategy="full")
     finally:
@@ -125,7 +199,9 @@ def test_a_mode_without_a_drafter_is_refused(pipeline, draft):
         ({"drafter": "lookup", "mode": DraftMode.TRANSFER}, "lookup has none"),
         ({"strength": -1.0}, "draft.strength"),
         ({"depth": 0}, "draft.depth"),
-        ({"depth": 16, "prompts": 2}, "at most 31"),
+        ({"depth": 32}, "draft.depth must be at most 31"),
+        ({"prompts": 32}, "draft.prompts must be at most 31"),
+        ({"mode": DraftMode.TRANSFER}, "draft.mode transfer says what drafts may do, and draft.drafter is none"),
         ({"context_tokens": 0}, "draft.context_tokens"),
         ({"dropped_layers": -1}, "draft.dropped_layers"),
     ],

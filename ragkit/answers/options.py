@@ -171,10 +171,11 @@ def _draft(config: DraftConfig, changes: QuestionChanges) -> DraftConfig:
             raise UsageError(
                 f"there is no draft mode {changes.draft_mode!r}; take one of {', '.join(DraftMode)}"
             ) from None
-    changed = replace(config, **wanted) if wanted else config
-    if changes.draft_mode is not None and changed.drafter == "none":
-        raise UsageError(f"the draft mode {changes.draft_mode} says what drafts may do: name a drafter with draft")
-    return changed
+    if wanted.get("drafter", config.drafter) == "none":
+        if changes.draft_mode is not None:
+            raise UsageError(f"the draft mode {changes.draft_mode} says what drafts may do: name a drafter with draft")
+        wanted["mode"] = DraftMode.EXACT  # what drafts may do where others are drafted plays no part
+    return replace(config, **wanted) if wanted else config
 
 
 def _strategy(name: Strategy | str) -> Strategy:

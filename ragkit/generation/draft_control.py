@@ -101,6 +101,13 @@ class DraftController:
             return f"it would save {saved:.1f} of the answer's steps, and reading its prompt takes {begin:.1f}"
         return ""
 
+    def expected_speed(self, price: DraftPrice, context: int, remaining: int) -> float:
+        """Return how many times as fast as plain steps an answer should come, its drafter's prompt to be read first."""
+        tokens = min(remaining, _USUAL_ANSWER)
+        draft = self._costs.of_draft(price.step_ms, price.step_share, context, 1)
+        begin = self._in_steps(price.begin_ms, price.begin_tokens * self._costs.prefill_share, context, 1)
+        return tokens / (tokens / self._gain(context, draft, self._record.acceptance, 1) + begin)
+
     def budget(
         self, context: int, remaining: int, room: int, step_ms: float = 0.0, share: float = 0.0, requests: int = 1,
         lag: int = 0,
