@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ragkit.store import Store
 
 SHARD_ROWS = 64  # what a lost worker costs, and what a worker's engine may batch
+_STOP_S = 60.0  # that workers have, when a stop is asked for, to end the answers at hand
 _WAITING_ROWS = 4096  # of documents in pages, until they are handed out
 
 
@@ -45,6 +46,7 @@ class RayAnswerer:
         self._parts = Parts(Path(folder), config)
         self._threads = threads
         self._generator: BatchGenerator | None = None
+        self._stop = Event()
 
     def start(self) -> WorkerIdentity:
         """Load the models and return who this is.
@@ -59,9 +61,14 @@ class RayAnswerer:
         return WorkerIdentity(os.uname().nodename, generation=store.generation)
 
     def answer(self, rows: Sequence[QuestionRow]) -> list[RowOutcome]:
-        """Return what becomes of each row, in their order."""
-        outcomes = {one.row.number: one for one in answer_many(self._parts, rows, generator=self._generator)}
-        return [outcomes[row.number] for row in rows]
+        """Return what becomes of each row, in their order; after `stop`, of those that have ended."""
+        ended = answer_many(self._parts, rows, generator=self._generator, stop=self._stop)
+        outcomes = {one.row.number: one for one in ended}
+        return [outcomes[row.number] for row in rows if row.number in outcomes]
+
+    def stop(self) -> None:
+        """Begin no more rows: what runs ends after the answer at hand. Called while `answer` runs."""
+        self._stop.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ class _RowShard:
 
 
 def answer_on_ray(parts: Parts, rows: Iterable[QuestionRow], stop: Event) -> Iterator[RowOutcome]:
-    """Yield what becomes of every row once, until `stop` is set.
+    """Yield what becomes of every row once, until `stop` is set: then workers hand over what they have answered.
 
     A row that keeps killing its workers fails alone.
 
@@ -99,8 +106,10 @@ def answer_on_ray(parts: Parts, rows: Iterable[QuestionRow], stop: Event) -> Ite
         try:
             for outcomes in runner.run(_RowShard(one) for one in shards(rows, parts.config.generation.strategy)):
                 yield from outcomes
-        except StopRequested:
-            return
+        except StopRequested:  # what workers have answered of their shards is kept, too
+            pool.ask_to_stop()
+            for outcomes in runner.drain(_STOP_S):
+                yield from outcomes
         finally:
             pool.close()
 
@@ -120,7 +129,7 @@ def _pool(parts: Parts, cluster: RayCluster) -> ActorPool:
     arguments = (worker_config(parts.config, gpus), str(parts.folder.resolve()), max(1, int(cpus)))
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": 1 if gpus else 0}
     size = gpus or max(1, cluster.room())
-    return ActorPool(cluster.ray, "answering", size, RayAnswerer, arguments, options, check)
+    return ActorPool(cluster.ray, "answering", size, RayAnswerer, arguments, options, check, hears=True)
 
 
 def shards(rows: Iterable[QuestionRow], configured: Strategy) -> Iterator[Sequence[QuestionRow]]:

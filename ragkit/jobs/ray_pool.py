@@ -12,6 +12,7 @@ from ragkit.errors import JobError, RagkitError
 
 _QUEUED = 2  # calls that a worker has at most: the one at hand, and the next, so that it never waits for the driver
 _FAILED_STARTS = 3  # in a row
+_CONTROL = "control"  # calls of this group have a thread of their own
 
 
 @dataclass(slots=True)
@@ -45,6 +46,7 @@ class ActorPool:
         arguments: its constructor's.
         options: their resources, as Ray's `options` takes them.
         check: is given what a worker's `start` returned, and raises where it is no use.
+        hears: their method `stop` can be called while another one runs (`ask_to_stop`).
     """
 
     def __init__(
@@ -56,15 +58,16 @@ class ActorPool:
         arguments: tuple[Any, ...],
         options: Mapping[str, Any],
         check: Callable[[Any], None],
+        *,
+        hears: bool = False,
     ) -> None:
         self._ray = ray
         self.purpose = purpose
         self.size = size
         self.last_ready = time.monotonic()
         self.first_ready = 0.0  # monotonic time; 0 while none was
-        self._class = ray.remote(worker).options(
-            max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **options
-        )
+        remote = ray.remote(concurrency_groups={_CONTROL: 1})(worker) if hears else ray.remote(worker)
+        self._class = remote.options(max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **options)
         self._arguments = arguments
         self._options = dict(options)
         self._check = check
@@ -133,6 +136,12 @@ class ActorPool:
         actor.handle = self._class.remote(*self._arguments)
         actor.is_ready, actor.is_reserved, actor.calls = False, False, 0
         self._starting[actor.handle.start.remote()] = actor
+
+    def ask_to_stop(self) -> None:
+        """Call `stop` of every worker that is ready, whatever else it does."""
+        for actor in self._actors:
+            if actor.is_ready:
+                actor.handle.stop.options(concurrency_group=_CONTROL).remote()
 
     def close(self) -> None:
         """End the workers."""

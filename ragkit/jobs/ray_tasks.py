@@ -104,6 +104,7 @@ class TaskRunner:
         self._check = check
         self._waiting: dict[int, list[_Run[Any]]] = {id(pool): [] for pool in pools.values()}
         self._running: dict[Any, _Running] = {}
+        self._slots: deque[list[_Run[Any]]] = deque()
         self._deaths = 0
 
     @property
@@ -121,6 +122,7 @@ class TaskRunner:
         """
         window = 3 * sum(pool.size for pool in self._distinct()) + 2
         slots: deque[list[_Run[_T]]] = deque()
+        self._slots = slots
         coming, number = iter(tasks), 0
         is_drawn = False
         while True:
@@ -139,6 +141,29 @@ class TaskRunner:
                 continue
             self._dispatch()
             self._wait(slots)
+
+    def drain(self, timeout_s: float) -> Iterator[Any]:
+        """Yield, after `run` was left, the results that it had not handed over, and those of the calls under way.
+
+        Nothing else is begun: a task with more calls to make ends without a result, and so does one whose worker dies.
+        Who asked the workers to stop gets what they have.
+        """
+        for slot in self._slots:
+            yield from (run.result for run in slot if run.is_done)
+        until = time.monotonic() + timeout_s
+        while self._running and (left := until - time.monotonic()) > 0:
+            ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=left)
+            for reference in ready:
+                call = self._running.pop(reference)
+                try:
+                    value = self._ray.get(reference)
+                except self._ray.exceptions.RayError as error:
+                    logger.warning("a Ray worker ended in a stop: %s", _line(error))
+                    continue
+                try:
+                    call.run.steps.send(value if call.kept is None else (value, call.kept))  # type: ignore[union-attr]
+                except StopIteration as end:
+                    yield end.value
 
     def _begin(self, run: _Run[_T]) -> _Run[_T]:
         run.steps = run.task.steps()

@@ -22,7 +22,7 @@ from ray_nodes import OBJECT_STORE_BYTES, config_of, contents, two_nodes, write_
 from ragkit import Pipeline
 from ragkit.config import ChunkContextName
 from ragkit.errors import JobError, MissingExtraError, UsageError
-from ragkit.jobs import ray_executor, ray_kv
+from ragkit.jobs import ray_answering, ray_executor, ray_kv
 from ragkit.jobs.answering import answer_many
 from ragkit.jobs.batch import open_answers
 from ragkit.jobs.ray_cluster import RayCluster
@@ -298,6 +298,44 @@ def test_a_task_that_keeps_killing_its_workers_is_divided_and_fails_alone(pool: 
     failure = [("poison", "crash", "3 workers in a row died at it")]
     assert results == [[0, 2], [4], failure, [8], [10]]
     assert deaths == 4
+
+
+def test_a_stop_is_heard_by_workers_which_hand_over_what_they_have_answered(
+    cluster: Any, tmp_path: Path, docs: Path, models: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waiting(ray_answering.RayAnswerer):
+        """Answers one row of a shard, and goes on when a stop is asked for."""
+
+        def answer(self, rows: Sequence[QuestionRow]) -> Any:
+            first = super().answer(rows[:1])
+            (marks / f"{rows[0].number}").touch()
+            assert self._stop.wait(60)
+            return first + super().answer(rows[1:])
+
+    monkeypatch.setattr(ray_answering, "RayAnswerer", Waiting)
+    monkeypatch.setattr(ray_answering, "SHARD_ROWS", 3)
+    rows = [QuestionRow(number, f"r{number}", f"Where is the {WORDS[number]}?") for number in range(9)]
+    stop = threading.Event()
+
+    def stop_when_answered() -> None:
+        for _ in range(600):
+            if list(marks.iterdir()) or stop.wait(0.1):
+                break
+        stop.set()
+
+    with Pipeline.open(tmp_path / "store", config_of(models)) as pipeline:
+        pipeline.ingest([docs])
+    with Pipeline.open(tmp_path / "store", config_of(models, cluster.address)) as pipeline:
+        watcher = threading.Thread(target=stop_when_answered)
+        watcher.start()
+        try:
+            kept = [one.row.number for one in open_answers(pipeline.parts, stop)(rows)]
+        finally:
+            stop.set()
+            watcher.join()
+    assert kept
+    assert {number % 3 for number in kept} == {0}
+    assert {int(path.name) for path in marks.iterdir()} >= set(kept)
 
 
 def test_a_stop_leaves_at_once(pool: ActorPool) -> None:
