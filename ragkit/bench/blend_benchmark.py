@@ -36,7 +36,7 @@ from ragkit.bench.musique import musique_items
 from ragkit.bench.prompt_lengths import choose_lengths, tokens_that_fit
 from ragkit.bench.recovery import recoveries
 from ragkit.bench.watch import Watch
-from ragkit.config import ChunkContextName, PipelineConfig
+from ragkit.config import AUTO, BlendRows, ChunkContextName, PipelineConfig
 from ragkit.errors import UsageError
 from ragkit.generation.chunk_prefill import Neighbours
 from ragkit.generation.engine import Engine
@@ -99,6 +99,10 @@ class BlendBenchmark:
         self._on_gpu = engine.decoder.device.type == "cuda"
         self._rounds = options.rounds or _ROUNDS[engine.decoder.device.type]
         self._started = time.perf_counter()
+        if config.blend.rows is BlendRows.SHARED:
+            self._found.notes.append("blend.rows is shared, but only private rows are measured here")
+        if config.blend.ratio == AUTO:
+            self._found.notes.append("blend.ratio is auto, but only fixed ratios are measured here")
         if Part.SPEED in options.parts:
             fitting = tokens_that_fit(engine.decoder)
             self._lengths, notes = choose_lengths(options.lengths, self._on_gpu, engine.max_context, fitting)

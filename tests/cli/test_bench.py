@@ -74,6 +74,17 @@ def test_over_a_store_both_parts_are_measured_and_shown(bench, store):
     assert all(len(line) <= 100 for line in lines if not line.startswith(("ms ", "Recomputing")))
 
 
+def test_settings_that_are_not_measured_are_named(bench, store, monkeypatch):
+    monkeypatch.setenv("RAGKIT_BLEND_ROWS", "shared")
+    monkeypatch.setenv("RAGKIT_BLEND_RATIO", "auto")
+    code, out, _ = bench("--store", store, *QUICK, "--only", "speed", "--json")
+    assert code == 0
+    assert json.loads(out)["notes"] == [
+        "blend.rows is shared, but only private rows are measured here",
+        "blend.ratio is auto, but only fixed ratios are measured here",
+    ]
+
+
 def test_the_json_holds_raw_numbers_machine_and_versions(bench, store):
     code, out, _ = bench("--store", store, *QUICK, "--json")
     data = json.loads(out)
