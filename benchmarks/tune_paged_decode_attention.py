@@ -28,6 +28,7 @@ LIKELY = {
     8: ((1, 32, 4, 2), (1, 64, 8, 2), (2, 32, 4, 2)),
     4: ((1, 32, 4, 2), (2, 32, 4, 2), (1, 32, 8, 2)),
 }
+PROGRAMS = (2, 3, 4)  # for each multiprocessor: where fewer fit than there are, the last of them run alone
 OTHERS = (
     (1, 64, 8, 2), (1, 32, 2, 2), (2, 64, 8, 2), (2, 64, 8, 3), (2, 64, 4, 2), (2, 32, 4, 2), (2, 32, 4, 3),
     (2, 16, 2, 3), (4, 64, 8, 2), (4, 32, 8, 2), (4, 32, 4, 2), (4, 16, 4, 3), (8, 32, 8, 2),
@@ -78,7 +79,8 @@ def _tune(bits: int, requests: int, rows: int, clock: Clock, ceiling: float, *, 
     work = sum(pool.nbytes for pool in stored) + requests * rows * 4 + rows * shape.head_dim * 4
     chosen, key_group = decode_tile(queries, *stored), stored_as(*stored)[1]
     cuts = dict.fromkeys((*LIKELY[bits], *(OTHERS if every else ())))
-    tiles = dict.fromkeys([chosen, *(DecodeTile(*cut, adds) for cut in cuts for adds in (False, True))])
+    ways = (DecodeTile(*cut, adds, programs) for cut in cuts for adds in (False, True) for programs in PROGRAMS)
+    tiles = dict.fromkeys([chosen, *ways])
     fitting = [tile for tile in tiles if tile.rows <= key_group and shape.kv_heads % tile.heads == 0]
     options = {"bases": entry_bases(inputs[4]), "scale": scale}
     expected = launch_paged_decode_attention(*inputs, **options, tile=chosen).float()

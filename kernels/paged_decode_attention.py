@@ -62,6 +62,7 @@ class DecodeTile(NamedTuple):
         warps: of a program.
         stages: of the pipeline that loads rows ahead.
         adds_angles: those of rows behind a row to its own, where `bases` says that they stand so.
+        programs: for each multiprocessor.
     """
 
     heads: int
@@ -69,6 +70,7 @@ class DecodeTile(NamedTuple):
     warps: int
     stages: int
     adds_angles: bool = False
+    programs: int = 4
 
 
 def paged_decode_attention(
@@ -155,7 +157,7 @@ def launch_paged_decode_attention(
         return out
     bits, key_group, channel_group = stored_as(key_pool, value_pool)
     group, value_groups = q_heads // kv_heads, head_dim // channel_group if bits else 1
-    splits = num_splits(requests * kv_heads // tile.heads, max_entries, queries.device)
+    splits = num_splits(requests * kv_heads // tile.heads, max_entries, queries.device, tile.programs)
     partial = torch.empty((requests, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((requests, q_heads, splits), dtype=torch.float32, device=queries.device)
     _paged_decode_attention_kernel[(requests, kv_heads // tile.heads, splits)](
@@ -209,18 +211,19 @@ def paged_decode_attention_torch(
     return out
 
 
-def num_splits(groups: int, max_entries: int, device: torch.device) -> int:
+def num_splits(groups: int, max_entries: int, device: torch.device, programs: int) -> int:
     """Return into how many parts a request's blocks are split so that all of them fill the device.
 
     Args:
         groups: requests times key heads.
         max_entries: most blocks that one request may have; it bounds the splits.
         device: where the kernel runs.
+        programs: for each multiprocessor.
     """
     if device.type != "cuda":
         return max(1, min(3, max_entries))  # interpreted: enough to have the merge tested
     processors = num_processors(device)
-    return max(1, min(max_entries, 4 * processors // groups, 128))
+    return max(1, min(max_entries, programs * processors // groups, 128))
 
 
 def decode_tile(queries: Tensor, key_pool: Blocks, value_pool: Blocks) -> DecodeTile:
