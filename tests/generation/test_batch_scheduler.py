@@ -111,6 +111,7 @@ class Simulation:
             if entry.replayed:
                 self.scheduler.prefilled_by_strategy(entry, self.pool.blocks_for(entry.rows))
             else:
+                entry.blocks = self.pool.blocks_for(entry.rows)
                 self._token(entry, first=True)
         assert not step.drafts or not (step.pieces or step.by_strategy or step.started)
         for entry in step.decodes:
@@ -118,7 +119,7 @@ class Simulation:
             assert rows <= min(entry.wanted_rows, entry.answer_tokens - entry.generated)
             self.drafted += rows
             self.pool.grow(entry, entry.rows + rows)
-            assert self.pool.blocks_for(entry.rows + rows) <= entry.blocks or entry.cost
+            assert self.pool.blocks_for(entry.rows + rows) <= entry.blocks
         for entry in step.decodes:
             stands = self.drafts.randrange(step.drafts[entry] + 1) if entry in step.drafts else 0
             self._token(entry, first=False, brought=1 + stands)
