@@ -14,7 +14,8 @@ from ragkit.generation.acceptance import Accepted
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.draft_runner import DraftRunner
 from ragkit.generation.draft_tree import DraftTree
-from ragkit.generation.drafter import DraftBudget, DraftContext
+from ragkit.generation.drafter import READ_AT_ONCE, DraftBudget, DraftContext, DraftPrice
+from ragkit.kvcache.pool import KVPool
 from ragkit.types import Prompt
 
 MOST_DEPTH = 16
@@ -78,9 +79,9 @@ class ImposedAcceptance:
         """Return the first token."""
         return int(logits.argmax())
 
-    def accept(self, logits: Tensor, tree: DraftTree) -> Accepted:
+    def accept(self, logits: Tensor, tree: DraftTree, likeliest: Sequence[int] = ()) -> Accepted:
         """Return so many nodes of the chain, and the model's token behind them."""
-        tokens = logits.argmax(-1).tolist()
+        tokens = list(likeliest) or logits.argmax(-1).tolist()
         stands = self._stands.of(len(tree))
         return Accepted(tuple(range(stands)), tokens[stands])
 
@@ -88,9 +89,8 @@ class ImposedAcceptance:
 class ModelSession:
     """A drafter's request over a short context of random rows."""
 
-    step_share = 0.5
-
-    def __init__(self, state: DecodeState, context: int) -> None:
+    def __init__(self, state: DecodeState, context: int, step_share: float) -> None:
+        self.step_share = step_share
         self.state = state
         state.kv.num_tokens = context
         self.pending: list[int] = []
@@ -110,6 +110,15 @@ class ModelSession:
         self.pending += token_ids
         self.drafted = ()
 
+    @property
+    def lag(self) -> int:
+        """Tokens that are read with the next draft."""
+        return len(self.pending)
+
+    def holds_blocks_of(self, pool: KVPool) -> bool:
+        """They are not a request's here."""
+        return False
+
     def refresh(self, prompt: Prompt) -> None:
         """Nothing is retrieved here."""
 
@@ -118,27 +127,42 @@ class ModelSession:
 
 
 class ModelDrafter:
-    """Greedy chains of a model."""
+    """Greedy chains of a model.
+
+    Args:
+        name: under which its drafts are remembered.
+        runner, state: draft them.
+        context: tokens that they are drafted behind.
+        step_share: bytes of a step over those of a step of the target.
+    """
 
     has_probabilities = False
     width = 1
 
-    def __init__(self, name: str, runner: DraftRunner, state: DecodeState, context: int) -> None:
+    def __init__(self, name: str, runner: DraftRunner, state: DecodeState, context: int, step_share: float) -> None:
         self.name = name
         self._runner = runner
         self._state = state
         self._context = context
+        self._step_share = step_share
+        self.begun = False
+
+    def price(self, prompt: Prompt) -> DraftPrice:
+        """Return what a step reads; its prompt's rows are there."""
+        return DraftPrice(step_share=self._step_share)
 
     def begin(self, context: DraftContext) -> ModelSession:
         """Return a session at the end of the short context."""
-        return ModelSession(self._state, self._context)
+        self.begun = True
+        return ModelSession(self._state, self._context, self._step_share)
 
     def propose(self, sessions: Sequence[ModelSession], budgets: Sequence[DraftBudget]) -> list[DraftTree]:
         """Return a chain for the one session."""
         session, depth = sessions[0], budgets[0].depth
         started = time.perf_counter()
+        passes = depth + (len(session.pending) > READ_AT_ONCE)
         (chain,) = self._runner.draft([session.state], [session.pending], depth)
-        spent = (time.perf_counter() - started) * 1e3 / depth
+        spent = (time.perf_counter() - started) * 1e3 / passes
         session.step_ms = spent if not session.step_ms else session.step_ms + 0.2 * (spent - session.step_ms)
         session.pending, session.drafted = [], chain.token_ids
         return [chain]
@@ -148,12 +172,17 @@ class LookupSession:
     """A request whose drafts cost nothing."""
 
     step_ms = step_share = 0.0
+    lag = 0
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """Nothing is looked up here."""
 
     def refresh(self, prompt: Prompt) -> None:
         """Nothing is retrieved here."""
+
+    def holds_blocks_of(self, pool: KVPool) -> bool:
+        """There are none."""
+        return False
 
     def close(self) -> None:
         """There is nothing to give back."""
@@ -162,15 +191,21 @@ class LookupSession:
 class LookupDrafter:
     """Chains of any tokens, with true chances."""
 
-    name = "lookup"
     has_probabilities = False
     width = 1
 
-    def __init__(self, stands: Stands) -> None:
+    def __init__(self, name: str, stands: Stands) -> None:
+        self.name = name
         self._stands = stands
+        self.begun = False
+
+    def price(self, prompt: Prompt) -> DraftPrice:
+        """Return nothing."""
+        return DraftPrice()
 
     def begin(self, context: DraftContext) -> LookupSession:
         """Return a session."""
+        self.begun = True
         return LookupSession()
 
     def propose(self, sessions: Sequence[LookupSession], budgets: Sequence[DraftBudget]) -> list[DraftTree]:

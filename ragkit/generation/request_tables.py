@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ragkit.kernels.paged_rows import entry_bases
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_field import RequestField
 from ragkit.kvcache.rope import RotaryTable
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 _LEAST_ENTRIES = 256  # blocks of one request that the smallest graph takes
 _WARM_UP_STEPS = 2
@@ -163,10 +167,10 @@ class GraphMemory:
     """
 
     def __init__(self) -> None:
-        self._handle: tuple[int, int] | None = None
+        self._handle: _POOL_HANDLE | None = None
 
     @property
-    def handle(self) -> tuple[int, int]:
+    def handle(self) -> _POOL_HANDLE:
         """What `torch.cuda.graph` takes as its pool."""
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
