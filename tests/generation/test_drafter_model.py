@@ -1,12 +1,13 @@
 """Models that draft: another engine, and the target over a shorter prompt."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ragkit.errors import CacheCapacityError, ConfigError
-from ragkit.generation import drafter_model
+from ragkit.generation import drafter_model, request_tables
 from ragkit.generation.acceptance import Transfer
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.draft_control import DraftLimits
@@ -233,6 +234,78 @@ def test_what_drafts_by_graphs_takes_no_block_for_itself(tiny_folder):
     free = engine.pool.num_free
     GraphDraftRunner.of(engine, engine.decoder)
     assert engine.pool.num_free == free
+
+
+def test_drafted_answers_record_nothing_once_their_first_token_is_out(tiny_folder, monkeypatch):
+    engine = Engine.load(tiny_folder, device="cpu", dtype="float32")
+    engine._runner = DecodeRunner(engine.decoder, engine.pool)  # as on a GPU
+    recorded, record = [], request_tables.RecordedForward.record
+    monkeypatch.setattr(request_tables.RecordedForward, "record", lambda self: recorded.append(1) or record(self))
+    model = replace(DraftModel.of(engine), runner=GraphDraftRunner.of(engine, engine.decoder))
+    drafter = ModelDrafter("self", model, engine, lambda prompt: short_prompts(prompt, 6))
+    of_the_drafter = len(recorded)
+    assert of_the_drafter == 5  # two sizes of what it reads, moves, and a step drawn and not
+    engine.prepare_drafting()
+    assert len(recorded) == of_the_drafter + 7  # a plain step, five sizes of passes, and moves
+    for temperature in (0.0, 1.0):
+        for limits in (FIXED, DraftLimits(depth=5, nodes=20)):
+            run(engine, sampling(40, temperature=temperature), Drafting(drafter, limits=limits))
+    assert len(recorded) == of_the_drafter + 7
+
+
+def test_what_is_recorded_ahead_leaves_all_blocks_and_waits_for_none(tiny_folder):
+    engine = Engine.load(tiny_folder, device="cpu", dtype="float32", kv_tokens=256)
+    engine._runner = DecodeRunner(engine.decoder, engine.pool)
+    free = engine.pool.num_free
+    engine.prepare_drafting()
+    assert engine.pool.num_free == free
+    with engine.admission.admitted(4):  # all there are
+        asked = []
+        engine.record_ahead(asked.append)
+    assert asked == []
+
+
+def test_the_prompt_of_a_4_bit_copy_is_read_by_the_true_weights(engine, tmp_path, monkeypatch):
+    read = []
+    for decoder, name in ((other := AttentionDroppingDecoder(engine.decoder, [1]), "copy"), (engine.decoder, "true")):
+        of = decoder.run
+        monkeypatch.setattr(
+            decoder, "run", lambda ids, attend, of=of, name=name: read.append((name, len(ids))) or of(ids, attend)
+        )
+    drafter = self_drafter(engine, context_tokens=6, decoder=other, reader=engine.decoder)
+    session = drafter.begin(DraftContext(PROMPT, sampling()))
+    session.accept([33])
+    drafter.propose([session], [DraftBudget(3, 20)])
+    session.close()
+    assert read == [("true", 10), ("copy", 1), ("copy", 1), ("copy", 1)]
+
+
+def test_what_drafting_would_cost_is_told_without_a_session(engine, monkeypatch):
+    long = Prompt((Segment((1,)), Segment((5,) * 180, "long"), Segment((6,) * 10, "short"), Segment((2,))))
+    drafter = self_drafter(engine, context_tokens=10)
+    session = drafter.begin(DraftContext(long, sampling()))
+    price = drafter.price(long)
+    assert price.step_share == session.step_share
+    assert (price.step_ms, price.begin_ms, price.begin_tokens) == (0.0, 0.0, 12)
+    session.close()
+
+    class Blended:
+        name = "blend"
+
+    blended = self_drafter(engine, context_tokens=10, strategy=Blended())
+    assert blended.price(long).begin_tokens == 3  # a quarter
+
+
+def test_a_session_tells_what_it_has_not_read(engine):
+    drafter = self_drafter(engine, context_tokens=6)
+    session = drafter.begin(DraftContext(PROMPT, sampling(60)))
+    session.accept(list(range(10, 40)))
+    assert session.lag == 30
+    drafter.propose([session], [DraftBudget(3, 20)])
+    assert session.lag == 0
+    session.accept([250])
+    assert session.lag == 1
+    session.close()
 
 
 def test_drafting_from_other_chunks_reads_the_answer_again(engine):
