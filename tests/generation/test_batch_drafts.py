@@ -111,7 +111,7 @@ def check(engine: Engine, made: list[BatchRequest], plain, config: BatchConfig) 
 # ------------------------------------------------------------------------------------------------------ the same answer
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     order=st.lists(st.integers(0, 23), min_size=1, max_size=10, unique=True),
     blocks=st.sampled_from([5, 60]),

@@ -45,6 +45,30 @@ def test_a_reservation_that_does_not_fit_leaves_the_request_as_it_was(pool):
     assert pool.num_free == 15
 
 
+def test_rows_reserved_ahead_are_given_back_and_reserved_again(pool):
+    request, _ = _with_chunk(pool, 70)
+    request.reserve(70 + 3 * 64)
+    request.num_tokens = 75
+    version = request.version
+    assert request.give_back(76) == 2
+    assert (request.num_reserved, pool.num_free) == (70 + 64, 13)
+    assert (len(request.row_positions), request.version > version) == (3, True)
+    assert request.give_back(0) == 0  # what is written stays
+    request.reserve(200)
+    assert pack_rows([request]).positions.tolist() == list(range(75))
+    assert request.slots(70, 200).unique().numel() == 130
+
+
+def test_blocks_that_others_stand_behind_are_not_given_back(pool):
+    request, _ = _with_chunk(pool, 70)
+    request.reserve(70 + 64)
+    request.num_tokens = 70
+    request.replace(torch.arange(3))
+    assert request.give_back(70) == 0
+    assert request.places().tolist()[:3] != [0, 1, 2]
+    assert request.num_reserved == 134
+
+
 def test_slots_follow_the_block_table(pool):
     pool.allocate(3)
     request = RequestKV(pool)
