@@ -85,7 +85,7 @@ class LocalExecutor:
 
     def _in_parts(self, item: PlannedSource, result: ReadResult, known: Known, watch: Watch) -> Iterator[PreparedGroup]:
         """Yield a source of many documents part by part, so that never all of them are in memory."""
-        stops = list(_part_stops(result.documents, self._commit_bytes))
+        stops = list(part_stops(result.documents, self._commit_bytes))
         start = 0
         for stop in stops:
             group = _Group()
@@ -127,12 +127,13 @@ class LocalExecutor:
         return PreparedGroup(list(zip(items, outcomes, strict=True)), seconds)
 
 
-def _part_stops(documents: Sequence[Document], most_characters: int) -> Iterator[int]:
+def part_stops(documents: Sequence[Document], most_characters: int, most_documents: int | None = None) -> Iterator[int]:
     """Yield where the parts of a source's documents end: at so many documents, or at so much text."""
+    most_documents = PART_DOCUMENTS if most_documents is None else most_documents
     start = characters = 0
     for index, document in enumerate(documents):
         characters += len(document.text)
-        if index + 1 - start >= PART_DOCUMENTS or characters >= most_characters:
+        if index + 1 - start >= most_documents or characters >= most_characters:
             yield index + 1
             start, characters = index + 1, 0
     if start < len(documents):

@@ -16,11 +16,12 @@ from ragkit.chunking.base import Chunker
 from ragkit.config import Device, PipelineConfig
 from ragkit.errors import JobError, ReadError, UsageError
 from ragkit.jobs.executor import PreparedGroup, Watch
+from ragkit.jobs.local_executor import PART_DOCUMENTS
 from ragkit.jobs.plan import PlannedSource
 from ragkit.jobs.ray_cluster import RayCluster
 from ragkit.jobs.ray_pool import ActorPool
-from ragkit.jobs.ray_tasks import Call, Steps, TaskRunner
-from ragkit.jobs.ray_worker import RayWorker, WorkerIdentity
+from ragkit.jobs.ray_tasks import Call, Divided, Steps, TaskRunner
+from ragkit.jobs.ray_worker import LargeTable, RayWorker, WorkerIdentity
 from ragkit.jobs.steps import FailedPreparation, Known, Outcome, PreparedSource
 from ragkit.store.base import IndexedDocument, KnownDocument
 
@@ -42,15 +43,13 @@ class IngestShard:
     items: Sequence[PlannedSource]
     known: Known
 
-    def steps(self) -> Steps[PreparedGroup]:
-        """Read; ask the store which documents it has; chunk; embed."""
+    def steps(self) -> Steps[PreparedGroup | Divided]:
+        """Read; ask the store which documents it has; chunk; embed. A table of many documents becomes its parts."""
         ids, results = yield Call(_READ, "read", ([item.source for item in self.items],), keeps_last=True)
-        known = frozenset(
-            doc_id for doc_id in {doc_id for ids_here in ids for doc_id in ids_here} if self.known(doc_id)
-        )
-        seconds, chunked = yield Call(_READ, "chunk", (results, known), keeps_last=True)
-        outcomes, took = yield Call(_EMBED, "embed", (chunked,))
-        return self._group(outcomes, {**took, "chunk": seconds})
+        if any(isinstance(one, LargeTable) for one in ids):
+            return Divided(self.parts() or table_parts(self.items[0], ids[0], self.known))
+        outcomes, seconds = yield from _chunked_and_embedded(ids, results, self.known)
+        return PreparedGroup(list(zip(self.items, outcomes, strict=True)), seconds)
 
     def parts(self) -> Sequence[IngestShard]:
         """Return one shard a source."""
@@ -59,11 +58,55 @@ class IngestShard:
     def failed(self, step: str, code: str, message: str) -> PreparedGroup:
         """Return the group whose only source has failed."""
         (item,) = self.items
-        error = ReadError(f"{item.source.uri}: {message}", code=code, stage=step)
-        return PreparedGroup([(item, FailedPreparation(item.source, error))])
+        return _failed(item, step, code, message)
 
-    def _group(self, outcomes: Sequence[Outcome], seconds: dict[str, float]) -> PreparedGroup:
-        return PreparedGroup(list(zip(self.items, outcomes, strict=True)), seconds)
+
+@dataclass(frozen=True, slots=True)
+class TablePart:
+    """Documents `start` to `stop` of a large table, which no worker has to hold whole: a `Task` of the runner."""
+
+    item: PlannedSource
+    table: LargeTable
+    start: int
+    stop: int
+    known: Known
+
+    def steps(self) -> Steps[PreparedGroup | Divided]:
+        """Read, as a rule from the disk of the worker that has read the table; then as a shard."""
+        ids, results = yield Call(_READ, "read_part", (self.table, self.start, self.stop), keeps_last=True)
+        (outcome,), seconds = yield from _chunked_and_embedded(ids, results, self.known)
+        if isinstance(outcome, PreparedSource):
+            outcome = dataclasses.replace(outcome, more=self.stop < self.table.stops[-1])
+        return PreparedGroup([(self.item, outcome)], seconds)
+
+    def parts(self) -> Sequence[TablePart]:
+        """Return nothing: a part is not divided."""
+        return []
+
+    def failed(self, step: str, code: str, message: str) -> PreparedGroup:
+        """Return the group of the table, which has failed with this part."""
+        return _failed(self.item, "read" if step == "read_part" else step, code, message)
+
+
+def table_parts(item: PlannedSource, table: LargeTable, known: Known) -> Sequence[TablePart]:
+    """Return one task a part of a table."""
+    starts = (0, *table.stops[:-1])
+    return [TablePart(item, table, start, stop, known) for start, stop in zip(starts, table.stops, strict=True)]
+
+
+def _chunked_and_embedded(
+    ids: Sequence[Sequence[str]], results: Any, known: Known
+) -> Steps[tuple[Sequence[Outcome], dict[str, float]]]:
+    """Chunk and embed what a worker has read, but for documents that are stored already; `results` stays there."""
+    stored = frozenset(doc_id for doc_id in {doc_id for ids_here in ids for doc_id in ids_here} if known(doc_id))
+    seconds, chunked = yield Call(_READ, "chunk", (results, stored), keeps_last=True)
+    outcomes, took = yield Call(_EMBED, "embed", (chunked,))
+    return outcomes, {**took, "chunk": seconds}
+
+
+def _failed(item: PlannedSource, step: str, code: str, message: str) -> PreparedGroup:
+    error = ReadError(f"{item.source.uri}: {message}", code=code, stage=step)
+    return PreparedGroup([(item, FailedPreparation(item.source, error))])
 
 
 class RayExecutor:
@@ -95,11 +138,16 @@ class RayExecutor:
         workers = max(pool.size for pool in self._pools.values())
         runner = TaskRunner(self._cluster.ray, self._pools, watch.check)
         start: dict[str, float] = {}
+        failed = ""
         for group in runner.run(IngestShard(items, known) for items in shards_of(work, workers)):
             seconds = group.seconds
             if not start:
                 start["start_workers"] = max(pool.first_ready for pool in self._pools.values()) - started
                 seconds = {**group.seconds, **start}
+            item, outcome = group.outcomes[0]
+            if item.source.uri == failed:  # parts behind one that failed: without it the table is not whole
+                continue
+            failed = item.source.uri if isinstance(outcome, FailedPreparation) and len(group.outcomes) == 1 else ""
             outcomes = [(item, _unless_known(outcome, known)) for item, outcome in group.outcomes]
             watch.progress.advance(tokens=_tokens(outcomes))
             yield PreparedGroup(outcomes, seconds)
@@ -125,7 +173,7 @@ class RayExecutor:
     def _pool(self, purpose: str, size: int, gpus: int, **steps: bool) -> ActorPool:
         cpus = 1.0 if gpus else self._cluster.worker_cpus
         config = worker_config(self._parts.config, gpus)
-        arguments = (config, str(self._parts.folder.resolve()), max(1, int(cpus)), *steps.values())
+        arguments = (config, str(self._parts.folder.resolve()), max(1, int(cpus)), *steps.values(), PART_DOCUMENTS)
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
         return ActorPool(self._cluster.ray, purpose, size, RayWorker, arguments, options, self._check)
 

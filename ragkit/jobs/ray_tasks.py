@@ -46,10 +46,17 @@ class Call:
 Steps = Generator[Call, Any, _T]
 
 
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """What the steps of a task return where it turned out to be several, which take its place in this order."""
+
+    tasks: Sequence[Task[Any]]
+
+
 class Task(Protocol[_Result]):
     """Work of some calls, one after the other."""
 
-    def steps(self) -> Steps[_Result]:
+    def steps(self) -> Steps[_Result | Divided]:
         """Return a generator that yields calls, is sent what each returned, and returns the task's result.
 
         It is run anew from its start where a worker dies.
@@ -71,10 +78,10 @@ class _Run(Generic[_T]):
 
     order: tuple[int, ...]
     task: Task[_T] = field(compare=False)
-    steps: Steps[_T] | None = field(default=None, compare=False)
+    steps: Steps[_T | Divided] | None = field(default=None, compare=False)
     call: Call | None = field(default=None, compare=False)
     attempts: int = field(default=0, compare=False)
-    result: _T | None = field(default=None, compare=False)
+    result: _T | Divided | None = field(default=None, compare=False)
     is_done: bool = field(default=False, compare=False)
 
 
@@ -135,10 +142,13 @@ class TaskRunner:
                 number += 1
             if not slots:
                 return
-            if all(run.is_done for run in slots[0]):
-                for run in slots.popleft():
-                    yield run.result  # type: ignore[misc]
+            if slots[0][0].is_done:
+                done = slots[0].pop(0)
+                if not slots[0]:
+                    slots.popleft()
+                yield done.result  # type: ignore[misc]
                 continue
+            self._begin_ahead(slots, window)
             self._dispatch()
             self._wait(slots)
 
@@ -149,7 +159,7 @@ class TaskRunner:
         Who asked the workers to stop gets what they have.
         """
         for slot in self._slots:
-            yield from (run.result for run in slot if run.is_done)
+            yield from (run.result for run in slot if run.is_done and not isinstance(run.result, Divided))
         until = time.monotonic() + timeout_s
         while self._running and (left := until - time.monotonic()) > 0:
             ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=left)
@@ -163,12 +173,22 @@ class TaskRunner:
                 try:
                     call.run.steps.send(value if call.kept is None else (value, call.kept))  # type: ignore[union-attr]
                 except StopIteration as end:
-                    yield end.value
+                    if not isinstance(end.value, Divided):
+                        yield end.value
 
     def _begin(self, run: _Run[_T]) -> _Run[_T]:
         run.steps = run.task.steps()
         self._go_on(run, None)
         return run
+
+    def _begin_ahead(self, slots: deque[list[_Run[_T]]], window: int) -> None:
+        """Begin the next runs of divided tasks, so that only a bounded number of all is under way or waits."""
+        left = window - sum(run.steps is not None for slot in slots for run in slot)
+        for slot in slots:
+            for run in slot:
+                if run.steps is None and left > 0:
+                    self._begin(run)
+                    left -= 1
 
     def _go_on(self, run: _Run[Any], value: Any) -> None:
         """Send a task what its last call returned, and queue its next one."""
@@ -236,7 +256,16 @@ class TaskRunner:
                 raise JobError(f"a worker failed in {step!r}: {_line(cause or error)}") from error
             self._lost(call, error, slots)
             return
-        self._go_on(call.run, value if call.kept is None else (value, call.kept))
+        run = call.run
+        self._go_on(run, value if call.kept is None else (value, call.kept))
+        if isinstance(run.result, Divided):
+            self._replace(run, [_Run((*run.order, place), one) for place, one in enumerate(run.result.tasks)], slots)
+
+    def _replace(self, run: _Run[_T], runs: list[_Run[_T]], slots: deque[list[_Run[_T]]]) -> None:
+        """Put runs in the place of one; those that are not begun are when there is room."""
+        slot = next(slot for slot in slots if any(one is run for one in slot))
+        place = next(place for place, one in enumerate(slot) if one is run)
+        slot[place : place + 1] = runs
 
     def _is_rays_own(self, cause: object) -> bool:
         return isinstance(cause, (self._ray.exceptions.RayError, ConnectionError))
@@ -257,9 +286,7 @@ class TaskRunner:
             self._begin(run)
         elif parts:
             runs = [_Run((*run.order, place), part, attempts=1) for place, part in enumerate(parts)]
-            slot = next(slot for slot in slots if any(one is run for one in slot))
-            place = next(place for place, one in enumerate(slot) if one is run)
-            slot[place : place + 1] = runs
+            self._replace(run, runs, slots)
             for one in runs:
                 self._begin(one)
         else:

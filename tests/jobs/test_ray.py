@@ -22,7 +22,7 @@ from ray_nodes import OBJECT_STORE_BYTES, config_of, contents, two_nodes, write_
 from ragkit import Pipeline
 from ragkit.config import ChunkContextName
 from ragkit.errors import JobError, MissingExtraError, UsageError
-from ragkit.jobs import ray_answering, ray_executor, ray_kv
+from ragkit.jobs import local_executor, ray_answering, ray_executor, ray_kv
 from ragkit.jobs.answering import answer_many
 from ragkit.jobs.batch import open_answers
 from ragkit.jobs.ray_cluster import RayCluster
@@ -129,6 +129,60 @@ def test_a_killed_worker_costs_its_shard_and_a_document_that_kills_every_worker_
     local = ingest(tmp_path / "local", docs, models)
     assert_same(on_ray, local, but="5.txt")
     assert {Path(one.uri).name for one in local["report"].failed} == {"broken.pdf", "empty.txt", "table.jsonl#row=5"}
+
+
+def test_a_large_table_comes_in_parts_and_is_stored_as_here(
+    cluster: Any, tmp_path: Path, models: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_executor, "PART_DOCUMENTS", 5)
+    monkeypatch.setattr(ray_executor, "PART_DOCUMENTS", 5)
+
+    class Mortal(RayWorker):
+        """Dies once at the third part, and hands over no table whole."""
+
+        def read_part(self, table: Any, start: int, stop: int) -> Any:
+            assert stop - start <= 5
+            if start == 10 and not (marks / "died").exists():
+                (marks / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().read_part(table, start, stop)
+
+    monkeypatch.setattr(ray_executor, "RayWorker", Mortal)
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.txt").write_text("Before the table.")
+    rows = [json.dumps({"text": f"The dog {number % 20} ran far.", "year": number}) for number in range(23)]
+    (folder / "b.jsonl").write_text("\n".join([*rows, "no json"]))
+    (folder / "c.txt").write_text("The dog 3 ran far.")
+    on_ray = ingest(tmp_path / "ray", folder, models, cluster.address)
+    assert (marks / "died").exists()
+    local = ingest(tmp_path / "local", folder, models)
+    assert on_ray["report"].added == 3
+    assert_same(on_ray, local)
+
+
+def test_a_part_that_kills_its_workers_fails_the_table_which_shows_nothing(
+    cluster: Any, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_executor, "PART_DOCUMENTS", 5)
+
+    class Mortal(RayWorker):
+        def read_part(self, table: Any, start: int, stop: int) -> Any:
+            if start == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().read_part(table, start, stop)
+
+    monkeypatch.setattr(ray_executor, "RayWorker", Mortal)
+    table = tmp_path / "table.jsonl"
+    table.write_text("\n".join(json.dumps({"text": f"The dog {number} ran far."}) for number in range(17)))
+    with Pipeline.open(tmp_path / "store", config_of(models, cluster.address)) as pipeline:
+        report = pipeline.ingest([table])
+        assert [(one.stage, one.code) for one in report.failed] == [("read", "crash")]
+        assert pipeline.store.counts().chunks == 0
+        monkeypatch.undo()
+        monkeypatch.setattr(ray_executor, "PART_DOCUMENTS", 5)
+        assert pipeline.ingest([table], retry_failed=True).added == 1
+        assert pipeline.store.counts().documents == 17
 
 
 class RemovesNode(Silent):
