@@ -34,6 +34,7 @@ class KVSaver:
         self._lock = threading.Lock()
         self._unsaved: queue.Queue[EncodedKV | None] = queue.Queue()
         self._unsaved_bytes = 0
+        self._has_warned = False  # since a chunk was last taken: a long prompt has many
         self._is_closed = False
         self._thread = threading.Thread(target=self._save_forever, name="ragkit-kv-save", daemon=True)
         self._thread.start()
@@ -46,11 +47,14 @@ class KVSaver:
             is_closed, waiting = self._is_closed, self._unsaved_bytes + encoded.nbytes
             if not is_closed and waiting <= _UNSAVED_BYTES:
                 self._unsaved_bytes = waiting
+                self._has_warned = False
                 self._unsaved.put(encoded)  # with the lock held: what comes behind the end would never be taken
                 return
             self._stats.not_saved.update(tier.name for tier in self._tiers)
-        reason = "the store was closed" if is_closed else "too much waits to be written"
-        _log.warning("the KV of %s is not written: %s", encoded.ref.key, reason)
+            is_first, self._has_warned = not self._has_warned, True
+        if is_first:
+            reason = "the store was closed" if is_closed else "too much waits to be written"
+            _log.warning("KV of chunks stays in memory only: %s", reason)
 
     def write(self, chunks: Sequence[EncodedKV]) -> bool:
         """Write chunks now, as `KVStore.write` says."""

@@ -634,6 +634,19 @@ def test_a_request_whose_store_is_closed_meanwhile_says_so_and_holds_nothing(pla
     assert not kv._in_flight
 
 
+def test_chunks_that_cannot_wait_to_be_written_are_counted_and_named_once(place, compute, monkeypatch, caplog):
+    monkeypatch.setattr("ragkit.kvcache.kv_saver._UNSAVED_BYTES", 0)
+    store, chunk_ids = place
+    refs = [ref_of(name, chunk_id=chunk_ids[0]) for name in "abc"]
+    with kv_store(store) as kv:
+        with caplog.at_level(logging.WARNING), kv.fetch(refs, compute):
+            pass
+        assert kv.stats.not_saved["disk"] == 3
+    assert [record.message for record in caplog.records] == [
+        "KV of chunks stays in memory only: too much waits to be written"
+    ]
+
+
 def test_what_is_computed_after_the_store_was_closed_is_not_written_and_nobody_waits_for_that(place, compute):
     store, chunk_ids = place
     refs = [ref_of("a", chunk_id=chunk_ids[0])]
