@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 class RemoteTier:
     """One object a chunk below an fsspec URL (`file://`, `s3://`, `memory://`, ...), for sharing between machines.
 
-    Nothing is locked there: a half-written or foreign object is recognised by its checksums and is a miss. Keys hold
-    a tenant's salt, so tenants that share a place do not share KV.
+    Nothing is locked there: a half-written or foreign object is recognised by its checksums and is a miss. Tenants
+    whose recipes have salts of their own (`KVRecipe.tenant_salt`) share a place without sharing KV.
 
     Args:
         url: the folder.
