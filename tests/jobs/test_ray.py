@@ -27,7 +27,7 @@ from ragkit.jobs.answering import answer_many
 from ragkit.jobs.batch import open_answers
 from ragkit.jobs.ray_cluster import RayCluster
 from ragkit.jobs.ray_pool import ActorPool
-from ragkit.jobs.ray_tasks import Call, TaskRunner
+from ragkit.jobs.ray_tasks import Call, Divided, TaskRunner
 from ragkit.jobs.ray_worker import RayWorker
 from ragkit.jobs.rows import QuestionRow
 from ragkit.jobs_config import ExecutorName, JobsConfig
@@ -352,6 +352,34 @@ def test_a_task_that_keeps_killing_its_workers_is_divided_and_fails_alone(pool: 
     failure = [("poison", "crash", "3 workers in a row died at it")]
     assert results == [[0, 2], [4], failure, [8], [10]]
     assert deaths == 4
+
+
+def test_a_task_that_turns_out_to_be_many_takes_its_place_with_few_under_way(pool: ActorPool) -> None:
+    import ray
+
+    begun: list[int] = []
+
+    class Many:
+        """Becomes as many tasks as its first call says."""
+
+        def __init__(self, numbers: Sequence[int]) -> None:
+            self.numbers = numbers
+
+        def steps(self) -> Any:
+            if len(self.numbers) > 1:
+                yield Call("count", "double", (0,))
+                return Divided([Many([number]) for number in self.numbers])
+            begun.extend(self.numbers)
+            return [(yield Call("count", "double", (self.numbers[0],)))]
+
+        def parts(self) -> list[Any]:
+            return []
+
+    tasks = [Many([0]), Many(range(1, 41)), Many([41])]
+    runner = TaskRunner(ray, {"count": pool}, lambda: None)
+    ahead = [(result, len(begun) - done) for done, result in enumerate(runner.run(tasks))]
+    assert [result for result, _ in ahead] == [[2 * number] for number in range(42)]
+    assert max(count for _, count in ahead) <= 8 + 1  # the task behind them was begun before
 
 
 def test_a_stop_is_heard_by_workers_which_hand_over_what_they_have_answered(
