@@ -163,8 +163,8 @@ class NominalCosts:
     """Plain steps, by the bytes that are read: the same on every machine, so that seeds give the same answers."""
 
     def of_pass(self, context: int, nodes: int, requests: int = 1) -> float:
-        """Return a plain step and a little more for every node."""
-        return 1.0 + _NOMINAL_NODE * nodes
+        """Return a plain step and a little more for every node of every request."""
+        return 1.0 + _NOMINAL_NODE * nodes * requests
 
     def of_draft(self, measured_ms: float, share: float, context: int, requests: int = 1) -> float:
         """Return the share."""

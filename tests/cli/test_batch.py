@@ -91,7 +91,7 @@ def test_options_reach_the_settings_and_the_job(run, batches, world):
 
 
 def test_what_drafts_may_do_is_only_said_of_drafts(run):
-    result = run("batch", "q.jsonl", "--out", "a.jsonl", "--transfer")
+    result = run("batch", "q.jsonl", "--out", "a.jsonl", "--exact")
     assert result.code == 2
     assert "say what drafts may do: name a drafter with --draft" in result.err
 

@@ -16,7 +16,7 @@ from ragkit.errors import CacheCapacityError
 from ragkit.generation.batch_engine import BatchEngine
 from ragkit.generation.batch_request import BatchRequest
 from ragkit.generation.decode_runner import DecodeRunner
-from ragkit.generation.draft_control import DraftLimits
+from ragkit.generation.draft_control import DraftController, DraftLimits
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter_lookup import LookupDrafter
 from ragkit.generation.drafter_self import self_drafter
@@ -194,7 +194,8 @@ def test_a_drafter_that_fails_ends_drafts_and_no_answer(engine, plain):
     assert results[f"r{index}"].warnings == ("drafting ended after 0 steps: no room to draft",)
 
 
-def test_other_chunks_that_cannot_be_looked_for_end_no_answer(engine, plain):
+def test_other_chunks_that_cannot_be_looked_for_end_no_answer(engine, plain, monkeypatch):
+    monkeypatch.setattr(DraftController, "pays_to_refresh", lambda *given: True)
     asked_for = []
 
     def retrieve(tokens):
