@@ -130,7 +130,8 @@ def _status_lines(
 def _kv_line(kv: KVStatus, counts: StoreCounts) -> str:
     tiers = ", ".join(f"{human_bytes(count)} on {name}" for name, count in kv.bytes_by_tier.items())
     pages = f", {human_bytes(kv.page_bytes)} of it pages of documents" if kv.page_bytes else ""
-    line = f"{kv.chunks:,} of {counts.chunks:,} chunks, {tiers}{pages}"
+    others = f", {human_bytes(kv.other_bytes)} of it in other codecs" if kv.other_bytes else ""
+    line = f"{kv.chunks:,} of {counts.chunks:,} chunks, {tiers}{pages}{others}"
     if kv.estimated_bytes is None:
         return line
     return f"{line}  (all would take about {human_bytes(kv.estimated_bytes)} as {kv.codec})"

@@ -45,11 +45,12 @@ class KVStatus:
     """How much chunk KV is stored.
 
     Attributes:
-        chunks: chunks whose KV lies in the store; chunks of equal text share one.
+        chunks: chunks whose KV lies in the store, as the present codec stores it; chunks of equal text share one.
         bytes_by_tier: bytes of each tier that outlives a process.
         codec: how KV is stored now.
         estimated_bytes: what the KV of all chunks takes in that codec; None where the generator is not here.
         page_bytes: what of the disk's bytes are pages of documents, and what selectors keep of them.
+        other_bytes: what of the disk's bytes is KV of chunks as another codec stored it, which is not used now.
     """
 
     chunks: int
@@ -57,6 +58,7 @@ class KVStatus:
     codec: str
     estimated_bytes: int | None
     page_bytes: int = 0
+    other_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

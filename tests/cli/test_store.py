@@ -81,6 +81,7 @@ def test_status_json_holds_counts_and_failed_sources(run):
         "codec": "bf16",
         "estimated_bytes": 3_100_000_000,
         "page_bytes": 0,
+        "other_bytes": 0,
     }
     assert [source["uri"] for source in data["failed_sources"]] == ["/docs/broken.pdf"]
 

@@ -211,3 +211,25 @@ def test_the_status_estimates_what_all_of_it_would_take(
         pipeline.parts.blending.kv_store.flush()
         pipeline.remove([str(docs / "0.txt")])
         assert pipeline.kv_status().bytes_by_tier.keys() == {"disk", "file"}
+
+
+def test_the_status_counts_chunks_with_kv_of_the_present_codec_whose_file_is_there(
+    tmp_path: Path, docs: Path, engine: Engine
+) -> None:
+    for codec in (CodecName.FP32, CodecName.INT8):
+        with open_blended(tmp_path / "store", engine, codec=codec) as pipeline:
+            pipeline.ingest([docs], kv=True)
+            status, chunks = pipeline.kv_status(), pipeline.store.counts().chunks
+            assert status.chunks == chunks
+    assert 0 < status.other_bytes < status.bytes_by_tier["disk"]
+    with open_blended(tmp_path / "store", engine, codec=CodecName.INT4_BF16) as pipeline:
+        status = pipeline.kv_status()
+        assert (status.chunks, status.other_bytes) == (0, status.bytes_by_tier["disk"])
+        pipeline.query(QUESTION)
+        pipeline.parts.blending.kv_store.flush()
+        assert pipeline.kv_status().chunks == 5
+    for path in kv_files(tmp_path / "store"):
+        path.unlink()
+    with open_blended(tmp_path / "store", engine) as pipeline:
+        status = pipeline.kv_status()
+        assert (status.chunks, status.bytes_by_tier, status.other_bytes) == (0, {"disk": 0}, 0)
