@@ -26,6 +26,7 @@ from ragkit.store.sources import DOCUMENT_COLUMNS, LINK_COLUMNS, SOURCE_COLUMNS,
 from ragkit.types import document_id
 
 READ_AGAIN = "run `ragkit verify --repair`, then ingest its source again"
+COMPUTED_AGAIN = "run `ragkit verify --repair`: the KV is computed again when it is needed"
 NEW_STORE = "ingest the sources into a new store"
 
 
@@ -206,8 +207,10 @@ class _Verifier:
             if reason:
                 rows = (segment.first_row, segment.last_row)
                 where = "l.doc_key IN (SELECT doc_key FROM chunks WHERE row_id BETWEEN ? AND ?)"
-                uris = self._uris(where, rows) if segment.kind == VECTOR_SEGMENT else ()
-                self._found.add("segment", _text(segment.sha256), reason, READ_AGAIN, uris, segment.segment_id)
+                of_vectors = segment.kind == VECTOR_SEGMENT
+                uris = self._uris(where, rows) if of_vectors else ()
+                remedy = READ_AGAIN if of_vectors else COMPUTED_AGAIN
+                self._found.add("segment", _text(segment.sha256), reason, remedy, uris, segment.segment_id)
 
     def _segment_file(self, segment: SegmentRow) -> str:
         path = segment_path(self._folder, segment.sha256, segment.kind)
@@ -247,8 +250,8 @@ class _Verifier:
         columns = "kv_id, key, chunk_id, segment_id, offset, bytes, crc32, crc"
         for *values, crc in self._connection.execute(f"SELECT {columns} FROM kv"):  # noqa: S608
             if row_crc(*values) != crc:
-                remedy = "run `ragkit verify --repair`: it is computed again"
-                self._found.add("kv", _text(values[1]), "its row does not match its checksum", remedy, (), values[0])
+                name, reason = _text(values[1]), "its row does not match its checksum"
+                self._found.add("kv", name, reason, COMPUTED_AGAIN, (), values[0])
 
     def _index(self) -> None:
         record = read_index(self._connection, self._folder)

@@ -40,6 +40,17 @@ def test_removed_kv_is_a_miss_and_its_file_goes_with_the_last_entry(store):
     assert store.verify().problems == ()
 
 
+def test_damaged_kv_needs_a_repair_and_no_source(store):
+    fill(store)
+    path = store.kv_listing()[0][0]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    [problem] = store.verify().problems
+    assert (problem.part, problem.uris) == ("segment", ())
+    assert problem.remedy == "run `ragkit verify --repair`: the KV is computed again when it is needed"
+    assert store.verify(repair=True).marked == ()
+    assert store.verify().problems == ()
+
+
 def test_kv_of_a_whole_document_goes_with_its_chunk_and_never_to_another_of_the_same_text(store):
     with store.writer() as writer:
         configure(writer)
