@@ -122,7 +122,7 @@ def ingest(
     if request.exit_code and report.interrupted:
         session.output.note(GO_ON)
         raise typer.Exit(request.exit_code)
-    if report.failed:
+    if report.failed or (report.kv is not None and report.kv.left_out):
         raise typer.Exit(ExitCode.PARTLY_DONE)
 
 
@@ -157,7 +157,9 @@ def report_lines(report: IngestReport, output: Output) -> Iterator[str]:
         yield f"{shown}; {report.chunks:,} chunks, {report.tokens:,} tokens in {report.seconds:.1f} s"
     if report.kv is not None:
         done = report.kv
-        yield f"KV of {done.computed:,} chunks computed ({human_bytes(done.bytes)}), of {done.present:,} there already"
+        shared = f", {done.shared:,} have the text of another" if done.shared else ""
+        line = f"KV of {done.computed:,} chunks computed ({human_bytes(done.bytes)}), of {done.present:,} there already"
+        yield line + shared
     if report.pages is not None:
         read = report.pages
         yield (

@@ -30,7 +30,7 @@ Results go to stdout. Progress, notes, warnings and errors go to stderr; bars ar
 | 0 | done |
 | 1 | failed |
 | 2 | wrong usage, or an impossible setting |
-| 3 | partly done: some sources failed; they are named |
+| 3 | partly done: some sources failed, and are named, or KV found no room (`kv.left_out`) |
 | 4 | the store is missing, locked or damaged, was built with another embedder, or the disk is full |
 | 130, 143 | stopped by SIGINT or SIGTERM; an ingest first finishes its running commit, a measurement shows what is done |
 

@@ -32,12 +32,15 @@ class PageIngestReport:
 class KVIngestReport:
     """What computing the KV of all chunks did: chunks computed and written, chunks that had it, bytes written.
 
-    Chunks of equal text share their KV: all but one of them had it.
+    `shared` chunks had none and have the text of another such chunk, whose KV is theirs. `left_out` chunks found no
+    room.
     """
 
     computed: int = 0
     present: int = 0
     bytes: int = 0
+    shared: int = 0
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)

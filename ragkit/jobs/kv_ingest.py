@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from ragkit.errors import KVCacheError, StoreError, UsageError
 from ragkit.generation.blending import Blending
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.kv_segment import RECORD_OVERHEAD
+from ragkit.kvcache.remote_tier import RemoteTier
 from ragkit.progress import Progress
 from ragkit.reports import KVIngestReport
 from ragkit.store import Store
@@ -25,11 +27,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Missing:
-    """Chunks without KV, and about how many bytes it will take."""
+    """Chunks without KV, about how many bytes it will take, how many chunks have it and how many will share it."""
 
     chunk_ids: list[str]
     estimated_bytes: int
     present: int
+    shared: int
 
 
 class KVIngest:
@@ -43,6 +46,7 @@ class KVIngest:
         self._stop = stop or Event()
         self._computed = 0
         self._bytes = 0
+        self._left_out = 0
 
     def run(self) -> tuple[KVIngestReport, tuple[str, ...]]:
         """Compute and write what is missing; return what was done, and a warning where the tiers were full.
@@ -59,22 +63,28 @@ class KVIngest:
             warnings = self._fill(missing)
         except KVCacheError as error:
             raise error.__cause__ if isinstance(error.__cause__, StoreError) else error from error
-        return KVIngestReport(self._computed, missing.present, self._bytes), warnings
+        report = KVIngestReport(self._computed, missing.present, self._bytes, missing.shared, self._left_out)
+        return report, warnings
 
     def _missing(self) -> _Missing:
         row_ids = self._store.row_ids()
-        seen: set[str] = set()
+        wanted: set[str] = set()  # keys
         chunk_ids: list[str] = []
-        estimated = 0
+        estimated = present = shared = 0
         for start in range(0, len(row_ids), _LOOKED_UP):
             with self._store.snapshot():
                 chunk_ids_here = [one.chunk.chunk_id for one in self._store.chunks(row_ids[start : start + _LOOKED_UP])]
-            fresh = {ref.key.digest: ref for ref in self._refs(chunk_ids_here)}
-            for ref in self._tiers.absent([ref for key, ref in fresh.items() if key not in seen]):
+            refs = self._refs(chunk_ids_here)
+            absent = self._tiers.absent(refs)
+            present += len(refs) - len(absent)
+            for ref in absent:
+                if ref.key.digest in wanted:
+                    shared += 1
+                    continue
+                wanted.add(ref.key.digest)
                 chunk_ids.append(ref.chunk_id)
                 estimated += self._estimate(ref)
-            seen |= fresh.keys()
-        return _Missing(chunk_ids, estimated, len(row_ids) - len(chunk_ids))
+        return _Missing(chunk_ids, estimated, present, shared)
 
     def _refs(self, chunk_ids: Sequence[str]) -> list[ChunkRef]:
         """Return the references of those chunks that are still there."""
@@ -85,13 +95,14 @@ class KVIngest:
 
     def _fill(self, missing: _Missing) -> tuple[str, ...]:
         for batch in self._batches(missing.chunk_ids):
-            if not self._has_room(sum(self._estimate(ref) for ref in batch)):
-                return (self._full(len(missing.chunk_ids)),)
-            encoded = self._compute(batch)
+            fitting = self._fitting(batch)
+            encoded = self._compute(fitting)
             if encoded and not self._tiers.write(encoded):
                 return (self._full(len(missing.chunk_ids)),)
             self._computed += len(encoded)
             self._bytes += sum(chunk.nbytes for chunk in encoded)
+            if len(fitting) < len(batch) and len(encoded) == len(fitting):
+                return (self._full(len(missing.chunk_ids)),)
             if self._stop.is_set():
                 logger.info("stopped; the KV of %d chunks is left to the next run", len(missing.chunk_ids))
                 break
@@ -125,12 +136,18 @@ class KVIngest:
         tokens = len(ref.token_ids)
         return int(tokens * self._tiers.codec.bytes_per_token(tokens)) + RECORD_OVERHEAD
 
-    def _has_room(self, nbytes: int) -> bool:
-        return any(tier.bytes_used + nbytes <= tier.budget_bytes for tier in self._tiers.backing)
+    def _fitting(self, batch: Sequence[ChunkRef]) -> Sequence[ChunkRef]:
+        """Return the first chunks of a batch, as many as a tier has room for."""
+        room = max(tier.budget_bytes - tier.bytes_used for tier in self._tiers.backing)
+        needed = itertools.accumulate(self._estimate(ref) for ref in batch)
+        return batch[: sum(nbytes <= room for nbytes in needed)]
 
     def _full(self, wanted: int) -> str:
+        self._left_out = wanted - self._computed
         names = " and ".join(f"{tier.name} ({tier.budget_bytes >> 20:,} MB)" for tier in self._tiers.backing)
+        tiers = self._tiers.backing
+        budgets = " or ".join("kv.remote_mb" if isinstance(tier, RemoteTier) else "kv.disk_mb" for tier in tiers)
         return (
-            f"the KV of {wanted - self._computed:,} chunks was left out, because {names} is full: raise kv.disk_mb, or "
-            "take a smaller kv.codec; they are computed when they are first used"
+            f"the KV of {self._left_out:,} chunks was left out, because {names} {'is' if len(tiers) == 1 else 'are'} "
+            f"full: raise {budgets}, or take a smaller kv.codec; they are computed when they are first used"
         )

@@ -48,10 +48,12 @@ class _Ledger:
     planned_bytes: int
     claims: dict[str, tuple[int, ...]] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
+    present: set[str] = field(default_factory=set)  # chunks whose KV was there before the run
 
     def wanted(self, listed: Sequence[ListedKV], place: tuple[int, ...]) -> set[str]:
         """Return the chunks that the shard at `place` is to compute, the same ones when it asks again."""
         stored = self.store.kv_entries([one.key for one in listed])
+        self.present |= {one.chunk_id for one in listed if one.key in stored and one.key not in self.claims}
         chunk_ids: set[str] = set()
         for one in listed:
             owner = self.claims.get(one.key)
@@ -158,8 +160,9 @@ class RayKVIngest:
                     self._watch.progress.advance(documents=outcome.chunks, bytes=sizes, tokens=tokens)
             except StopRequested:
                 logger.info("stopped; the KV of %d chunks is left to the next run", len(row_ids) - seen)
-        present = seen - computed - len(lost) - len(ledger.left_out)
-        return KVIngestReport(computed, present, kv_bytes), self._warnings(ledger, lost)
+        present, left_out = len(ledger.present), len(ledger.left_out)
+        shared = max(0, seen - computed - len(lost) - left_out - present)
+        return KVIngestReport(computed, present, kv_bytes, shared, left_out), self._warnings(ledger, lost)
 
     @contextlib.contextmanager
     def _workers(self) -> Iterator[ActorPool]:

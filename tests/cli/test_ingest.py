@@ -101,9 +101,18 @@ def test_the_kv_of_chunks_is_computed_on_request_and_counted(run, world):
     result = run("ingest", "--kv")
     assert world.configs[-1].ingest.kv is True
     assert result.out.splitlines()[1] == "KV of 30 chunks computed (123.0 MB), of 10 there already"
-    assert run("ingest", "--kv", "--json").json["kv"] == {"computed": 30, "present": 10, "bytes": 123_000_000}
+    assert run("ingest", "--kv", "--json").json["kv"] == {
+        "computed": 30, "present": 10, "bytes": 123_000_000, "shared": 0, "left_out": 0,
+    }  # fmt: skip
     run("ingest", "docs", "--no-kv")
     assert world.configs[-1].ingest.kv is False
+
+
+def test_kv_that_found_no_room_is_partly_done(run, world):
+    world.report = IngestReport(unchanged=1, kv=KVIngestReport(30, 10, 123_000_000, shared=5, left_out=2))
+    result = run("ingest", "--kv")
+    assert result.code == 3
+    assert result.out.splitlines()[1].endswith("of 10 there already, 5 have the text of another")
 
 
 def test_without_kv_none_is_reported(run):

@@ -104,8 +104,10 @@ def test_only_new_documents_cost_something(pipeline: Pipeline, docs: Path) -> No
 def test_chunks_of_equal_text_share_their_kv(pipeline: Pipeline, docs: Path) -> None:
     (docs / "copy.txt").write_text((docs / "0.txt").read_text() + "\n\nWith an ending of its own, this one.\n")
     report = pipeline.ingest([docs], kv=True)
-    assert report.kv.computed + report.kv.present == pipeline.store.counts().chunks
-    assert report.kv.computed == pipeline.kv_status().chunks < pipeline.store.counts().chunks
+    chunks = pipeline.store.counts().chunks
+    assert (report.kv.present, report.kv.computed + report.kv.shared) == (0, chunks)
+    assert report.kv.computed == pipeline.kv_status().chunks < chunks
+    assert pipeline.ingest([], kv=True).kv == KVIngestReport(0, chunks, 0)
 
 
 def test_no_source_is_needed_for_it(pipeline: Pipeline, docs: Path) -> None:
@@ -164,6 +166,23 @@ def test_a_full_budget_ends_it_with_one_warning_and_evicts_nothing(
         assert pipeline.kv_status().chunks == report.kv.computed
         assert f"the KV of {chunks - report.kv.computed} chunks was left out, because disk (1 MB) is full" in warning
         assert sum(path.stat().st_size for path in kv_files(tmp_path / "store")) <= 1 << 20
+
+
+def test_room_for_less_than_one_write_is_used(tmp_path: Path, docs: Path, engine: Engine) -> None:
+    write_documents(docs, range(3, 9))
+    with open_blended(tmp_path / "store", engine, disk_mb=1) as pipeline:  # all of it would be written at once
+        report = pipeline.ingest([docs], kv=True)
+        assert report.kv.computed > 0
+        assert report.kv.left_out == pipeline.store.counts().chunks - report.kv.computed > 0
+
+
+def test_a_full_remote_tier_names_its_own_budget(tmp_path: Path, docs: Path, engine: Engine) -> None:
+    write_documents(docs, range(3, 9))
+    remote = (tmp_path / "remote").as_uri()
+    with open_blended(tmp_path / "store", engine, disk_mb=0, remote=remote, remote_mb=1) as pipeline:
+        [warning] = pipeline.ingest([docs], kv=True).warnings
+        assert "file (1 MB) is full: raise kv.remote_mb, or" in warning
+        assert "kv.disk_mb" not in warning
 
 
 def test_without_a_place_to_keep_it_is_refused(tmp_path: Path, docs: Path, engine: Engine) -> None:
