@@ -29,7 +29,8 @@ def drafter_of(name: str, engine: Engine, context_tokens: int) -> Drafter:
         return LookupDrafter()
     if name == "self":
         return self_drafter(engine, context_tokens=context_tokens)
-    from ragkit.generation.drafter_model import DraftModel, ModelDrafter
+    from ragkit.generation.draft_model import DraftModel
+    from ragkit.generation.drafter_model import ModelDrafter
 
     return ModelDrafter(name, DraftModel.of(Engine.load(name, offline=True)), engine)
 

@@ -103,7 +103,8 @@ def make_drafter(parts: Parts, config: DraftConfig, *, blended: bool, prompt: Pr
         return LookupDrafter()
     if config.drafter == "self":
         return _self_drafter(parts, config, blended, prompt)
-    from ragkit.generation.drafter_model import DraftModel, ModelDrafter
+    from ragkit.generation.draft_model import DraftModel
+    from ragkit.generation.drafter_model import ModelDrafter
 
     engine = parts.draft_engine(config.drafter)
     return ModelDrafter(config.drafter, DraftModel.of(engine), parts.engine)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
@@ -36,10 +36,15 @@ from ragkit.kvcache.coverage import Coverage, Ratio, count_of, most_of
 from ragkit.kvcache.fetch import FetchReport
 from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.pool_tier import PinnedBlocks
-from ragkit.kvcache.rope import RotaryTable
+from ragkit.kvcache.rope import RotaryTable, has_own_frequencies
 from ragkit.kvcache.selectors_question import QuestionAttention
 from ragkit.kvcache.token_selection import ChunkSpan, LayerRange, TokenSelector
 from ragkit.types import KVUse
+
+_OWN_FREQUENCIES = (
+    "nothing was reused: a prompt beyond the window of this model's `dynamic` rotary frequencies has frequencies of its "
+    "own, which chunk KV was not computed with"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +99,9 @@ class BlendPrefill:
         layout = BlendLayout(request.prompt)
         if not layout.chunks:
             return FullPrefill().prefill(decoder, request)
+        if has_own_frequencies(decoder.config.rope, layout.num_tokens):
+            # What lies behind un-rotated keys was computed with other frequencies: no row would be exact.
+            return replace(FullPrefill().prefill(decoder, request), warnings=(_OWN_FREQUENCIES,))
         options = self.options
         ratio = options.ratio if request.ratio is None else require_ratio(request.ratio, options.selector)
         clock = StepClock(decoder.device)

@@ -17,7 +17,8 @@ from torch.nn import functional
 from ragkit.errors import ConfigError
 from ragkit.generation.attention import StandaloneAttention
 from ragkit.generation.decoder import Activations, Attend, Decoder
-from ragkit.generation.drafter_model import DraftModel, ModelDrafter
+from ragkit.generation.draft_model import DraftModel
+from ragkit.generation.drafter_model import ModelDrafter
 from ragkit.generation.strategy import PrefillStrategy
 from ragkit.kernels.add_rms_norm import add_rms_norm
 from ragkit.kernels.silu_mul import silu_mul

@@ -6,8 +6,7 @@ import threading
 
 from ragkit.generation.decoder import Decoder
 from ragkit.kernels.backend import next_power_of_2
-from ragkit.kvcache.rope import RotaryTable
-from ragkit.models.model_config import RopeType
+from ragkit.kvcache.rope import RotaryTable, has_own_frequencies
 
 _LEAST_POSITIONS = 2048
 
@@ -26,8 +25,7 @@ class RotaryCache:
 
     def table(self, positions: int, prompt_tokens: int) -> RotaryTable:
         """Return a table of at least `positions` rows for a request with a prompt of `prompt_tokens`."""
-        rope = self._decoder.config.rope
-        if rope.rope_type is RopeType.DYNAMIC and prompt_tokens > rope.max_position:
+        if has_own_frequencies(self._decoder.config.rope, prompt_tokens):
             return self._build(positions, prompt_tokens)
         with self._lock:
             if self._shared is None or len(self._shared.cos) < positions:

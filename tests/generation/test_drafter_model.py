@@ -11,9 +11,10 @@ from ragkit.generation import drafter_model, request_tables
 from ragkit.generation.acceptance import Transfer
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.draft_control import DraftLimits
+from ragkit.generation.draft_model import DraftModel, GraphDraftRunner
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter import DraftBudget, DraftContext
-from ragkit.generation.drafter_model import DraftModel, GraphDraftRunner, ModelDrafter
+from ragkit.generation.drafter_model import ModelDrafter
 from ragkit.generation.drafter_self import (
     AttentionDroppingDecoder,
     redundant_attention,
