@@ -39,6 +39,11 @@ def inv_freq(rope: RopeConfig, head_dim: int, length: int = 0) -> Tensor:
     return plain
 
 
+def has_own_frequencies(rope: RopeConfig, prompt_tokens: int) -> bool:
+    """Return whether a prompt of so many tokens turns by frequencies that no other length has."""
+    return rope.rope_type is RopeType.DYNAMIC and prompt_tokens > rope.max_position
+
+
 @dataclass(frozen=True)
 class RotaryTable:
     """Cosines and sines by position, both (positions, head_dim / 2) fp32, YaRN's attention factor included.

@@ -42,8 +42,8 @@ from ragkit.kvcache.token_selection import ChunkSpan, LayerRange, TokenSelector
 from ragkit.types import KVUse
 
 _OWN_FREQUENCIES = (
-    "nothing was reused: a prompt beyond the window of this model's `dynamic` rotary frequencies has frequencies of its "
-    "own, which chunk KV was not computed with"
+    "nothing was reused: a prompt beyond the window of this model's `dynamic` rotary frequencies has frequencies of "
+    "its own, which chunk KV was not computed with"
 )
 
 _log = logging.getLogger(__name__)

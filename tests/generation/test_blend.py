@@ -189,6 +189,21 @@ def test_everything_equals_full_prefill_through_a_lossy_codec_at_any_ratio(llama
     assert result.recomputed == len(PROMPT) - len(PREFIX)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_beyond_the_window_of_dynamic_frequencies_a_blend_is_full_prefill_and_says_so(ratio):
+    rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+    model = hf_model("llama", rope_parameters=rope, max_position_embeddings=100).to(DEVICE)
+    bench = Bench(decoder_of(model))
+    full, rows = bench.run(FullPrefill())
+    result, blended = bench.blend(ratio=ratio)
+    torch.testing.assert_close(result.logits, full.logits, rtol=0, atol=1e-3)
+    _close(blended, rows, 1e-3)
+    assert (result.reused, result.recomputed) == (0, len(PROMPT))
+    assert "nothing was reused" in result.warnings[0]
+    within = Prompt((Segment(PREFIX), CHUNKS[0], Segment(ENDING)))
+    assert bench.blend(within, ratio=0.0)[0].reused > 0
+
+
 @torch.inference_mode()
 def test_with_no_token_chosen_the_question_stands_behind_the_reused_rows(decoder):
     bench = Bench(decoder)
