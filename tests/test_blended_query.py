@@ -190,6 +190,18 @@ def test_two_pipelines_share_an_engine_and_not_their_stores(tmp_path: Path, plac
         assert reused(first.query(QUESTIONS[0])) == (5, 0)
 
 
+def test_a_remote_place_that_cannot_be_opened_is_told_once_and_answers_go_on(
+    place: Path, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_blended(place, engine, disk_mb=0, remote="nowhere://x") as pipeline:
+        answers = [pipeline.query(question).text for question in QUESTIONS]
+    with open_blended(place, engine, disk_mb=0) as pipeline:
+        assert answers == [pipeline.query(question).text for question in QUESTIONS]
+    [warning] = [record.message for record in caplog.records if "nowhere://x" in record.message]
+    assert "cannot be opened" in warning
+    assert warning.endswith("this process goes on without it")
+
+
 def test_kv_also_goes_to_a_remote_place(tmp_path: Path, place: Path, engine: Engine) -> None:
     url = (tmp_path / "remote").as_uri()
     with open_blended(place, engine, disk_mb=0, remote=url) as pipeline:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from ragkit.config import BlendConfig, BlendRows, KVConfig, LoadingMode
+from ragkit.errors import KVCacheError
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
 from ragkit.generation.chunk_prefill import ChunkPrefill, expected_cost
 from ragkit.generation.engine import Engine
@@ -144,7 +145,10 @@ def _backing_tiers(kv: KVConfig, store: KVCatalogue | None) -> list[BackingTier]
     if store is not None and kv.disk_mb:
         tiers.append(SegmentTier(store, _megabytes(kv.disk_mb), make_policy(kv.policy)))
     if kv.remote:
-        tiers.append(RemoteTier(kv.remote, _megabytes(kv.remote_mb), make_policy(kv.policy)))
+        try:
+            tiers.append(RemoteTier(kv.remote, _megabytes(kv.remote_mb), make_policy(kv.policy)))
+        except KVCacheError as error:  # KV is only a cache: answers need none of it
+            _log.warning("%s; this process goes on without it", error)
     return tiers
 
 
