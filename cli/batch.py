@@ -29,6 +29,7 @@ from ragkit.cli.query_options import (
     TopPOption,
     answer_settings,
     check_draft_mode,
+    check_ratio,
     draft_settings,
     parse_filters,
 )
@@ -92,6 +93,7 @@ def batch(
         | engine_flags(engine, ray_address)
     )
     check_draft_mode(exact, settings)
+    check_ratio(ratio, settings)
     from ragkit.jobs.batch import BatchJob
 
     job = BatchJob(questions, out, limit, overwrite, chosen, document)

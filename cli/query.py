@@ -29,6 +29,7 @@ from ragkit.cli.query_options import (
     TopPOption,
     answer_settings,
     check_draft_mode,
+    check_ratio,
     draft_settings,
     parse_filters,
 )
@@ -72,16 +73,18 @@ def query(
         | draft_settings(draft, exact)
     )
     check_draft_mode(exact, settings)
+    check_ratio(ratio, settings)
+    given = None if ratio is None else settings.config.blend.ratio  # an answer says where it had no part
     output = session.output
     progress = progress_for(output)
     with session.open(settings) as pipeline:
         if output.json:
-            answer = pipeline.query(question, filter=chosen, document=document, progress=progress)
+            answer = pipeline.query(question, filter=chosen, document=document, ratio=given, progress=progress)
             output.result(answer_json(answer), ())
             return
         with output.waiting("loading models, retrieving …") as waiting:
             shown = _InsteadOf(waiting, progress)
-            stream = pipeline.stream(question, filter=chosen, document=document, progress=shown)
+            stream = pipeline.stream(question, filter=chosen, document=document, ratio=given, progress=shown)
             for piece in stream:
                 waiting.done()
                 output.write(printable(piece))

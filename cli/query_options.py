@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ragkit.answers.options import require_ratio_use
 from ragkit.cli.common import flag
 from ragkit.config import AUTO, DraftMode, Strategy
 from ragkit.errors import UsageError
@@ -97,6 +98,12 @@ def check_draft_mode(exact: bool | None, settings: Settings) -> None:
     """Raise `UsageError` where an option says what drafts may do and nothing drafts."""
     if exact is not None and settings.config.draft.drafter == "none":
         raise UsageError("--exact and --transfer say what drafts may do: name a drafter with --draft")
+
+
+def check_ratio(ratio: str | None, settings: Settings) -> None:
+    """Raise `UsageError` where `--ratio` was given and the strategy recomputes no part of the chunks."""
+    if ratio is not None:
+        require_ratio_use(settings.config.generation.strategy)
 
 
 def parse_filters(filters: Sequence[str] | None) -> dict[str, str] | None:

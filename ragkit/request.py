@@ -261,6 +261,7 @@ def _answered_from_pages(
         for rank, (chunk, score) in enumerate(chunks_attended(whole, attended, options.retrieval.k), start=1)
     )
     citations = cite(question, words, hits, parts.embedder, options.answers, page_lookup(parts, hits))
+    undrafted = () if options.draft.drafter in ("none", "auto") else (NO_PAGES,)
     yield answer_of(
         options,
         clock.timings(),
@@ -270,7 +271,7 @@ def _answered_from_pages(
         tokens=finished.usage,
         kv=finished.kv,
         attended=attended,
-        warnings=() if options.draft.drafter in ("none", "auto") else (NO_PAGES,),
+        warnings=(*options.ratio_warnings(Strategy.PAGES), *undrafted),
     )
 
 

@@ -87,6 +87,17 @@ def test_a_ratio_of_1_gives_the_answer_of_full_prefill(pipeline: Pipeline) -> No
     assert blended != [pipeline.query(question, ratio=0.0).text for question in QUESTIONS]
 
 
+def test_a_ratio_without_a_part_is_refused_or_told(place: Path, engine: Engine) -> None:
+    automatic = replace(CONFIG, generation=replace(CONFIG.generation, strategy=Strategy.AUTO))
+    automatic = replace(automatic, blend=replace(CONFIG.blend, min_tokens=100_000))
+    with open_blended(place, engine, automatic) as pipeline:
+        with pytest.raises(UsageError, match="the strategy is full: leave the ratio out"):
+            pipeline.query(QUESTIONS[0], strategy="full", ratio=0.3)
+        answer = pipeline.query(QUESTIONS[0], ratio=0.3)
+        assert answer.warnings == ("the ratio 0.3 had no part: the strategy was full",)
+        assert pipeline.query(QUESTIONS[0]).warnings == ()
+
+
 def test_auto_decides_by_the_prompt_alone(place: Path, engine: Engine) -> None:
     automatic = replace(CONFIG, generation=replace(CONFIG.generation, strategy=Strategy.AUTO))
     with open_blended(place, engine, automatic) as pipeline:

@@ -89,8 +89,8 @@ def require_options(call: str, options: Mapping[str, object]) -> None:
 class QueryOptions:
     """The configuration of one question, after the caller's changes.
 
-    `filters` restrict the documents, `document` is the URI of the only one that is meant, and `progress` hears of what
-    takes long before the answer.
+    `filters` restrict the documents, `document` is the URI of the only one that is meant, `progress` hears of what
+    takes long before the answer, and `is_ratio_given` tells a ratio that the asker gave from a configured one.
     """
 
     generation: GenerationConfig
@@ -101,11 +101,18 @@ class QueryOptions:
     filters: Mapping[str, MetadataValue] = field(default_factory=dict)
     document: str | None = None
     progress: Progress = field(default_factory=Silent)
+    is_ratio_given: bool = False
 
     @property
     def retrieval_filters(self) -> dict[str, MetadataValue]:
         """What restricts retrieval: the filters and the document."""
         return {**self.filters, **({} if self.document is None else {"uri": self.document})}
+
+    def ratio_warnings(self, strategy: Strategy) -> tuple[str, ...]:
+        """Return a warning where the asker gave a ratio and the chosen `strategy` recomputes no part."""
+        if not self.is_ratio_given or strategy is Strategy.BLEND:
+            return ()
+        return (f"the ratio {self.blend.ratio} had no part: the strategy was {strategy}",)
 
     def chosen_strategy(self, chunk_tokens: int) -> Strategy:
         """Return the strategy for a prompt with so many tokens of chunks.
@@ -122,7 +129,8 @@ def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | N
     """Return the options of one question over `parts`.
 
     Raises:
-        UsageError: an impossible value, or a document that the store does not hold.
+        UsageError: an impossible value, a ratio for a strategy that has none, or a document that the store does not
+            hold.
     """
     config = parts.config
     wanted: dict[str, Any] = {
@@ -133,8 +141,11 @@ def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | N
         "top_p": changes.top_p,
         "seed": changes.seed,
     }
+    generation = replace(config.generation, **{name: value for name, value in wanted.items() if value is not None})
+    if changes.ratio is not None:
+        require_ratio_use(generation.strategy)
     return QueryOptions(
-        replace(config.generation, **{name: value for name, value in wanted.items() if value is not None}),
+        generation,
         config.blend if changes.ratio is None else replace(config.blend, ratio=changes.ratio),
         config.retrieval if changes.k is None else replace(config.retrieval, k=changes.k),
         config.answers,
@@ -142,7 +153,17 @@ def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | N
         dict(changes.filter or {}),
         None if changes.document is None else document_uri(parts, changes.document),
         progress or Silent(),
+        changes.ratio is not None,
     )
+
+
+def require_ratio_use(strategy: Strategy) -> None:
+    """Raise `UsageError` where a ratio is given for a strategy that recomputes no part of the chunks."""
+    if strategy not in (Strategy.BLEND, Strategy.AUTO):
+        raise UsageError(
+            f"the ratio says how much the strategy blend computes anew, and the strategy is {strategy}: leave the "
+            "ratio out, or take the strategy blend or auto"
+        )
 
 
 def document_uri(parts: Parts, document: str) -> str:

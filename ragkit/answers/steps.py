@@ -116,7 +116,7 @@ def completed(
         tokens=finished.usage,
         kv=finished.kv,
         dropped_chunks=dropped,
-        warnings=(*cut, *finished.warnings),
+        warnings=(*cut, *options.ratio_warnings(prepared.strategy), *finished.warnings),
         draft=finished.draft,
     )
 

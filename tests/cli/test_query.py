@@ -200,7 +200,7 @@ def test_a_log_line_takes_the_place_of_what_is_waited_for(run, world, monkeypatc
     assert run("query", "q").err.startswith("loading models, retrieving …\r\x1b[Kwarning: falling back\n")
 
 
-def _stream_with_a_warning(self, question, *, filter=None, document=None, progress=None):
+def _stream_with_a_warning(self, question, *, filter=None, document=None, ratio=None, progress=None):
     logging.getLogger("ragkit.generation").warning("falling back")
     return FakeStream(self.world.answer)
 
@@ -254,3 +254,11 @@ def test_what_drafts_may_do_is_only_said_of_drafts(run, option):
     assert result.code == 2
     assert "what drafts may do" in result.err
     assert "name a drafter" in result.err
+
+
+@pytest.mark.parametrize("strategy", ["full", "pages"])
+def test_a_ratio_for_a_strategy_that_has_none_is_wrong_usage(run, strategy):
+    result = run("query", "q", "--strategy", strategy, "--ratio", "0.3")
+    assert result.code == 2
+    assert f"the strategy is {strategy}: leave the ratio out" in result.err
+    assert run("query", "q", "--strategy", "auto", "--ratio", "0.3").code == 0

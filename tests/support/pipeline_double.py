@@ -144,12 +144,14 @@ class FakePipeline:
         self.world.note("search", {"question": question, "filter": filter})
         return SearchResult(self.world.hits, {"retrieve": 12.0, "total": 12.5})
 
-    def query(self, question: str, *, filter: Any = None, document: str | None = None, progress: Any = None) -> Answer:
+    def query(
+        self, question: str, *, filter: Any = None, document: str | None = None, ratio: Any = None, progress: Any = None
+    ) -> Answer:
         self.world.note("query", {"question": question, "filter": filter, "document": document})
         return self.world.answer
 
     def stream(
-        self, question: str, *, filter: Any = None, document: str | None = None, progress: Any = None
+        self, question: str, *, filter: Any = None, document: str | None = None, ratio: Any = None, progress: Any = None
     ) -> FakeStream:
         self.world.note("stream", {"question": question, "filter": filter, "document": document})
         return FakeStream(self.world.answer)
