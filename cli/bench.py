@@ -14,7 +14,7 @@ import typer
 from ragkit.bench.blend_report import COMPARABLE, BlendBenchOptions, Part, ScoredText
 from ragkit.cli.bench_speculative import speculative
 from ragkit.cli.common import Session, command, flag
-from ragkit.cli.measuring import check_places, listed_values, run_measurement
+from ragkit.cli.measuring import check_places, listed_values, run_measurement, write_results
 from ragkit.cli.output import json_text
 from ragkit.cli.query_options import TopKOption
 from ragkit.config import SelectorName
@@ -183,7 +183,7 @@ def _show(report: BlendReport, output: Output, out: Path | None, plot: Path | No
         plots = [str(path) for path in write_plots(report, plot)]
     data = report_json(report, interrupted=bool(exit_code), plots=plots)
     if out is not None:
-        out.write_text(json_text(data), encoding="utf-8")
+        write_results(out, json_text(data))
     output.result(data, report_lines(report, data["machine"]))
     for path in (*plots, *([str(out)] if out is not None else [])):
         output.note(f"wrote {path}")

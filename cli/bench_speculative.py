@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragkit.cli.common import Session, flag
-from ragkit.cli.measuring import check_places
+from ragkit.cli.measuring import check_places, write_results
 from ragkit.cli.output import json_text
 from ragkit.config import DraftMode
 from ragkit.errors import UsageError
@@ -90,7 +90,7 @@ def speculative(
         raise UsageError("no answer had two tokens, so there is nothing to measure: ask other questions (--source)")
     data = _report(benchmark, settings.config.generation.model)
     if out is not None:
-        out.write_text(json_text(data), encoding="utf-8")
+        write_results(out, json_text(data))
         session.output.note(f"wrote {out}")
     session.output.result(data, table_lines(benchmark.rows()))
 

@@ -15,7 +15,7 @@ import typer
 from ragkit.bench.caps import DEFAULT_CAPS, CapUnit
 from ragkit.cli import eval_needle, eval_ruler
 from ragkit.cli.common import Session, command
-from ragkit.cli.measuring import check_places, listed_values, run_measurement
+from ragkit.cli.measuring import check_places, listed_values, run_measurement, write_results
 from ragkit.cli.output import Output, bold, json_text, one_line, table
 from ragkit.errors import UsageError
 
@@ -207,7 +207,7 @@ def _json(
 
 def _show(report: ChunkingReport, data: dict[str, Any], output: Output, out: Path | None, plot: Path | None) -> None:
     if out is not None:
-        out.write_text(json_text(data), encoding="utf-8")
+        write_results(out, json_text(data))
     if plot is not None and report.rows:
         from ragkit.bench.chunking_plots import plot_frontier
 

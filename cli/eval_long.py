@@ -16,7 +16,7 @@ import typer
 
 from ragkit.cli.common import Session, flag
 from ragkit.cli.long_tables import report_lines
-from ragkit.cli.measuring import check_places, listed_values, run_measurement
+from ragkit.cli.measuring import check_places, listed_values, run_measurement, write_results
 from ragkit.cli.output import json_text
 from ragkit.cli.query_options import TopKOption
 from ragkit.config import PageSelectorName
@@ -192,7 +192,7 @@ def _show(session: Session, report: LongReport, options: LongOptions, job: LongJ
         plots = [str(write_heat_map(report, job.evaluation, job.rows, options.plot))]
     data = _json(report, job, plots, interrupted=interrupted)
     if options.out is not None:
-        options.out.write_text(json_text(data), encoding="utf-8")
+        write_results(options.out, json_text(data))
     session.output.result(data, report_lines(report, job.rows))
     for path in (*plots, *([str(options.out)] if options.out is not None else [])):
         session.output.note(f"wrote {path}")

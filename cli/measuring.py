@@ -60,3 +60,17 @@ def check_places(out: Path | None, plot: Path | None, check_plot: Callable[[Path
         raise UsageError(f"--out: {out} is a folder, or lies in none")
     if plot is not None:
         check_plot(plot)
+
+
+def write_results(out: Path, text: str) -> None:
+    """Write results to `out`: all of them, or what stood there stays. A pipe or a device is written to as it is."""
+    if out.exists() and not out.is_file():
+        out.write_text(text, encoding="utf-8")
+        return
+    from ragkit.store.files import write_file_atomically
+
+    write_file_atomically(out.resolve(), lambda temporary: _fill(temporary, text))
+
+
+def _fill(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
