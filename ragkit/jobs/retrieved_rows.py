@@ -1,4 +1,4 @@
-"""Rows whose chunks are retrieved in a thread of their own, a window of questions at a time, ahead of generation."""
+"""Rows whose chunks are retrieved beside generation and ahead of it, a window of questions at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,11 +59,12 @@ RetrievedRow = FoundRow | PagedRow | RowOutcome
 
 
 class RowRetrieval:
-    """Retrieves for rows. A context manager: leaving it ends its thread."""
+    """Retrieves for rows, one window after the other. A context manager: leaving it ends what it has begun."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ragkit-batch")
+        self._latest: Future[list[RetrievedRow]] | None = None
+        self._is_left = False
         self._paged: dict[Hashable, str | None] = {}  # what was found out about documents that rows name
         _ = parts.retriever  # what cannot be loaded is no row's fault
 
@@ -71,7 +72,9 @@ class RowRetrieval:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._is_left = True
+        if self._latest is not None:
+            wait((self._latest,))
 
     def run(self, rows: Iterator[QuestionRow]) -> Iterator[RetrievedRow]:
         """Yield every row with its chunks, in order, while the thread works on the next windows."""
@@ -79,11 +82,29 @@ class RowRetrieval:
         while True:
             window = list(itertools.islice(rows, WINDOW_ROWS))
             if window:
-                futures.append(self._pool.submit(self._window, window))
+                futures.append(self._begin(window))
             if not window or len(futures) > _WINDOWS_AHEAD:
                 if not futures:
                     return
                 yield from futures.popleft().result()
+
+    def _begin(self, window: Sequence[QuestionRow]) -> Future[list[RetrievedRow]]:
+        """Retrieve for a window behind the one before it, in a thread that ends with it.
+
+        Embedding many questions uses all processors. A thread that has done so keeps a team of OpenMP's until it ends,
+        beside which the model's own threads sleep between any two operations: generation took half as long again.
+        """
+        pool = ThreadPoolExecutor(1, thread_name_prefix="ragkit-batch")
+        self._latest = pool.submit(self._window_behind, self._latest, window)
+        pool.shutdown(wait=False)
+        return self._latest
+
+    def _window_behind(
+        self, before: Future[list[RetrievedRow]] | None, window: Sequence[QuestionRow]
+    ) -> list[RetrievedRow]:
+        if before is not None:
+            wait((before,))
+        return [] if self._is_left else self._window(window)
 
     def _window(self, window: Sequence[QuestionRow]) -> list[RetrievedRow]:
         started = time.perf_counter()

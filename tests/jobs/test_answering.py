@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +233,21 @@ def test_a_long_run_of_refusals_is_handed_on_before_the_end(
         assert not first.answer.found
         assert pulled <= 30
         assert len(list(outcomes)) == 99
+
+
+def test_threads_that_retrieve_end_with_their_window(
+    world: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieved_rows, "WINDOW_ROWS", 5)
+    with open_world(world, engine, FULL) as pipeline, retrieved_rows.RowRetrieval(pipeline.parts) as retrieval:
+        found = retrieval.run(iter(rows_of(10)))
+        assert next(found).row.row_id == "q0"
+        concurrent.futures.wait((retrieval._latest,))
+        deadline = time.monotonic() + 30
+        while any(thread.name.startswith("ragkit-batch") for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert [one.row.row_id for one in found] == [f"q{index}" for index in range(1, 10)]
 
 
 def test_a_stop_ends_the_batch_and_gives_its_memory_back(pipeline: Pipeline) -> None:
