@@ -271,7 +271,7 @@ def test_a_drafter_that_cannot_pay_is_not_begun(engine, monkeypatch, caplog):
     monkeypatch.setattr(engine, "draft_costs", NominalCosts())
     drafter = oracle(right_answer(engine, sampling(30)))
     drafter.price = lambda prompt: DraftPrice(step_share=1.01)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="ragkit"):
         finished = run(engine, sampling(30), Drafting(drafter))
     assert drafter.sessions == []
     assert (finished.draft.drafter, finished.draft.drafted, finished.draft.steps) == ("scripted", 0, 29)
