@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from kernel_inputs import BLOCK_SIZE, empty_pool, kv_rows, model_shape, normal, rotary_tables
-from kernel_speed import COPY_BYTES, Clock, copy_rate
-from report import markdown_table, write_result
+from kernel_speed import Clock
+from tuning import clock_and_ceiling, report_tiles
 
 from ragkit.kernels.paged_decode_attention import paged_decode_attention
 from ragkit.kernels.paged_rows import entry_bases
@@ -30,16 +30,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=131072)
     parser.add_argument("--device", default="cuda", help="cpu, with TRITON_INTERPRET=1 and few rows, tries the script")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    clock = Clock(device, tiny=device.type == "cpu")
-    ceiling = copy_rate(clock, (1 << 20) if clock.tiny else COPY_BYTES)
-    print(f"a copy moves {ceiling:.0f} GB/s, read and written", flush=True)
+    clock, ceiling = clock_and_ceiling(arguments.device)
     with torch.inference_mode():
         rows = [row for drafted in arguments.drafted for row in _tune(drafted, arguments.rows, clock, ceiling)]
-    print(markdown_table(rows, list(rows[0])))
-    if not clock.tiny:
-        path = write_result("tune_paged_verify_attention", {"copy_gb_per_s": ceiling, "tiles": rows, **vars(arguments)})
-        print(f"raw numbers: {path}")
+    report_tiles("tune_paged_verify_attention", clock, ceiling, rows, arguments)
 
 
 def _tune(drafted: int, rows: int, clock: Clock, ceiling: float) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from kernel_inputs import BLOCK_SIZE, kv_rows, model_shape, normal, quantized, rotary_tables
-from kernel_speed import COPY_BYTES, Clock, copy_rate
-from report import markdown_table, write_result
+from kernel_speed import Clock
 from torch import Tensor
+from tuning import clock_and_ceiling, report_tiles
 
 from ragkit.kernels.gather_pages import PageLists
 from ragkit.kernels.merge_splits import merge_splits
@@ -44,18 +44,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--device", default="cuda", help="cpu, with TRITON_INTERPRET=1, tries the script on few pages")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    clock = Clock(device, tiny=device.type == "cpu")
-    ceiling = copy_rate(clock, (1 << 20) if clock.tiny else COPY_BYTES)
-    print(f"a copy moves {ceiling:.0f} GB/s, read and written", flush=True)
+    clock, ceiling = clock_and_ceiling(arguments.device)
     with torch.inference_mode():
         rows = [row for kind in arguments.kinds for row in _tune(kind, arguments.listed, clock, ceiling)]
-    print(markdown_table(rows, list(rows[0])))
-    if not clock.tiny:
-        path = write_result(
-            "tune_selected_pages_attention", {"copy_gb_per_s": ceiling, "tiles": rows, **vars(arguments)}
-        )
-        print(f"raw numbers: {path}")
+    report_tiles("tune_selected_pages_attention", clock, ceiling, rows, arguments)
 
 
 def _tune(kind: str, lengths: list[int], clock: Clock, ceiling: float) -> list[dict[str, Any]]:
