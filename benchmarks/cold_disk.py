@@ -90,23 +90,28 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, help="of the chunks")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--codecs", nargs="+", default=[*PLAIN, *ENTROPY], choices=[*PLAIN, *ENTROPY])
+    parser.add_argument("--name", default="cold_disk", help="of the result")
     parser.add_argument("--load-threads", type=int, default=4, help="as the store's")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where a temporary store is made")
     arguments = parser.parse_args()
     tokens = arguments.tokens or (TINY_TOKENS if arguments.tiny else TOKENS)
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix=".cold-disk-", dir=arguments.folder) as folder:
-        bench = ColdBench(torch.device(arguments.device), arguments.tiny, tokens, Path(folder), arguments.load_threads)
+        device = torch.device(arguments.device)
+        bench = ColdBench(device, arguments.tiny, tokens, Path(folder), arguments.load_threads, arguments.codecs)
         result = bench.result(arguments.rounds)
     print(markdown_table(result["rows"], COLUMNS))
     print("\nrates:", result["rates"], "\ncosts:", result["costs"])
     if not arguments.tiny:
-        print(f"\nraw numbers: {write_result('cold_disk', result)}")
+        print(f"\nraw numbers: {write_result(arguments.name, result)}")
 
 
 class ColdBench(RandomBench):
     """A random model, and the KV of one prompt's chunks in a store on disk, once in each codec."""
 
-    def __init__(self, device: torch.device, tiny: bool, tokens: int, folder: Path, load_threads: int) -> None:
+    def __init__(
+        self, device: torch.device, tiny: bool, tokens: int, folder: Path, load_threads: int, codecs: Sequence[str]
+    ) -> None:
         self._started = time.perf_counter()
         super().__init__(device, tiny, [tokens])
         self._folder = folder
@@ -118,7 +123,10 @@ class ColdBench(RandomBench):
         self.asked = Prompt((plain.segments[0], *middle, plain.segments[-1]))
         self._memory = PageLockedMemory(MEMORY_BYTES) if device.type == "cuda" else False
         self._budget = TINY_MEMORY_BYTES if tiny else MEMORY_BYTES
-        self._kept = {name: self._on_disk(name) for name in (*PLAIN, *ENTROPY)}
+        self._kept = {name: self._on_disk(name) for name in codecs}
+        self._plain, self._entropy, self._auto = (
+            [name for name in names if name in codecs] for names in (PLAIN, ENTROPY, AUTO)
+        )
 
     def result(self, rounds: int) -> dict[str, Any]:
         """Return everything that is measured."""
@@ -127,13 +135,14 @@ class ColdBench(RandomBench):
         result["rates"] = self._disk_rates()
         self._say(f"KV of all codecs is on the disk: {result['encoder']} {result['rates']}")
         result["gap_between_decisions"] = self._check()
-        self._say("loading and computing agree")
-        for name in AUTO:
+        result["computing_alone_ms"] = {name: self._computing_alone_ms(name) for name in self._plain}
+        self._say(f"loading and computing agree; a chunk is computed alone in {result['computing_alone_ms']} ms")
+        for name in self._auto:
             for _ in range(LEARNING_ROUNDS):
                 self._cold_run(name, is_auto=True)
         self._say("controllers have learned their rates")
         result["rows"] = self._measure_all(rounds)
-        costs = {name: self._kept[name].controller.costs() for name in AUTO}
+        costs = {name: self._kept[name].controller.costs() for name in self._auto}
         result["costs"] = {
             name: {
                 place: {"ms_a_piece": cost.per_piece * 1e3, "units_per_s": 1 / max(cost.per_unit, 1e-12)}
@@ -158,7 +167,7 @@ class ColdBench(RandomBench):
     def _fill_disk(self) -> dict[str, float]:
         """Write the KV of every codec, and return what the entropy codec's encoder takes."""
         tier = SegmentTier(self._store, DISK_BYTES, make_policy("cost"))
-        for name in PLAIN:
+        for name in self._plain:
             kept = self._kept[name]
             for start in range(0, len(kept.refs), SAVED_TOGETHER):
                 refs = kept.refs[start : start + SAVED_TOGETHER]
@@ -167,20 +176,26 @@ class ColdBench(RandomBench):
                     on_host(encode_chunk(kept.codec, *pair)) for pair in zip(computed, ids_of(refs), strict=True)
                 ]
                 assert tier.save(encoded) == len(encoded)
-        jobs = [(name, index) for name in ENTROPY for index in range(ENTROPY_CHUNKS)]
+        rates = self._fill_with_few() if self._entropy else {}
+        for kept in self._kept.values():
+            entries = self._store.kv_entries([ref.key.digest for ref in kept.refs])
+            kept.nbytes = sum(entry.bytes for _, entry in entries.values())
+        return rates
+
+    def _fill_with_few(self) -> dict[str, float]:
+        """Write the KV of the entropy codec, of a few chunks under the keys of all, and return its encoder's rate."""
+        tier = SegmentTier(self._store, DISK_BYTES, make_policy("cost"))
+        jobs = [(name, index) for name in self._entropy for index in range(ENTROPY_CHUNKS)]
         started = time.perf_counter()
         with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
             encoded_by = dict(zip(jobs, pool.map(self._encoded, *zip(*jobs, strict=True)), strict=True))
         spent = time.perf_counter() - started
         layout = self.decoder.layout
         numbers = len(jobs) * self.chunk * layout.bytes_per_token / layout.dtype.itemsize
-        for name in ENTROPY:
+        for name in self._entropy:
             refs = self._kept[name].refs
             copies = [replace(encoded_by[name, index % ENTROPY_CHUNKS], ref=ref) for index, ref in enumerate(refs)]
             assert tier.save(copies) == len(copies)
-        for kept in self._kept.values():
-            entries = self._store.kv_entries([ref.key.digest for ref in kept.refs])
-            kept.nbytes = sum(entry.bytes for _, entry in entries.values())
         return {"entropy_encoded_mb_per_s": 2 * numbers / spent / 1e6, "threads": os.cpu_count() or 1}
 
     def _encoded(self, name: str, index: int) -> EncodedKV:
@@ -204,7 +219,7 @@ class ColdBench(RandomBench):
     def _check(self) -> dict[str, float]:
         """Return how far the logits with everything loaded are from those with everything computed."""
         gaps = {}
-        for name in PLAIN:
+        for name in self._plain:
             loaded, _ = self._cold_run(name)
             kept = self._kept[name]
             memory = MemoryTier("ram", self._budget, make_policy("cost"), page_locked=self._memory)
@@ -212,9 +227,20 @@ class ColdBench(RandomBench):
                 computed, _ = self.run(BlendPrefill(store, kept.chunks, BlendOptions()), RATIO, self.asked)
             gaps[name] = distance(computed, loaded)
             assert gaps[name] <= CLOSE, f"{name}: loading and computing differ by {gaps[name]}"
-        for name in ENTROPY:  # compiles its kernels
+        for name in self._entropy:  # compiles its kernels
             self._cold_run(name)
         return gaps
+
+    def _computing_alone_ms(self, name: str) -> float:
+        """Return the milliseconds of computing a chunk with nothing beside it, encoding and the way to RAM included."""
+        kept, spent = self._kept[name], []
+        for ref in kept.refs[:8]:
+            memory = MemoryTier("ram", self._budget, make_policy("cost"), page_locked=self._memory)
+            with KVStore(kept.codec, memory) as store:
+                started = time.perf_counter()
+                with store.fetch([ref], kept.chunks.compute):
+                    spent.append((time.perf_counter() - started) * 1e3)
+        return statistics.median(spent)
 
     def _cold_run(self, name: str, *, is_auto: bool = False) -> tuple[Tensor, Steps]:
         """Return the logits and steps of one blend with nothing in memory and nothing in the page cache."""
@@ -250,7 +276,7 @@ class ColdBench(RandomBench):
             "ragkit full": lambda: self.run(FullPrefill(), None, self.asked),
         }
         codec_of = {}
-        for name, is_auto in [*((name, False) for name in self._kept), *((name, True) for name in AUTO)]:
+        for name, is_auto in [*((name, False) for name in self._kept), *((name, True) for name in self._auto)]:
             side = f"blend {RATIO:.0%}, {name}, {'auto' if is_auto else 'all loaded'}"
             codec_of[side] = name
             sides[side] = lambda name=name, is_auto=is_auto: self._cold_run(name, is_auto=is_auto)

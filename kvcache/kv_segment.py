@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import LAYER_ALIGNMENT, ChunkRef, EncodedKV
+from ragkit.kvcache.joined_checksums import damaged_page
 from ragkit.kvcache.kv_key import KV_FORMAT_VERSION
 from ragkit.store.records import KVEntry
 
@@ -227,10 +228,10 @@ class RecordReader:
         # `start` is the start of a page, and `target` ends with a page or with the data.
         if self._source.read_into(self.header.data_offset + start, target) != len(target):
             raise KVMissError(MissReason.SHORT, f"the KV of {self._ref.key} ends too early")
-        for offset in range(0, len(target), PAGE_BYTES):
-            page = (start + offset) // PAGE_BYTES
-            if zlib.crc32(target[offset : offset + PAGE_BYTES]) != self.header.page_crcs[page]:
-                raise KVMissError(MissReason.CHECKSUM, f"page {page} of the KV of {self._ref.key} is damaged")
+        first, count = start // PAGE_BYTES, -(-len(target) // PAGE_BYTES)
+        damaged = damaged_page(target, self.header.page_crcs[first : first + count], PAGE_BYTES)
+        if damaged is not None:
+            raise KVMissError(MissReason.CHECKSUM, f"page {first + damaged} of the KV of {self._ref.key} is damaged")
 
     def _read_header(self, num_layers: int) -> RecordHeader:
         magic, version, length, crc, _ = _PRELUDE.unpack(self._bytes(0, _PRELUDE.size))
