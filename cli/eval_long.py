@@ -78,10 +78,13 @@ class LongOptions:
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Equal seeds give equal documents.")] = 0
     time_limit: Annotated[
         float | None,
-        typer.Option("--time-limit", min=0.0, metavar="S", help="Seconds after which what is there is shown."),
+        typer.Option(
+            "--time-limit", min=0.0, metavar="S", help="Seconds after which no document is begun and results are shown."
+        ),
     ] = None
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Also write the raw numbers to this file, as JSON.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Also write the raw numbers to this file, as JSON, as they come."),
     ] = None
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="DIR", help="Also draw the heat map into this folder, as SVG.")
@@ -161,7 +164,7 @@ def evaluate(session: Session, options: LongOptions, job: LongJob) -> None:
         **variants,
         **job.settings,
     }
-    measured = LongContextEval(plan, material, tools.answerers, job.cells, facts)
+    measured = LongContextEval(plan, material, tools.answerers, job.cells, facts, _keeper(options.out, job))
     exit_code = run_measurement(measured, session.output)
     report = measured.report()
     if not report.outcomes and not exit_code:
@@ -182,6 +185,13 @@ def long_tools(config: PipelineConfig, strategies: Sequence[str], variants: Mapp
     tools = AnswererTools(models.engine, embedder, config, PagesVariants(**variants))
     on_gpu = models.engine.decoder.device.type == "cuda"
     return LongTools(make_answerers(strategies, tools), models.tokenizer, frame_tokens(tools), on_gpu)
+
+
+def _keeper(out: Path | None, job: LongJob) -> Callable[[LongReport], None] | None:
+    """Return what writes results that are not complete to `out`, where that is or will be a file."""
+    if out is None or (out.exists() and not out.is_file()):
+        return None
+    return lambda report: write_results(out, json_text(_json(report, job, [], interrupted=True)))
 
 
 def _show(session: Session, report: LongReport, options: LongOptions, job: LongJob, *, interrupted: bool) -> None:

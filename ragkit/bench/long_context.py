@@ -17,8 +17,10 @@ from ragkit.bench.long_items import CharSpan, LongItem, LongQuestion, LongTask, 
 from ragkit.bench.long_report import HeatCell, LongReport, Outcome, score_rows
 from ragkit.bench.long_scores import score
 from ragkit.bench.watch import Watch
-from ragkit.errors import GenerationError, KVCacheError, RagkitError
+from ragkit.errors import RagkitError
 from ragkit.progress import Progress
+
+_KEPT_EVERY_S = 10.0  # at least, between two reports of what is done: a report with its intervals takes a while
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class LongContextEval:
             after the other, so those that share what reading it gave need to keep one document only.
         cells: makes the heat maps.
         settings: goes into the report.
+        keep: is given what is done, now and then and when the run ends: what ends the process loses the rest alone.
     """
 
     def __init__(
@@ -57,16 +60,19 @@ class LongContextEval:
         answerers: Sequence[LongContextAnswerer],
         cells: Callable[[Sequence[Outcome]], list[HeatCell]],
         settings: Mapping[str, Any],
+        keep: Callable[[LongReport], object] | None = None,
     ) -> None:
         self._plan = plan
         self._material = material
         self._answerers = answerers
         self._cells = cells
         self._settings = settings
+        self._keep = keep
+        self._kept = 0  # answers of the last report
         self._outcomes: list[Outcome] = []
         self._notes: dict[str, None] = {}
         self._refused: set[tuple[str, int]] = set()
-        self._seconds = 0.0
+        self._started = self._reported = self._seconds = 0.0
 
     def run(self, progress: Progress) -> None:
         """Ask everything, or go on until an exception ends it.
@@ -75,7 +81,7 @@ class LongContextEval:
             UsageError: the folder of public data does not hold what it should.
         """
         watch = Watch(progress, self._plan.time_limit_s)
-        started = time.perf_counter()
+        self._started = self._reported = time.perf_counter()
         documents = self._documents()
         total = len(documents) * len(self._answerers)
         watch.start(total, "readings of documents")
@@ -87,7 +93,7 @@ class LongContextEval:
                     self._note(f"the time limit left out {left} of {total} readings of documents")
                     break
         finally:
-            self._seconds = time.perf_counter() - started
+            self._keep_done(0.0)
 
     def report(self) -> LongReport:
         """Return what is done."""
@@ -119,6 +125,7 @@ class LongContextEval:
                     willing = []
                 else:
                     self._answer(answerer, item)
+                    self._keep_done(_KEPT_EVERY_S)
             watch.step()
         return len(self._answerers)
 
@@ -143,10 +150,19 @@ class LongContextEval:
         try:
             for number, (question, answer) in enumerate(zip(item.questions, answers, strict=True)):
                 self._outcomes.append(_outcome(answerer.name, item, number, question, answer))
-        except (GenerationError, KVCacheError, MemoryError, torch.OutOfMemoryError) as error:
+        except (RagkitError, MemoryError, torch.OutOfMemoryError) as error:
             self._refused.add((answerer.name, item.length))
             why = error if isinstance(error, RagkitError) else "memory ended"
             self._note(f"{answerer.name} gave up at {item.length:,} tokens: {why}")
+
+    def _keep_done(self, after_s: float) -> None:
+        """Give away what is done, if there is more than before and so much time has gone by."""
+        now = time.perf_counter()
+        self._seconds = now - self._started
+        if self._keep is None or len(self._outcomes) == self._kept or now - self._reported < after_s:
+            return
+        self._kept, self._reported = len(self._outcomes), now
+        self._keep(self.report())
 
     def _note(self, text: str) -> None:
         self._notes[text] = None

@@ -16,7 +16,7 @@ from ragkit.bench.long_items import LongQuestion, Material
 from ragkit.bench.long_report import ALL_TASKS, Outcome, depth_cells, score_rows, task_cells
 from ragkit.bench.needle import NeedleTask, spaced_depths
 from ragkit.bench.ruler_tasks import RULER_TASKS
-from ragkit.errors import CacheCapacityError, GenerationError
+from ragkit.errors import CacheCapacityError, GenerationError, KernelInputError
 from ragkit.progress import Silent
 
 THREE_DEPTHS = (NeedleTask(spaced_depths(3)),)
@@ -41,9 +41,9 @@ class Reader:
             yield LongAnswer(" ".join(said), ((0, self.reach),), 10, 2.0, 0.5)
 
 
-def evaluation(answerers, *, tasks=THREE_DEPTHS, lengths=(1000, 2000), rounds=((0, 1, 2),), **limit):
+def evaluation(answerers, *, tasks=THREE_DEPTHS, lengths=(1000, 2000), rounds=((0, 1, 2),), keep=None, **limit):
     plan = LongPlan(tasks, lengths, rounds, **limit)
-    return LongContextEval(plan, Material(WordTokenizer()), answerers, depth_cells, {"seed": 0})
+    return LongContextEval(plan, Material(WordTokenizer()), answerers, depth_cells, {"seed": 0}, keep)
 
 
 def measured(*answerers, **changes):
@@ -99,6 +99,7 @@ def test_beyond_its_window_an_answerer_is_not_asked_and_a_note_says_so():
     [
         (GenerationError("too much"), "too much"),
         (CacheCapacityError("too much"), "too much"),
+        (KernelInputError("too much"), "too much"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "memory ended"),
         (MemoryError(), "memory ended"),
     ],
@@ -147,6 +148,24 @@ def test_what_was_done_before_an_interruption_is_in_the_report():
         one.run(Stopping())
     assert len(one.report().outcomes) == 4
     assert one.report().seconds > 0
+
+
+def test_what_is_done_is_given_away_as_it_comes_and_once_more_at_an_unforeseen_end(monkeypatch):
+    monkeypatch.setattr("ragkit.bench.long_context._KEPT_EVERY_S", 0.0)
+    kept = []
+    one = evaluation([Reader("first"), Reader("second", error=RuntimeError("a launch failed"))], keep=kept.append)
+    with pytest.raises(RuntimeError, match="a launch failed"):
+        one.run(Silent())
+    assert [len(report.outcomes) for report in kept] == [1]
+    kept.clear()
+    evaluation([Reader()], keep=kept.append).run(Silent())
+    assert [len(report.outcomes) for report in kept] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_done_within_seconds_is_given_away_at_the_end_alone():
+    kept = []
+    evaluation([Reader()], keep=kept.append).run(Silent())
+    assert [len(report.outcomes) for report in kept] == [6]
 
 
 def test_every_round_is_done_at_every_length_before_the_next():

@@ -155,6 +155,23 @@ def test_the_heat_map_is_an_svg_and_the_numbers_a_file(run, command, name):
     assert {"full", "rag", "tokens", "2,000"} - {"full" if name == "ruler" else ""} <= texts
 
 
+def test_what_was_measured_lies_in_the_file_also_where_an_answer_ends_in_an_error_nobody_foresaw(
+    run, readers, tmp_path, monkeypatch
+):
+    out = tmp_path / "needle.json"
+
+    def broken(*arguments):
+        raise RuntimeError("a launch failed")
+        yield
+
+    monkeypatch.setattr(readers["rag"], "answer", broken, raising=False)
+    result = run(*NEEDLE, "--out", str(out))
+    assert result.code != 0
+    assert "a launch failed" in result.err
+    left = json.loads(out.read_text(encoding="utf-8"))
+    assert (left["interrupted"], [one["strategy"] for one in left["outcomes"]]) == (True, ["full"])
+
+
 def test_ctrl_c_shows_what_is_done_and_ends_with_130(run, readers):
     readers["rag"].stop_after = 4
     result = run(*NEEDLE, "--json")
