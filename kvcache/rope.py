@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ragkit.kernels.rotation import rotate_into
+from ragkit.kernels.rotate_heads import rotate_heads
 from ragkit.models.model_config import RopeConfig, RopeType
 
 
@@ -66,14 +66,12 @@ class RotaryTable:
 
     def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
         """Return `heads` (tokens, heads, head_dim) rotated to `positions` (tokens,), in the dtype of `heads`."""
-        return rotate(heads, self.cos[positions], self.sin[positions])
+        return rotate_heads(heads, self.cos, self.sin, positions)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return `heads` (tokens, heads, head_dim) turned by the angles of `cos`, `sin` (tokens, head_dim / 2)."""
-    out = torch.empty_like(heads)
-    rotate_into(out, heads, cos, sin)
-    return out
+    return rotate_heads(heads, cos, sin)
 
 
 def _plain(theta: float, head_dim: int) -> Tensor:
