@@ -6,7 +6,8 @@
 Reads the document once (`ragkit ingest --pages`), then asks in new processes: one whose files were pushed out of the
 system's cache, one whose files are in it, and each a second time, when the pages lie where the model runs. Timed is
 everything from the question to the first token: the document's tokens and pages, what the selector keeps, the question.
-Models are loaded before. A store that is given and holds the document already is not read again.
+Models are loaded before. Figures are written to the raw file as each process ends. A store that is given and holds the
+document already is not read again.
 """
 
 from __future__ import annotations
@@ -46,18 +47,19 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         arguments.store = arguments.store or Path(folder) / "store"
-        result: dict[str, Any] = {"model": Path(arguments.model).name, "codec": arguments.codec}
+        result: dict[str, Any] = {"model": Path(arguments.model).name, "codec": arguments.codec, "rows": []}
         result["reading"] = child(arguments, "read")
+        print(f"reading: {result['reading']}", flush=True)
         evicted = drop_from_cache(arguments.store)
-        cold, warm = child(arguments, "ask"), child(arguments, "ask")
-        rows = [
-            {"pages_from": "disk" if evicted else "disk (cache not emptied)", **cold["first"]},
-            {"pages_from": "RAM (files in the system's cache)", **warm["first"]},
-            {"pages_from": "where the model runs", **warm["second"]},
-        ]
-        result |= {"rows": rows, "answers": [cold["answer"], warm["answer"]]}
-    print(markdown_table(rows, COLUMNS))
-    print(f"\nreading: {result['reading']}\nraw numbers: {write_result('pages_second_question', result)}")
+        for first, second in (
+            ("disk" if evicted else "disk (cache not emptied)", "where the model runs"),
+            ("RAM (files in the system's cache)", "where the model runs, again"),
+        ):
+            asked = child(arguments, "ask")
+            result["rows"] += [{"pages_from": first, **asked["first"]}, {"pages_from": second, **asked["second"]}]
+            result.setdefault("answers", []).append(asked["answer"])
+            print(f"raw numbers: {write_result('pages_second_question', result)}", flush=True)
+    print(markdown_table(result["rows"], COLUMNS))
 
 
 def read_document(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,14 +4,16 @@ On a GPU: the shape of Llama 3 8B in bf16 with random weights. Pages are filled 
 scores nor attention take longer for other numbers.
 
     python benchmarks/pages_speed.py
-    python benchmarks/pages_speed.py --whole-prefill            # reads all of the million tokens, a minute or more
+    python benchmarks/pages_speed.py --parts prefill --whole-prefill --name pages_speed_prefill  # all million tokens
+    python benchmarks/pages_speed.py --parts decode --layer-interval 2 --name pages_speed_layers_2
     python benchmarks/pages_speed.py --tiny --device cpu        # a tiny model and short documents, to try the script
 
 Decoding: one CUDA graph replays a step that chooses pages, another one that keeps them; a token costs one of the first
 and `interval` - 1 of the second, over `interval`. `attention` is what the same graphs take without the model around it:
 choosing, attending, and writing the token's row; `selection` is what a choosing step takes more than the other.
 Full attention runs over the same KV with the same kernel, every page listed, and over one layer as bf16 numbers with
-torch's SDPA; the faster one is what is compared with. Reading: windows at three places of the document, the time for
+torch's SDPA; the faster one is what is compared with. Every part is written to the raw file when it is done, and each
+can be measured alone, under another name. Reading: windows at three places of the document, the time for
 all of it from a straight line between them, because a window's choice reads what is kept of all pages before it.
 """
 
@@ -19,8 +21,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +50,8 @@ from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.resident_pages import ResidentPages
 
 QUESTION, RUNS, READ_WINDOWS = 32, 20, 16
+SECTIONS = {"decode": "decode", "layer": "one_layer", "full": "against_full", "prefill": "prefill"}  # of the raw file
+PARTS = tuple(SECTIONS)
 BUDGET_ROWS = 4096  # rows attended to in the row about one layer's kernel
 
 COLUMNS = {
@@ -63,9 +68,13 @@ def main() -> None:
     parser.add_argument("--interval", type=int, help="tokens that share a choice [default: pages.interval]")
     parser.add_argument("--layer-interval", type=int, help="layers that do [default: pages.layer_interval]")
     parser.add_argument("--selector", help="[default: pages.selector]")
-    parser.add_argument("--skip-prefill", action="store_true", help="decoding alone")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} [default: all]")
     parser.add_argument("--whole-prefill", action="store_true", help="read the longest document from end to end")
+    parser.add_argument("--name", default="pages_speed", help="of the raw file")
     arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"--parts takes some of {', '.join(PARTS)}, got {', '.join(unknown)}")
     sizes = TINY if arguments.tiny else LARGE
     changes = {
         "interval": arguments.interval,
@@ -74,16 +83,17 @@ def main() -> None:
     }
     config = replace(sizes.config, **{name: value for name, value in changes.items() if value is not None})
     sizes = replace(sizes, config=config, lengths=tuple(arguments.lengths or sizes.lengths))
+
+    def keep(result: Mapping[str, Any]) -> None:
+        if not arguments.tiny:
+            print(f"raw numbers: {write_result(arguments.name, result)}", flush=True)
+
     with torch.inference_mode():
-        result = Bench(sizes, torch.device(arguments.device)).result(
-            with_prefill=not arguments.skip_prefill, whole=arguments.whole_prefill
-        )
+        result = Bench(sizes, torch.device(arguments.device)).result(parts, whole=arguments.whole_prefill, keep=keep)
     print(markdown_table(result["decode"], COLUMNS))
     for name in ("against_full", "one_layer", "prefill"):
         if result.get(name):
             print(f"\n{name}:", ", ".join(f"{key} {_shown(value)}" for key, value in result[name].items()))
-    if not arguments.tiny:
-        print(f"\nraw numbers: {write_result('pages_speed', result)}")
 
 
 class Bench:
@@ -95,20 +105,29 @@ class Bench:
         self.decoder = random_decoder(sizes, device)
         self.options = PageOptions.of(sizes.config)
         self.prefill = PagedPrefill(self.decoder, RotaryCache(self.decoder), self.options)
+        self.ceilings = ceilings(device) if device.type == "cuda" else {}
 
-    def result(self, *, with_prefill: bool, whole: bool) -> dict[str, Any]:
-        """Return all figures."""
+    def result(self, parts: Sequence[str], *, whole: bool, keep: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+        """Return all figures of `parts`; those that are there are given to `keep` as they come."""
         sizes = self.sizes
-        result: dict[str, Any] = {"pages": {key: str(value) for key, value in vars_of(sizes.config).items()}}
-        if self.device.type == "cuda":
-            result["ceilings"] = ceilings(self.device)
-        result["decode"] = [self.decoding(length, sizes.config.codec) for length in sizes.lengths]
-        for row in result["decode"]:
+        result: dict[str, Any] = {
+            "pages": {key: str(value) for key, value in vars_of(sizes.config).items()},
+            "arguments": sys.argv[1:], "ceilings": self.ceilings, "decode": [],
+        }  # fmt: skip
+        for length in sizes.lengths if "decode" in parts else ():
+            row = self.decoding(length, sizes.config.codec)
+            result["decode"].append(row)
             row["times_8k"] = row["step_ms"] / result["decode"][0]["step_ms"]
-        result["against_full"] = self.against_full(sizes.compared)
-        result["one_layer"] = self.one_layer(sizes.lengths[0])
-        if with_prefill:
-            result["prefill"] = self.whole_reading(sizes.lengths[-1]) if whole else self.reading(sizes.lengths[-1])
+            keep(result)
+        measured: dict[str, Callable[[], dict[str, float]]] = {
+            "layer": lambda: self.one_layer(sizes.lengths[0]),
+            "full": lambda: self.against_full(sizes.compared),
+            "prefill": lambda: (self.whole_reading if whole else self.reading)(sizes.lengths[-1]),
+        }
+        for part, figures in measured.items():
+            if part in parts:
+                result[SECTIONS[part]] = figures()
+                keep(result)
         return result
 
     def decoding(self, tokens: int, codec: str) -> dict[str, Any]:
@@ -139,6 +158,7 @@ class Bench:
             best = min(full_ms, result["sdpa_bf16_layer_ms"] * self.decoder.config.num_layers)
             result["attention_speed_up"] = best / result["attention_ms"]
             result["step_speed_up"] = (result["full_step_ms"] - full_ms + best) / result["step_ms"]
+            result["attend_share_of_copy"] = result["attend_gb_per_s"] / self.ceilings["copy_gb_per_s"]
         print({name: _shown(value) for name, value in result.items()}, flush=True)
         return result
 

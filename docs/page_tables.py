@@ -6,6 +6,9 @@ from `python benchmarks/pages_speed.py`, `python benchmarks/pages_second_questio
 
     ragkit eval needle --strategies full,rag,pages ... --out benchmarks/results/pages_needle.json
     ragkit eval ruler --strategies full,rag,pages ... --out benchmarks/results/pages_ruler.json
+
+What was measured in several runs, some lengths each or reading and decoding apart, lies in files whose names go on:
+pages_ruler_131072.json. They make one table.
 """
 
 from __future__ import annotations
@@ -38,22 +41,27 @@ def page(text: str, results: Path = RESULTS) -> str:
 
 
 def decode_table(results: Path) -> str:
-    """Return what a token costs over documents of several lengths."""
-    record = _record(results / "pages_speed.json")
-    if record is None:
+    """Return what a token costs over documents of several lengths, and what reading one does."""
+    records = _records(results, "pages_speed")
+    if not records:
         return ""
-    result = record["result"]
     lines = [
-        "| tokens | pages | GB of pages | ms a token | times the shortest | attention, ms | selection, of the step |",
-        "|---:|---|---:|---:|---:|---:|---:|",
+        "| tokens | pages | layers a choice | GB of pages | ms a token | times the shortest | attention, ms "
+        "| selection, of the step |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in result["decode"]:
-        lines.append(
-            f"| {row['tokens']:,} | {row['codec']} | {row['gb']:.1f} | {row['step_ms']:.2f} | {row['times_8k']:.2f} | "
-            f"{row['attention_ms']:.2f} | {row['selection_share']:.1%} |"
-        )
-    lines += ["", *_sentences(result), _origin(record, "python benchmarks/pages_speed.py", "pages_speed.json")]
-    return "\n".join(lines) + "\n"
+    for _, record in records:
+        for row in record["result"]["decode"]:
+            layers = record["result"].get("pages", {}).get("layer_interval", "1")
+            lines.append(
+                f"| {row['tokens']:,} | {row['codec']} | {layers} | {row['gb']:.1f} | {row['step_ms']:.2f} | "
+                f"{row['times_8k']:.2f} | {row['attention_ms']:.2f} | {row['selection_share']:.1%} |"
+            )
+    lines.append("")
+    for name, record in records:
+        command = " ".join(("python benchmarks/pages_speed.py", *record["result"].get("arguments", ())))
+        lines += [*_sentences(record["result"]), _origin(record, command, f"{name}.json"), ""]
+    return "\n".join(lines[:-1]) + "\n"
 
 
 def second_question_table(results: Path) -> str:
@@ -86,14 +94,15 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 def write_heat_map(results: Path = RESULTS, path: Path = HEAT_MAP) -> bool:
     """Draw the heat map of the needles beside the page; return whether there are any."""
-    record = _record(results / "pages_needle.json")
-    if record is None:
+    records = _records(results, "pages_needle")
+    if not records:
         return False
     from ragkit.bench.long_plots import heat_map_file, write_heat_map
     from ragkit.bench.long_report import HeatCell, LongReport
 
-    cells = [HeatCell(**cell) for cell in record["cells"]]
-    report = LongReport([], cells, [], [], record["settings"], 0.0)
+    drawn = [record for _, record in records if _model(record) == _model(records[0][1])]
+    cells = [HeatCell(**cell) for record in drawn for cell in record["cells"]]
+    report = LongReport([], cells, [], [], records[0][1]["settings"], 0.0)
     assert path.name == heat_map_file("needle"), "drawn by the same code as `--plot` draws"
     write_heat_map(report, "needle", "depth", path.parent)
     return True
@@ -113,26 +122,34 @@ def main() -> int:
 
 
 def _quality(results: Path, name: str, before: Sequence[str]) -> str:
-    record = _record(results / f"pages_{name}.json")
-    if record is None:
+    records = _records(results, f"pages_{name}")
+    if not records:
         return ""
-    lengths = sorted({row["length"] for row in record["rows"]})
+    models = dict.fromkeys(_model(record) for _, record in records)
     found: dict[tuple[str, str], dict[int, Row]] = {}
-    for row in record["rows"]:
-        found.setdefault((row["strategy"], row["task"]), {})[row["length"]] = row
+    for _, record in records:
+        model = "" if len(models) == 1 else f", {_model(record)}"
+        for row in record["rows"]:
+            found.setdefault((row["strategy"] + model, row["task"]), {})[row["length"]] = row
+    lengths = sorted({length for by_length in found.values() for length in by_length})
     heading = " | ".join(f"{length:,}" for length in lengths)
     lines = [*before, f"| strategy | task | {heading} |", "|---|---|" + "---:|" * len(lengths)]
     for (strategy, task), by_length in found.items():
         cells = " | ".join(_score(by_length.get(length)) for length in lengths)
         lines.append(f"| {strategy} | {task} | {cells} |")
-    settings = record["settings"]
-    model = Path(str(settings.get("generator", ""))).name
-    lines += [
-        "",
-        f"Score in percent with its 95% interval; {model}, {record['date'][:10]}, "
-        f"{_machine(record)}. Raw numbers: `benchmarks/results/pages_{name}.json`.",
-    ]
+    lines += ["", "Score in percent with its 95% interval.", ""]
+    for file, record in records:
+        asked = ", ".join(f"{length:,}" for length in record["settings"].get("lengths", lengths))
+        ended = "; it was ended before its end" if record.get("interrupted") else ""
+        lines.append(
+            f"- {asked} tokens: {_model(record)}, {record['date'][:10]}, {_machine(record)}{ended}. Raw numbers: "
+            f"`benchmarks/results/{file}.json`."
+        )
     return "\n".join(lines) + "\n"
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    return Path(str(record["settings"].get("generator", ""))).name
 
 
 def _score(row: Row | None) -> str:
@@ -145,7 +162,8 @@ def _sentences(result: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Against full attention over the same {full['tokens']:,} tokens in int8: attention "
             f"{full['attention_speed_up']:.1f} times faster, the whole step {full['step_speed_up']:.1f} times. The "
-            f"kernel reads {full['attend_gb_per_s']:,.0f} GB/s where it reads {full['attend_read_mb']:,.0f} MB."
+            f"kernel reads {full['attend_gb_per_s']:,.0f} GB/s where it reads {full['attend_read_mb']:,.0f} MB"
+            f"{_of_copy(full)}."
         )
         yield ""
     if layer:
@@ -160,6 +178,11 @@ def _sentences(result: Mapping[str, Any]) -> Iterator[str]:
         yield ""
 
 
+def _of_copy(full: Row) -> str:
+    share = full.get("attend_share_of_copy")
+    return "" if share is None else f", {share:.0%} of what a copy reaches in the same run"
+
+
 def _origin(record: Mapping[str, Any], command: str, name: str) -> str:
     return (
         f"`{command}` at commit {record['commit'][:7]}, {record['date'][:10]}, {_machine(record)}. Raw numbers: "
@@ -170,6 +193,12 @@ def _origin(record: Mapping[str, Any], command: str, name: str) -> str:
 def _machine(record: Mapping[str, Any]) -> str:
     machine = record.get("machine", {})
     return ", ".join(machine.get("gpus", ())) or str(machine.get("cpu", "machine unknown"))
+
+
+def _records(results: Path, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the name and the content of every raw file whose name begins with `name`, in their order."""
+    paths = sorted(results.glob(f"{name}*.json"), key=lambda path: path.stem)
+    return [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def _record(path: Path) -> dict[str, Any] | None:

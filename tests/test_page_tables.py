@@ -38,7 +38,7 @@ def test_figures_are_shown_with_their_command_and_file(tables, tmp_path):
     record = {**FACTS, "result": {"decode": [row], "prefill": reading}}
     (tmp_path / "pages_speed.json").write_text(json.dumps(record), encoding="utf-8")
     table = tables.decode_table(tmp_path)
-    assert "| 1,048,576 | int4 | 38.6 | 7.50 | 1.20 | 1.10 | 12.3% |" in table
+    assert "| 1,048,576 | int4 | 1 | 38.6 | 7.50 | 1.20 | 1.10 | 12.3% |" in table
     assert "Reading 1,048,576 tokens takes 55 s, from windows at three places, with at most 66 GB" in table
     assert "`python benchmarks/pages_speed.py` at commit 0123456, 2026-01-02, H100." in table
 
@@ -50,6 +50,43 @@ def test_a_score_stands_with_its_interval_under_its_length(tables, tmp_path):
     table = tables.ruler_table(tmp_path)
     assert "| pages | needle | 97 (91 to 100) |" in table
     assert "small.gguf, 2026-01-02, H100" in table
+
+
+def test_runs_of_some_lengths_each_make_one_table_and_models_stay_apart(tables, tmp_path):
+    row = {"strategy": "rag", "task": "vt", "low": 0.0, "high": 100.0}
+    for name, generator, length, score, ended in (
+        ("pages_ruler", "q.gguf", 8192, 50.0, False), ("pages_ruler_32768", "q.gguf", 32768, 25.0, True),
+    ):  # fmt: skip
+        record = {**FACTS, "rows": [{**row, "length": length, "score": score}], "interrupted": ended,
+                  "settings": {"generator": generator, "lengths": [length]}}  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    table = tables.ruler_table(tmp_path)
+    assert "| strategy | task | 8,192 | 32,768 |" in table
+    assert "| rag | vt | 50 (0 to 100) | 25 (0 to 100) |" in table
+    assert "- 32,768 tokens: q.gguf, 2026-01-02, H100; it was ended before its end. Raw" in table
+    record["settings"]["generator"] = "s.gguf"
+    (tmp_path / "pages_ruler_32768.json").write_text(json.dumps(record), encoding="utf-8")
+    table = tables.ruler_table(tmp_path)
+    assert "| rag, q.gguf | vt | 50 (0 to 100) |  |" in table
+    assert "| rag, s.gguf | vt |  | 25 (0 to 100) |" in table
+
+
+def test_decoding_and_reading_that_were_measured_apart_stand_with_a_command_each(tables, tmp_path):
+    row = {"tokens": 8192, "codec": "int4", "gb": 0.3, "step_ms": 6.5, "times_8k": 1.0, "attention_ms": 1.0,
+           "selection_share": 0.1}  # fmt: skip
+    reading = {"tokens": 8192, "seconds": 55.4, "is_extrapolated": False, "peak_gb": 66.2}
+    results = {
+        "pages_speed": {"decode": [row]},
+        "pages_speed_read": {"decode": [], "prefill": reading, "arguments": ["--parts", "prefill"]},
+        "pages_speed_two": {"decode": [row], "pages": {"layer_interval": "2"}},
+    }
+    for name, result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({**FACTS, "result": result}), encoding="utf-8")
+    table = tables.decode_table(tmp_path)
+    assert [line.split(" | ")[2] for line in table.splitlines() if line.startswith("| 8,192")] == ["1", "2"]
+    assert "Reading 8,192 tokens takes 55 s, with at most 66 GB of GPU memory." in table
+    assert "`python benchmarks/pages_speed.py --parts prefill` at commit 0123456" in table
+    assert table.count("Raw numbers:") == 3
 
 
 def test_the_heat_map_is_drawn_from_the_raw_results(tables, tmp_path):
