@@ -16,6 +16,7 @@ from ragkit.kvcache.layout import KVLayout
 
 LayerKV = tuple[Tensor, Tensor]  # keys before RoPE and values, (tokens, kv_heads, head_dim) each
 
+_PARTS = ("keys", "values")
 _LARGEST = 6e4  # numbers, or their scales and zeros, are fp16
 
 
@@ -97,14 +98,19 @@ def decode_chunk(codec: KVCodec, encoded: EncodedKV) -> ChunkKV:
 
 def require_encodable(layers: Sequence[LayerKV]) -> None:
     """Raise `KVCacheError` if a number is not finite or beyond what fp16 carries."""
-    for index, layer in enumerate(layers):
-        for name, heads in zip(("keys", "values"), layer, strict=True):
-            # Written so that NaN fails, too.
-            if heads.numel() and not float(heads.abs().amax()) <= _LARGEST:
-                raise KVCacheError(
-                    f"the {name} of layer {index} hold a number that is not finite or above {_LARGEST:g}: "
-                    "this codec cannot store such KV, set kv.codec to bf16 or fp32"
-                )
+    parts = [
+        (index, name, heads) for index, layer in enumerate(layers) for name, heads in zip(_PARTS, layer, strict=True)
+    ]
+    parts = [part for part in parts if part[2].numel()]
+    if not parts:
+        return
+    peaks = torch.stack([heads.abs().amax() for _, _, heads in parts]).tolist()  # all at once: a GPU is asked once
+    for (index, name, _), peak in zip(parts, peaks, strict=True):
+        if not peak <= _LARGEST:  # written so that NaN fails, too
+            raise KVCacheError(
+                f"the {name} of layer {index} hold a number that is not finite or above {_LARGEST:g}: "
+                "this codec cannot store such KV, set kv.codec to bf16 or fp32"
+            )
 
 
 def section_bytes(sections: Sequence[Section]) -> int:
@@ -120,6 +126,23 @@ def join_sections(parts: Sequence[Tensor]) -> Tensor:
         out[start : start + part.nbytes] = part.contiguous().flatten().view(torch.uint8)
         start += _aligned(part.nbytes)
     return out
+
+
+def join_sections_of_layers(parts: Sequence[Tensor], num_layers: int) -> list[Tensor]:
+    """Return what `join_sections` returns for each of `num_layers` layers, whose heads stand side by side in `parts`.
+
+    Args:
+        parts: (rows, num_layers * heads, numbers) each, with as many rows in all layers.
+        num_layers: how many.
+    """
+    sections = [part.unflatten(1, (num_layers, -1)).movedim(1, 0).flatten(1).view(torch.uint8) for part in parts]
+    total = sum(_aligned(section.shape[1]) for section in sections)
+    out = torch.zeros((num_layers, total), dtype=torch.uint8, device=parts[0].device)
+    start = 0
+    for section in sections:
+        out[:, start : start + section.shape[1]] = section
+        start += _aligned(section.shape[1])
+    return list(out.unbind(0))
 
 
 def split_sections(data: Tensor, sections: Sequence[Section]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from ragkit.kernels.quantize_kv import QuantizedHeads, quantize_kv
 from ragkit.kvcache.codec import (
     LayerKV,
     join_sections,
+    join_sections_of_layers,
     require_encodable,
     rounding,
     section_bytes,
@@ -52,7 +53,11 @@ class QuantizedCodec:
     def encode(self, layers: Sequence[LayerKV]) -> list[Tensor]:
         """Return the bytes of each layer: codes, scales and zeros of the keys, then of the values."""
         require_encodable(layers)
-        return [join_sections([*self._keys(keys), *self._values(values)]) for keys, values in layers]
+        if not layers or len({(keys.shape, values.shape) for keys, values in layers}) > 1:
+            return [join_sections([*self._keys(keys), *self._values(values)]) for keys, values in layers]
+        # Groups never span heads, so all layers are quantised as one with many heads: a GPU waits for launches else.
+        keys, values = (torch.cat(heads, dim=1) for heads in zip(*layers, strict=True))
+        return join_sections_of_layers([*self._keys(keys), *self._values(values)], len(layers))
 
     def decode(self, encoded: Sequence[Tensor], tokens: int, first_layer: int = 0) -> list[LayerKV]:
         """Return keys and values of each given layer."""

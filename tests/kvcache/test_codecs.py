@@ -9,7 +9,7 @@ from kv_samples import LAYOUT, chunk_of, layers_of, ref_of
 from ragkit.config import CodecName
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import ChunkKV
-from ragkit.kvcache.codec import decode_chunk, encode_chunk
+from ragkit.kvcache.codec import decode_chunk, encode_chunk, join_sections
 from ragkit.kvcache.codec_drafted import DraftedCodec
 from ragkit.kvcache.codecs import encoding_seconds, make_codec
 from ragkit.kvcache.layout import KVLayout, LayerSpec
@@ -74,6 +74,15 @@ def test_the_same_bytes_decode_to_the_same_numbers_and_layer_by_layer(name):
         assert torch.equal(keys, own_keys)
         assert torch.equal(values, own_values)
         assert torch.equal(again.layers[index][0], keys)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 32, 70])
+def test_layers_encoded_together_have_the_bytes_of_each_alone(name, tokens):
+    codec = make_codec(name, layout_of())
+    layers = layers_of(range(tokens), layout_of())
+    alone = [join_sections([*codec._keys(keys), *codec._values(values)]) for keys, values in layers]
+    assert all(torch.equal(one, other) for one, other in zip(codec.encode(layers), alone, strict=True))
 
 
 @pytest.mark.parametrize("name", CODECS)
