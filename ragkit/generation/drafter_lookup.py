@@ -110,7 +110,7 @@ class LookupSession:
     def refresh(self, prompt: Prompt) -> None:
         """Go on with further texts beside the prompt's own, which the model goes on to copy from."""
         answer, self._answer = self._answer, []
-        hits, tries = self._hits, self._tries
+        hits, tries = [*self._hits], [*self._tries]
         texts = dict.fromkeys(segment.token_ids for segment in (*self._prompt.segments, *prompt.segments))
         self._texts = SuffixAutomaton(texts)
         self._state, self._length = ROOT_STATE, 0

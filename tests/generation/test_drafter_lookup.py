@@ -112,6 +112,15 @@ def test_other_chunks_come_beside_the_prompts_own_and_the_answer_stays():
     assert session.propose(MUCH).token_ids[:2] == (42, 43)
 
 
+def test_looking_through_other_chunks_learns_nothing_from_the_answer_twice():
+    chunk = list(range(100, 200))
+    session = session_of(chunk)
+    session.accept(chunk[:9])
+    learned = session.propose(MUCH).chances
+    session.refresh(Prompt((Segment(tuple(chunk)),)))
+    assert session.propose(MUCH).chances == learned
+
+
 def test_a_closed_session_proposes_nothing():
     session = session_of([1, 2, 3])
     session.accept([1])
