@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--strengths", default="0,5,10,20")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no prompt is begun")
     parser.add_argument("--name", default="draft_quality")
     options = parser.parse_args()
     engine = Engine.load(options.generator, options.device, options.dtype, offline=True)
@@ -90,10 +92,17 @@ def main() -> None:
     prompts = grounded_prompts(
         questions, engine.prompt_builder(), engine.tokenizer, options.tokens, options.new_tokens
     )  # fmt: skip
-    results = [scored(engine, item, ways, options) for item in prompts]
+    began = time.perf_counter()
+    results: list[dict[str, Any]] = []
+    while len(results) < len(prompts) and time.perf_counter() - began < options.time_limit:
+        results.append(scored(engine, prompts[len(results)], ways, options))
     rows = table(results, list(ways))
     print(markdown_table(rows, ["way", "score", "against target", "stood"]))
-    print(write_result(options.name, {"options": vars(options), "rows": rows, "answers": results}))
+    print(
+        write_result(
+            options.name, {"options": vars(options), "prompts": len(results), "rows": rows, "answers": results}
+        )
+    )
 
 
 if __name__ == "__main__":
