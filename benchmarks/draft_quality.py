@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--strengths", default="0,5,10,20")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no prompt is begun")
+    parser.add_argument("--time-limit", type=float, default=3600.0, help="seconds after which no prompt is begun")
     parser.add_argument("--name", default="draft_quality")
     options = parser.parse_args()
     engine = Engine.load(options.generator, options.device, options.dtype, offline=True)
