@@ -21,8 +21,9 @@ from tuning import clock_and_ceiling, report_tiles
 
 from ragkit.kernels.gather_pages import PageLists
 from ragkit.kernels.merge_splits import merge_splits
+from ragkit.kernels.page_tile import PageTile, num_splits, page_tile
 from ragkit.kernels.paged_rows import Blocks, stored_as
-from ragkit.kernels.selected_pages_attention import PageTile, launch_few_queries, num_splits, page_tile
+from ragkit.kernels.selected_pages_attention import launch_few_queries
 from ragkit.kernels.testing import assert_matches
 
 KINDS = {"buffer": 0, "numbers": 0, "int8": 8, "int4": 4}

@@ -6,7 +6,8 @@
 
 Keys lie in the pool un-rotated (so chunk blocks are shared between requests and positions); every row has its own
 true position, and a row at `HIDDEN` is seen by no query, which is how replaced and unused rows are left out.
-The rows of a request are split over programs whose results are merged by their log-sum-exp.
+The rows of a request are split over programs whose results are merged by their log-sum-exp, by the last program to
+finish where they are few.
 
 Source: FlashDecoding's split of keys; online softmax of FlashAttention, arXiv 2205.14135, section 3.1; blocks of
 PagedAttention, arXiv 2309.06180. Cost: reads keys and values once; bandwidth bound.
@@ -22,6 +23,7 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.launched import launched
+from ragkit.kernels.merge_at_end import end_counters, merge_at_end, merges_at_end
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.paged_rows import (
     FIELD_ROWS,
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 _PAIRS = 16  # rows of queries that one product of matrices takes, whether they are there or not
+_PAIRS_OF_CODES = 32  # rows of queries of two heads
 
 
 class DecodeTile(NamedTuple):
@@ -63,6 +66,7 @@ class DecodeTile(NamedTuple):
         stages: of the pipeline that loads rows ahead.
         adds_angles: those of rows behind a row to its own, where `bases` says that they stand so.
         programs: for each multiprocessor.
+        merges_at_end: in the last program to finish, where the parts are few, and not in a kernel behind it.
     """
 
     heads: int
@@ -71,6 +75,7 @@ class DecodeTile(NamedTuple):
     stages: int
     adds_angles: bool = False
     programs: int = 4
+    merges_at_end: bool = True
 
 
 def paged_decode_attention(
@@ -160,21 +165,26 @@ def launch_paged_decode_attention(
     splits = num_splits(requests * kv_heads // tile.heads, max_entries, queries.device, tile.programs)
     partial = torch.empty((requests, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((requests, q_heads, splits), dtype=torch.float32, device=queries.device)
+    counters = None
+    if tile.merges_at_end and merges_at_end(tile.heads * group, splits):
+        counters = end_counters(requests * kv_heads // tile.heads, queries.device)
     _paged_decode_attention_kernel[(requests, kv_heads // tile.heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, num_entries,
         query_positions, cos, sin, num_entries if bases is None else bases,
         queries if key_field is None else key_field, queries if value_field is None else value_field,
-        partial, weights,
+        partial, weights, out, num_entries if counters is None else counters,
         scale * 1.4426950408889634,  # the kernel works with powers of two
         max_entries, queries.stride(0),
         GROUP=group, VALUE_GROUPS=value_groups, PAIRS=max(_PAIRS, next_power_of_2(tile.heads * group * value_groups)),
         HEADS=tile.heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF_PADDED=max(16, next_power_of_2(head_dim // 2)),
         BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS, ROWS=tile.rows, SPLITS=splits, BITS=bits, KEY_GROUP=key_group,
         HAS_FIELD=key_field is not None, ADDS_ANGLES=tile.adds_angles and bases is not None,
+        MERGES=counters is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    merge_splits(partial, weights, out, backend=Backend.TRITON)
+    if counters is None:
+        merge_splits(partial, weights, out, backend=Backend.TRITON)
     return out
 
 
@@ -227,31 +237,33 @@ def num_splits(groups: int, max_entries: int, device: torch.device, programs: in
 
 
 def decode_tile(queries: Tensor, key_pool: Blocks, value_pool: Blocks) -> DecodeTile:
-    """Return how the work is cut.
+    """Return how the work is cut, as was best on an H100 for one request of 131,072 rows.
 
     A tile of keys and one of values, twice for loading ahead, must fit shared memory: 64 KB here at most. Rows of a
-    tile share the scales of the keys. Where codes are read, the heads whose queries fit one product of matrices share
-    a program, and with it the angles of the rows, which weigh more than the codes of a head.
+    tile share the scales of the keys. Where codes are read, two heads share a program, and with it the angles of the
+    rows, which weigh more than the codes of a head.
     """
     q_heads, head_dim = queries.shape[1:]
     kv_heads = key_pool.shape[2]
     bits, key_group, channel_group = stored_as(key_pool, value_pool)
-    rows = min(64 if head_dim * queries.element_size() <= 256 else 32, key_group)
-    pairs = q_heads // kv_heads * (head_dim // channel_group)  # that the queries of a key head take
-    shared = [heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0 and heads * pairs <= _PAIRS]
-    return DecodeTile(max(shared, default=1) if bits else 1, rows, max(1, rows // 8), 2)
+    rows = min(64 if not bits and head_dim * queries.element_size() <= 256 else 32, key_group)
+    if bits:
+        pairs = q_heads // kv_heads * (head_dim // channel_group)  # that the queries of a key head take
+        heads = 2 if kv_heads % 2 == 0 and 2 * pairs <= _PAIRS_OF_CODES else 1
+        return DecodeTile(heads, rows, max(1, rows // 8), 2, programs=2 if heads == 2 else 3)
+    return DecodeTile(1, rows, max(1, min(4, rows // 8)), 2, programs=3 if rows == 64 else 4)
 
 
 @launched
 def _paged_decode_attention_kernel(
     query_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
     table_ptr, row_position_ptr, num_entries_ptr, query_position_ptr, cos_ptr, sin_ptr, base_ptr,
-    key_field_ptr, value_field_ptr, partial_ptr, weight_ptr,
+    key_field_ptr, value_field_ptr, partial_ptr, weight_ptr, out_ptr, counter_ptr,
     scale_log2, max_entries, stride_qr,
     GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     FIELD_ROWS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
-    HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, MERGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with the query heads of HEADS key heads over one part of one request's blocks. A query head
     # stands in VALUE_GROUPS rows, one for each group of channels of the values: with the group's scale in the weights,
@@ -262,7 +274,6 @@ def _paged_decode_attention_kernel(
     NUMBER: tl.constexpr = query_ptr.dtype.element_ty
     entries = tl.load(num_entries_ptr + request)
     query_position = tl.load(query_position_ptr + request)
-    part = (entries + SPLITS - 1) // SPLITS
 
     pair = tl.arange(0, PAIRS)
     value_group, own_head = pair % VALUE_GROUPS, pair // (VALUE_GROUPS * GROUP)
@@ -282,8 +293,7 @@ def _paged_decode_attention_kernel(
     summed = tl.zeros((PAIRS, 2 * HALF_PADDED), tl.float32)
     zeros = tl.zeros((PAIRS,), tl.float32)  # what the zeros of all values add to each channel of a group
     first_of_request = tl.program_id(0) * max_entries  # 32 bits: 64 cost a fifth of the registers
-    first_entry = split * part
-    last_entry = tl.minimum(first_entry + part, entries)
+    first_entry, last_entry = split * entries // SPLITS, (split + 1) * entries // SPLITS
     for step in range(first_entry * (BLOCK_SIZE // ROWS), last_entry * (BLOCK_SIZE // ROWS)):
         entry = first_of_request + step // (BLOCK_SIZE // ROWS)
         first_row = (step % (BLOCK_SIZE // ROWS)) * ROWS
@@ -353,3 +363,9 @@ def _paged_decode_attention_kernel(
     out_mask = is_pair[:, None] & is_channel[None, :] & own_channel
     out = (summed + zeros[:, None]) / safe[:, None]
     tl.store(partial_ptr + out_at[:, None] * HEAD_DIM + channel[None, :], out, mask=out_mask)
+    if MERGES:
+        merge_at_end(
+            partial_ptr, weight_ptr, out_ptr, counter_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1),
+            request * KV_HEADS * GROUP + first_head * GROUP, HEADS * GROUP, 0, SPLITS,
+            HEADS * GROUP, HEAD_DIM, 2 * HALF_PADDED,
+        )  # fmt: skip

@@ -7,13 +7,13 @@
 A list holds the sinks, the pages chosen and the local window, ascending, so "up to the own row" is causal and all there
 is to mask. Which pages are listed and how many rows are seen is known on the device alone; launches depend on shapes.
 
-Few queries: a program attends over some of the pages, and the parts are merged. R(p + r) = R(p) R(r), so the angles of
-a row come of those of a tile of rows, p, and of its place in the tile, r. The latter are the same for all tiles and
-stay in registers; from a table of all positions, angles would be as many bytes as the keys and values. R(p) turns the
-keys, or back the queries, which are fewer. Values are met by halves, as keys are, and codes of values as they lie: the
-scales are in the weights, the zeros apart. Many queries: the pages are packed and rotated once, and
-`selected_attention` runs over them. One list for all heads with a position a
-row, of several requests at once, is what `paged_decode_attention` takes.
+Few queries: a program attends over some of the pages, and the parts are merged, by the last program to finish where
+they are few. R(p + r) = R(p) R(r), so the angles of a row come of those of a tile of rows, p, and of its place in the
+tile, r. The latter are the same for all tiles and stay in registers; from a table of all positions, angles would be as
+many bytes as the keys and values. R(p) turns the keys, or back the queries, which are fewer. Values are met by halves,
+as keys are, and codes of values as they lie: the scales are in the weights, the zeros apart. Many queries: the pages
+are packed and rotated once, and `selected_attention` runs over them. One list for all heads with a position a row, of
+several requests at once, is what `paged_decode_attention` takes.
 
 Source: split of the keys: FlashDecoding; online softmax: FlashAttention, arXiv 2205.14135, section 3.1; pages with
 positions of their own: TokenSelect, arXiv 2411.02886. Cost: reads the listed rows once (few queries, bandwidth bound),
@@ -22,16 +22,16 @@ or 4 * head_dim operations a head and visible (query, row) pair (many, compute b
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, num_processors, resolve_backend, tl
+from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.gather_pages import PageLists, check_page_lists, gather_pages, gather_pages_torch, list_strides
 from ragkit.kernels.launched import launched
+from ragkit.kernels.merge_at_end import end_counters, merge_at_end, merges_at_end
 from ragkit.kernels.merge_splits import merge_splits
+from ragkit.kernels.page_tile import PageTile, num_splits, page_tile
 from ragkit.kernels.paged_rows import (
     Blocks,
     load_key_halves,
@@ -43,25 +43,7 @@ from ragkit.kernels.paged_rows import (
 from ragkit.kernels.selected_attention import selected_attention, selected_attention_torch
 
 MOST_PAIRS = 64  # tokens times heads of a key head that read the pages directly; more read packed rows
-_MOST_SPLITS = 128  # parts that are merged
 _LOG2_E = 1.4426950408889634  # the kernel works with powers of two
-
-
-class PageTile(NamedTuple):
-    """How the work of few queries is cut.
-
-    Attributes:
-        rows: of a page, multiplied at once.
-        warps, stages: of the program; `stages` tiles of keys and values are under way.
-        programs: for each multiprocessor.
-        turns_queries: back by where a tile stands, in the place of its rows forth by the same, where they are fewer.
-    """
-
-    rows: int
-    warps: int
-    stages: int
-    programs: int
-    turns_queries: bool
 
 
 def selected_pages_attention(
@@ -97,7 +79,7 @@ def selected_pages_attention(
     if resolve_backend(queries, backend) is Backend.TORCH:
         return selected_pages_attention_torch(queries, key_pool, value_pool, lists, last_rows, cos, sin, scale=scale)
     if queries.shape[0] * queries.shape[1] // key_pool.shape[2] <= MOST_PAIRS:
-        tile = page_tile(key_pool, value_pool, queries.dtype, queries.device)
+        tile = page_tile(key_pool, value_pool, queries.dtype, queries.device, is_turned=len(cos) == 1)
         return launch_few_queries(queries, key_pool, value_pool, lists, last_rows, cos, sin, scale=scale, tile=tile)
     keys, values = gather_pages(key_pool, value_pool, lists, cos, sin, dtype=queries.dtype, backend=Backend.TRITON)
     return selected_attention(queries, keys, values, last_rows, scale=scale, backend=Backend.TRITON)
@@ -119,14 +101,6 @@ def selected_pages_attention_torch(
     if len(last_rows):  # what nobody sees may hold NaN, of which no product is free
         keys, values = (part[: int(last_rows[-1]) + 1] for part in (keys, values))
     return selected_attention_torch(queries, keys, values, last_rows, scale=scale)
-
-
-def page_tile(key_pool: Blocks, value_pool: Blocks, dtype: torch.dtype, device: torch.device) -> PageTile:
-    """Return how the work of few queries is cut: all programs run at once, three on each multiprocessor of an H100."""
-    together = stored_as(key_pool, value_pool)[1]  # rows that share a scale, or all of a block
-    if device.type != "cuda":
-        return PageTile(min(16, together), 4, 1, 1, False)  # interpreted: small pages have several tiles
-    return PageTile(min(16 if dtype == torch.float32 else 32, together), 4, 2, 3, dtype != torch.float32)
 
 
 def launch_few_queries(
@@ -157,36 +131,27 @@ def launch_few_queries(
     splits = num_splits(programs, listed, tile, queries.device)
     partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
+    counters = None
+    if tile.merges_at_end and tiles == 1 and merges_at_end(packed, splits):
+        counters = end_counters(kv_heads, queries.device)
     is_turned = len(cos) == 1  # all pages stand at 0 then
     turns_queries = tile.turns_queries and pairs <= tile.rows
     _few_queries_kernel[(tiles, kv_heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), lists.pages, lists.positions,
-        lists.pages if lists.blocks is None else lists.blocks, last_rows, cos, sin, partial, weights,
+        lists.pages if lists.blocks is None else lists.blocks, last_rows, cos, sin, partial, weights, out,
+        last_rows if counters is None else counters,
         scale * _LOG2_E, packed, listed, splits, len(cos), queries.stride(0), *list_strides(lists),
         GROUP=group, VALUE_GROUPS=value_groups, PAIRS=pairs, KV_HEADS=kv_heads, HALF=head_dim // 2,
         HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), BLOCK_SIZE=block_size, ROWS=tile.rows, BITS=bits,
         KEY_GROUP=key_group, HAS_BLOCKS=lists.blocks is not None,
         TURNS_KEYS=not (is_turned or turns_queries), TURNS_QUERIES=turns_queries and not is_turned,
-        STAGES=tile.stages,
+        STAGES=tile.stages, MERGES=counters is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps,
     )  # fmt: skip
-    merge_splits(partial, weights, out, backend=Backend.TRITON)
+    if counters is None:
+        merge_splits(partial, weights, out, backend=Backend.TRITON)
     return out
-
-
-def num_splits(programs: int, listed: int, tile: PageTile, device: torch.device) -> int:
-    """Return into how many parts the listed pages are split, all of equally many pages but the last.
-
-    Args:
-        programs: how many there are for one part.
-        listed: pages in a list.
-        tile: how many programs a multiprocessor takes.
-        device: where the kernel runs.
-    """
-    processors = num_processors(device) if device.type == "cuda" else 6  # interpreted: enough to test the merge
-    wanted = max(1, min(listed, ceil_div(tile.programs * processors, programs), _MOST_SPLITS))
-    return ceil_div(listed, ceil_div(listed, wanted))
 
 
 def _check_inputs(
@@ -226,11 +191,11 @@ def _check_inputs(
 def _few_queries_kernel(
     query_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
     page_ptr, page_position_ptr, block_ptr, last_row_ptr, cos_ptr, sin_ptr, partial_ptr, weight_ptr,
-    scale_log2, packed, listed, splits, angles, stride_qt, stride_list, stride_position,
+    out_ptr, counter_ptr, scale_log2, packed, listed, splits, angles, stride_qt, stride_list, stride_position,
     GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr,
     HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     KEY_GROUP: tl.constexpr, HAS_BLOCKS: tl.constexpr, TURNS_KEYS: tl.constexpr, TURNS_QUERIES: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, MERGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with PAIRS queries (heads within tokens) of one key head over one part of its pages. A query
     # stands in VALUE_GROUPS rows, one for each group of channels in a half of the values: with the group's scale in the
@@ -360,6 +325,11 @@ def _few_queries_kernel(
     partial_at = partial_ptr + out_at[:, None] * HEAD_DIM + half[None, :]
     tl.store(partial_at, (summed_first + zero_first[:, None]) / safe[:, None], mask=out_mask)
     tl.store(partial_at + HALF, (summed_second + zero_second[:, None]) / safe[:, None], mask=out_mask)
+    if MERGES:  # one tile has all queries
+        merge_at_end(
+            partial_ptr, weight_ptr, out_ptr, counter_ptr + kv_head, kv_head * GROUP, packed, KV_HEADS * GROUP, splits,
+            GROUP, HEAD_DIM, 2 * HALF_PADDED,
+        )  # fmt: skip
 
 
 @jit

@@ -7,6 +7,7 @@ from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.gather_pages import PageLists
 from ragkit.kernels.page_scores import Pooling, page_scores
+from ragkit.kernels.page_tile import page_tile
 from ragkit.kernels.page_top_k import page_top_k
 from ragkit.kernels.paged_decode_attention import HIDDEN, paged_decode_attention_torch
 from ragkit.kernels.quantize_kv import quantize_kv
@@ -14,7 +15,6 @@ from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kernels.selected_pages_attention import (
     MOST_PAIRS,
     launch_few_queries,
-    page_tile,
     selected_pages_attention,
     selected_pages_attention_torch,
 )
@@ -119,12 +119,22 @@ def test_queries_turned_back_are_keys_turned_forth(dtype, bits, device, rng):
     inputs = _inputs(3, 5, 4, 2, 64, dtype, device, rng, spare=0)
     if bits:
         inputs[1:3] = _as_codes(inputs[1:3], bits)
-    tile = page_tile(inputs[1], inputs[2], dtype, device)
+    tile = page_tile(inputs[1], inputs[2], dtype, device, is_turned=False)
     both = [
         launch_few_queries(*inputs, scale=0.2, tile=tile._replace(turns_queries=turns_queries)).float()
         for turns_queries in (False, True)
     ]
     assert_matches(both[0].to(dtype), both[1], reduced=4)
+
+
+@pytest.mark.parametrize(("tokens", "bits"), [(1, 0), (5, 0), (1, 8)])
+def test_parts_merged_by_the_last_program_are_those_merged_by_a_kernel(tokens, bits, device, rng):
+    inputs = _inputs(tokens, 7, 6, 2, 80, torch.float32, device, rng, spare=0)
+    if bits:
+        inputs[1:3] = _as_codes(inputs[1:3], bits)
+    tile = page_tile(inputs[1], inputs[2], torch.float32, device, is_turned=False)
+    both = [launch_few_queries(*inputs, scale=0.2, tile=tile._replace(merges_at_end=own)) for own in (True, False)]
+    assert_matches(both[0], both[1], reduced=4)
 
 
 @pytest.mark.parametrize("bits", [0, 8, 4])
