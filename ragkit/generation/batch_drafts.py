@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ragkit.errors import RagkitError
 from ragkit.generation.batch_job import BatchJob
 from ragkit.generation.batch_runner import BatchRunner
 from ragkit.generation.batch_stats import BatchStats
@@ -17,12 +16,11 @@ from ragkit.generation.draft_costs import Costs
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter import DraftBudget
 from ragkit.generation.engine import Engine
-from ragkit.generation.speculative_decode import SpeculativeRequest
+from ragkit.generation.speculative_decode import FAILURES, SpeculativeRequest
 from ragkit.kernels.backend import next_power_of_2
 
 # Tokens of one pass at most, those that decode included: each takes a row of logits, and a graph keeps room for them.
 _MOST_ROWS = 512
-_FAILURES = (RagkitError, torch.OutOfMemoryError)  # that end drafts and nothing else: no answer depends on them
 
 
 class BatchCosts:
@@ -82,7 +80,7 @@ class BatchDrafts:
             room = min(job.entry.answer_tokens - job.entry.generated, most)
             try:
                 budget = request.budget(requests, room)
-            except _FAILURES as error:
+            except FAILURES as error:
                 request.give_up(error)
                 continue
             if budget.depth > 0:
@@ -126,7 +124,7 @@ class BatchDrafts:
             self._stats.draft_tokens_accepted += accepted
             try:
                 job.drafted.observe(tree, accepted, context, pass_ms, self._spent_ms)
-            except _FAILURES as error:  # other chunks were looked for
+            except FAILURES as error:  # other chunks were looked for
                 job.drafted.give_up(error)
         self._spent_ms = 0.0
 
@@ -147,7 +145,7 @@ class BatchDrafts:
             drafter, chosen = _request(jobs[0]).drafting.drafter, [budgets[job] for job in jobs]
             try:
                 proposals = drafter.propose([_request(job).session for job in jobs], chosen)
-            except _FAILURES as error:
+            except FAILURES as error:
                 for job in jobs:
                     _request(job).give_up(error)
                 continue

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from ragkit.errors import CacheCapacityError, ConfigError
+from ragkit.errors import ConfigError, RagkitError
 from ragkit.generation.acceptance import Acceptance, Transfer
 from ragkit.generation.decode import Decoded
 from ragkit.generation.decode_state import DecodeState, StepRunner
@@ -30,6 +31,8 @@ from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.setting_names import DraftMode
 from ragkit.types import DraftUse, Prompt, TextTokenizer
+
+FAILURES = (RagkitError, torch.OutOfMemoryError)  # that end drafts and nothing else: no answer depends on them
 
 _log = logging.getLogger(__name__)
 _BEGUN_AGAIN = 48  # bits by which the seed of a session differs from that of the one before it
@@ -144,7 +147,7 @@ class SpeculativeRequest:
             return DraftBudget(0, 0)
         try:
             session = self.session
-        except CacheCapacityError as error:  # the answer does not depend on its drafts
+        except FAILURES as error:
             self.give_up(error)
             return DraftBudget(0, 0)
         return self._controller.budget(
@@ -251,12 +254,12 @@ class SpeculativeRequest:
         if retrieve is None or not self._controller.pays_to_refresh(price, context, remaining):
             self._controller.refreshed()
             return
-        prompt = retrieve(self.token_ids)
-        if prompt is not None:
-            try:
+        try:
+            prompt = retrieve(self.token_ids)
+            if prompt is not None:
                 self.session.refresh(prompt)
-            except CacheCapacityError as error:
-                self.give_up(error)
+        except FAILURES as error:
+            self.give_up(error)
         spent = (time.perf_counter() - started) * 1e3
         self._controller.refreshed(spent)
         self._spent_ms += spent
@@ -343,7 +346,12 @@ def _proposed(requests: Sequence[SpeculativeRequest]) -> list[DraftTree]:
             by_drafter.setdefault(id(request.drafting.drafter), []).append(index)
     for indices in by_drafter.values():
         drafter = requests[indices[0]].drafting.drafter
-        proposals = drafter.propose([requests[i].session for i in indices], [budgets[i] for i in indices])
+        try:
+            proposals = drafter.propose([requests[i].session for i in indices], [budgets[i] for i in indices])
+        except FAILURES as error:
+            for index in indices:
+                requests[index].give_up(error)
+            continue
         for index, tree in zip(indices, proposals, strict=True):
             trees[index] = requests[index].cut(tree, budgets[index])
     return trees

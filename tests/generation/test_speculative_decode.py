@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ragkit.errors import ConfigError, RagkitError
+from ragkit.errors import ConfigError, GenerationError, RagkitError
 from ragkit.generation.acceptance import Transfer
 from ragkit.generation.contiguous_decode import ContiguousDecodeRunner
 from ragkit.generation.decode import decode
@@ -27,7 +27,7 @@ from ragkit.setting_names import DraftMode
 from ragkit.types import Chunk, Prompt, Segment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from draft_doubles import ScriptedDrafter, drawn_trees, random_trees
+from draft_doubles import ScriptedDrafter, ScriptedSession, drawn_trees, random_trees
 
 VOCAB = 300
 PROMPT = Prompt((Segment((1, 40, 50)), Segment((60, 70, 80, 60, 70, 81), "chunk"), Segment((90, 60))))
@@ -340,6 +340,32 @@ def test_greedy_transfer_follows_a_drafter_that_is_sure(engine):
 def test_transfer_from_a_drafter_without_a_distribution_is_refused():
     with pytest.raises(ConfigError, match="lookup has none"):
         Drafting(LookupDrafter(), Transfer())
+
+
+@pytest.mark.parametrize("error", [GenerationError("no chunk fits"), torch.OutOfMemoryError("no memory")])
+@pytest.mark.parametrize("place", ["begin", "propose", "retrieve", "refresh"])
+def test_what_goes_wrong_with_a_drafter_ends_drafts_and_no_answer(engine, place, error, monkeypatch):
+    monkeypatch.setattr(engine, "draft_costs", NominalCosts())
+    config = sampling(150)
+    right = right_answer(engine, config)
+
+    def fail(*_):
+        raise error
+
+    def draft(session, budget):
+        at = len(session.tokens)
+        return DraftTree.chain(right[at : at + min(4, budget.depth)] if at < 40 else [299] * budget.depth)
+
+    drafter = ScriptedDrafter(fail if place == "propose" else draft)
+    if place == "begin":
+        drafter.begin = fail
+    if place == "refresh":
+        monkeypatch.setattr(ScriptedSession, "refresh", fail)
+    limits = DraftLimits(depth=8, nodes=8, length=4)
+    finished = run(engine, config, Drafting(drafter, None, limits, fail if place == "retrieve" else lambda _: PROMPT))
+    assert finished.token_ids == right
+    assert [warning.partition(": ")[2] for warning in finished.warnings] == [str(error)]
+    assert all(session.closed for session in drafter.sessions)
 
 
 def test_what_is_drafted_from_is_retrieved_anew_where_acceptance_falls(engine):
