@@ -96,7 +96,8 @@ class ModelDrafter:
         groups: dict[float, list[int]] = {}
         for index, session in enumerate(sessions):
             assert isinstance(session, ModelSession)
-            if budgets[index].depth > 0 and session.paths:
+            # One whose window ends drafts no more; the others do.
+            if budgets[index].depth > 0 and session.has_room:
                 groups.setdefault(session.temperature, []).append(index)
         for temperature, indices in groups.items():
             members = [session for index in indices if isinstance(session := sessions[index], ModelSession)]

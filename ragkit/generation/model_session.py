@@ -76,6 +76,11 @@ class ModelSession:
         """Tokens that its model has not read yet."""
         return max((len(path.pending) for path in self.paths), default=0)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a token can be drafted behind those noted so far."""
+        return bool(self.paths) and all(path.room > 0 for path in self.paths)
+
     def uniforms(self, steps: int) -> torch.Tensor:
         """Return (paths, steps) fp32 numbers in [0, 1)."""
         return torch.rand((len(self.paths), steps), generator=self._generator)

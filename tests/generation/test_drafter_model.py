@@ -205,6 +205,21 @@ def test_drafts_end_where_the_window_of_the_model_ends(engine, tmp_path):
     assert 32 <= finished.draft.accepted <= 40
 
 
+def test_a_request_at_the_end_of_the_drafters_window_ends_no_other_drafts(engine, tmp_path):
+    hf_model("llama", num_hidden_layers=2, max_position_embeddings=40).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    short = Engine.load(tmp_path, device="cpu", dtype="float32", kv_tokens=64 * 8)
+    drafter = ModelDrafter("short", DraftModel.of(short), engine)
+    prompts = [PROMPT, Prompt((Segment(tuple(range(50, 88)), "long"),))]
+    sessions = [drafter.begin(DraftContext(prompt, sampling())) for prompt in prompts]
+    for session in sessions:
+        session.accept([5, 6, 7, 8])
+    trees = drafter.propose(sessions, [DraftBudget(3, 3)] * 2)
+    for session in sessions:
+        session.close()
+    assert [len(tree) for tree in trees] == [3, 0]
+
+
 def test_a_step_is_timed_over_all_requests_and_without_the_first_draft(smaller, engine, monkeypatch):
     took = iter([9000.0, 2.0, 3.0, 500.0])  # the first records graphs
     clock = [0.0]
