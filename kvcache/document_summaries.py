@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -18,7 +18,7 @@ from ragkit.kvcache.page_summary_records import PageSummaryRecords
 
 _READERS = 4  # threads that read sections: checking what was read takes longer than reading it
 
-ReadRows: TypeAlias = Callable[[int, range], Iterable[PageRows]]
+ReadRows: TypeAlias = Callable[[int, range], PageRows]
 
 
 class DocumentSummaries:
@@ -55,17 +55,20 @@ class DocumentSummaries:
         """Store the section that ends with `windows` windows, where one does."""
         for section in self._records.sections():
             if section.stop == windows:
-                first, stop = self._grid.first_page(section.start), self._grid.first_page(section.stop)
                 for summaries in self._of.values():
-                    self._records.write(summaries, section, first, stop)
+                    self._write(summaries, section)
 
-    def of(self, selector: PageSelector, windows: int, read: ReadRows) -> PageSummaries:
+    def of(self, selector: PageSelector, windows: int, read: ReadRows, at_once: int) -> PageSummaries:
         """Return what `selector` keeps of the first `windows` windows, made from the pages where it is new.
+
+        While it is made, `read` may ask for it again, to compute a window that is damaged: then it holds all layers of
+        the windows before that one, so all layers are made of some windows before the next ones are read.
 
         Args:
             selector: what summarises.
             windows: those that are there.
-            read: gives the rows of a layer and some neighbouring windows, piece by piece.
+            read: gives the rows of a layer and some neighbouring windows.
+            at_once: how many windows that is at most.
         """
         found = self._of.get(selector.selector_id)
         if found is not None:
@@ -74,7 +77,14 @@ class DocumentSummaries:
         self._of[selector.selector_id] = made
         try:
             for section, stored in self._stored(selector, windows):
-                self._fill(made, section, stored, windows, read)
+                if stored is not None and made.is_closed:
+                    self._extend(made, section, stored)
+                    continue
+                stop = min(section.stop, windows)
+                for start in range(section.start, stop, at_once):
+                    self._add(made, range(start, min(start + at_once, stop)), read)
+                if section.stop <= windows:
+                    self._write(made, section)
             self._records.flush()
         except BaseException:
             del self._of[selector.selector_id]
@@ -104,17 +114,18 @@ class DocumentSummaries:
             for section in sections:
                 yield section, loading[section].result() if section in loading else None
 
-    def _fill(
-        self, made: PageSummaries, section: range, stored: list[list[Tensor]] | None, windows: int, read: ReadRows
-    ) -> None:  # fmt: skip
-        """Add the pages of a section, as far as they are there, from what is stored of it or from the pages."""
-        first, stop = self._grid.first_page(section.start), self._grid.first_page(section.stop)
-        if stored is not None and made.is_closed:
-            for layer, parts in enumerate(stored):
-                made.extend(layer, stop - first, [part.to(self._device, non_blocking=True) for part in parts])
-            return
+    def _extend(self, made: PageSummaries, section: range, stored: list[list[Tensor]]) -> None:
+        """Add what is stored of a section."""
+        pages = self._grid.first_page(section.stop) - self._grid.first_page(section.start)
+        for layer, parts in enumerate(stored):
+            made.extend(layer, pages, [part.to(self._device, non_blocking=True) for part in parts])
+
+    def _add(self, made: PageSummaries, windows: range, read: ReadRows) -> None:
+        """Add the pages of some windows, in all layers."""
         for layer in range(self._num_layers):
-            for rows in read(layer, range(section.start, min(section.stop, windows))):
-                made.append(layer, rows)
-        if section.stop <= windows:
-            self._records.write(made, section, first, stop)
+            made.append(layer, read(layer, windows))
+
+    def _write(self, made: PageSummaries, section: range) -> None:
+        """Store a section."""
+        first, stop = self._grid.first_page(section.start), self._grid.first_page(section.stop)
+        self._records.write(made, section, first, stop)

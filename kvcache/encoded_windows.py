@@ -65,8 +65,9 @@ class EncodedWindows:
         return self._records.write(self._packed(window, pieces, recompute_ms))
 
     def replace(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> None:
-        """Keep a window again that was damaged."""
+        """Keep a window again that was damaged; memory holds it until it is let go."""
         self._memory.discard(window)
+        self._memory.hold(window)
         self._records.write(self._packed(window, pieces, recompute_ms))
 
     def piece(self, layer: int, window: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -174,10 +174,10 @@ class KVPages:
         return self.num_windows - first
 
     def replace(self, window: int, rows: Sequence[WindowRows], recompute_ms: float = 0.0) -> None:
-        """Keep a window again that was damaged.
+        """Keep a window again that was damaged; in memory, where the disk does not take it.
 
         Raises:
-            KVCacheError: as for `append`.
+            KVCacheError: a number cannot be stored.
         """
         pages = self.grid.pages_of(window)
         self.cache.discard(pages)
@@ -186,8 +186,13 @@ class KVPages:
             for layer, piece in enumerate(encoded):
                 self.resident.put(layer, pages.start, piece)
         self._windows.replace(window, encoded, recompute_ms)
-        self.flush()
         self.repaired += 1
+        try:
+            self.flush()
+        except KVCacheError as error:  # whoever asks has an answer all the same
+            _log.warning("a window that was computed again stays in memory: %s", error)
+        else:
+            self.memory.let_go(range(window, window + 1))
 
     def flush(self) -> None:
         """Write what is not written yet.
@@ -253,7 +258,8 @@ class KVPages:
         Raises:
             KVCacheError: the selector needs what was not stored, or a page is damaged and cannot be computed again.
         """
-        return self._summaries.of(selector, self.num_windows, self._keys_of)
+        at_once = len(self.refs) if self._is_only_resident else 1
+        return self._summaries.of(selector, self.num_windows, self._keys_of, at_once)
 
     def use(self, since: KVUse | None = None) -> KVUse:
         """Return what was used so far, or since an earlier call.
@@ -304,19 +310,15 @@ class KVPages:
             raise
         self._num_checked = self.num_windows
 
-    def _keys_of(self, layer: int, windows: range) -> Iterator[PageRows]:
+    def _keys_of(self, layer: int, windows: range) -> PageRows:
+        """Return the keys of windows, one alone where not all pages are on the device alone."""
         if self._is_only_resident:
             assert self.resident is not None, "as asked"
             pages = range(self.grid.first_page(windows.start), self.grid.first_page(windows.stop))
-            yield PageRows(self.resident.keys(layer, pages))
-            return
-        for window in windows:
-            yield self._window_keys(layer, window)
-
-    def _window_keys(self, layer: int, window: int) -> PageRows:
+            return PageRows(self.resident.keys(layer, pages))
         while True:
             try:
-                return self._decoded_keys(layer, self._windows.piece(layer, window))
+                return self._decoded_keys(layer, self._windows.piece(layer, windows.start))
             except DamagedWindowError as damage:
                 self._mend(damage)
 

@@ -113,7 +113,7 @@ class PageRecords:
         return not self._waiting
 
     def flush(self) -> None:
-        """Write what waits.
+        """Write what waits; it goes on waiting where the tier cannot be written now.
 
         Raises:
             KVCacheError: the tier could not be written, or refused some of it.
@@ -121,7 +121,11 @@ class PageRecords:
         waiting, self._waiting = self._waiting, []
         if self.tier is None or not waiting:
             return
-        kept = self.tier.save(waiting)
+        try:
+            kept = self.tier.save(waiting)
+        except KVCacheError:
+            self._waiting = waiting + self._waiting
+            raise
         if kept < len(waiting):
             raise KVCacheError(
                 f"the tier {self.tier.name} kept {kept} of {len(waiting)} windows of a document: the document left the "

@@ -94,11 +94,15 @@ class PageOptions:
             return num_pages
         return min(around + self.budget_pages, num_pages)
 
-    def pages_needed(self, num_pages: int) -> int:
-        """Return how many of `num_pages` pages have to be there decoded at once: also those that are only looked at."""
+    def pages_needed(self, num_pages: int, kv_heads: int = 1) -> int:
+        """Return how many of `num_pages` pages have to be there decoded at once: also those that are only looked at.
+
+        Where key heads choose for themselves, each of the `kv_heads` may look at others.
+        """
         if self.selector.takes is not Takes.BEST:
             return self.pages_at_once(num_pages)
-        return min(self.sink_pages + self.local_pages + self.budget_pages * self.found_times, num_pages)
+        found = self.budget_pages * self.found_times * (kv_heads if self.per_key_head else 1)
+        return min(self.sink_pages + self.local_pages + found, num_pages)
 
     def positions_before(self, num_tokens: int) -> int:
         """Return how many positions are in use before the tokens of a pass over `num_tokens` tokens, at most."""

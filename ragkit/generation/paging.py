@@ -14,7 +14,7 @@ from threading import Event
 import torch
 
 from ragkit.config import KVConfig, PagesConfig
-from ragkit.errors import CacheCapacityError, GenerationError
+from ragkit.errors import CacheCapacityError, GenerationError, KVCacheError
 from ragkit.generation.chunk_prefill import expected_attention_s, expected_cost
 from ragkit.generation.engine import Engine
 from ragkit.generation.page_options import PageOptions
@@ -232,7 +232,10 @@ class Paging:
     def _close_document(self) -> None:
         if self._open is not None:
             (_, document), self._open = self._open, None
-            document.pages.close()
+            try:
+                document.pages.close()
+            except KVCacheError as error:  # pages that are not written are computed again: no later question needs them
+                _log.warning("the last pages of a document were not written: %s", error)
 
     def _opened(self, document: PagedText, system_prompt: str) -> PagedDocument:
         engine, options = self._engine, self.prefill.options
@@ -284,7 +287,7 @@ class Paging:
     def _cache(self, num_pages: int) -> PageCache:
         layout, size = self._engine.decoder.layout, self._config.page_tokens
         fitting = (self._config.cache_mb << 20) // (layout.bytes_per_token * size)
-        wanted = self.prefill.options.pages_needed(num_pages)
+        wanted = self.prefill.options.pages_needed(num_pages, max(spec.num_kv_heads for spec in layout.layers))
         if fitting < wanted:
             megabytes = -(-wanted * size * layout.bytes_per_token >> 20)
             raise CacheCapacityError(
