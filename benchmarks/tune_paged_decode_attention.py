@@ -1,10 +1,12 @@
 """Decode attention over blocks under several ways to cut the work, best first: what `decode_tile` should return.
 
-    python benchmarks/tune_paged_decode_attention.py [--requests 1] [--rows 8192 32768 131072] [--bits 0 8 4] [--all]
+    python benchmarks/tune_paged_decode_attention.py [--requests 1] [--rows 8192 32768 131072] [--bits 0 8 4]
+        [--all | --near]
 
 Every way is compared with the first, the one that is chosen today, before it is timed; one that does not fit the device
 says so. 0 bits are plain numbers. Without `--all` only ways that were near the best before are tried, and those that
-add angles.
+add angles; with `--near` the one that is chosen with other numbers of programs. `merges_at_end` is where the parts of
+the one that is chosen are merged: by its last program where they are few, or by a kernel.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--bits", type=int, nargs="+", default=[0, 8, 4], choices=[0, 8, 4])
     parser.add_argument("--all", action="store_true", help="try every way")
+    parser.add_argument("--near", action="store_true", help="try other numbers of programs alone, and other merges")
     parser.add_argument("--device", default="cuda", help="cpu, with TRITON_INTERPRET=1 and few rows, tries the script")
     arguments = parser.parse_args()
     clock, ceiling = clock_and_ceiling(arguments.device)
@@ -49,13 +52,15 @@ def main() -> None:
             row
             for bits in arguments.bits
             for length in arguments.rows
-            for row in _tune(bits, arguments.requests, length, clock, ceiling, every=arguments.all)
+            for row in _tune(bits, length, arguments, clock, ceiling)
         ]
-    report_tiles("tune_paged_decode_attention", clock, ceiling, rows, arguments)
+    name = "tune_paged_decode_attention" + ("_near" if arguments.near else "")
+    report_tiles(name, clock, ceiling, rows, arguments)
 
 
-def _tune(bits: int, requests: int, rows: int, clock: Clock, ceiling: float, *, every: bool) -> list[dict[str, Any]]:
+def _tune(bits: int, rows: int, arguments: argparse.Namespace, clock: Clock, ceiling: float) -> list[dict[str, Any]]:
     """Return a row of the table for each way that fits, the fastest first."""
+    requests = arguments.requests
     shape, device = model_shape(clock.device), clock.device
     entries = -(-rows // BLOCK_SIZE)
     queries = normal(requests, shape.q_heads, shape.head_dim, shape=shape, device=device)
@@ -72,9 +77,12 @@ def _tune(bits: int, requests: int, rows: int, clock: Clock, ceiling: float, *, 
     scale = shape.head_dim**-0.5
     work = sum(pool.nbytes for pool in stored) + requests * rows * 4 + rows * shape.head_dim * 4
     chosen, key_group = decode_tile(queries, *stored), stored_as(*stored)[1]
-    cuts = dict.fromkeys((*LIKELY[bits], *(OTHERS if every else ())))
-    ways = (DecodeTile(*cut, adds, programs) for cut in cuts for adds in (False, True) for programs in PROGRAMS)
-    tiles = dict.fromkeys([chosen, *ways])
+    if arguments.near:
+        ways = [chosen._replace(programs=programs) for programs in PROGRAMS]
+    else:
+        cuts = dict.fromkeys((*LIKELY[bits], *(OTHERS if arguments.all else ())))
+        ways = [DecodeTile(*cut, adds, programs) for cut in cuts for adds in (False, True) for programs in PROGRAMS]
+    tiles = dict.fromkeys([chosen, chosen._replace(merges_at_end=False), *ways])
     fitting = [tile for tile in tiles if tile.rows <= key_group and shape.kv_heads % tile.heads == 0]
     options = {"bases": entry_bases(inputs[4]), "scale": scale}
     expected = launch_paged_decode_attention(*inputs, **options, tile=chosen).float()

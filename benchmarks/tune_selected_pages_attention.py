@@ -1,10 +1,12 @@
 """Attention of one token over listed pages under several ways to cut the work, best first: what `page_tile` returns.
 
-    python benchmarks/tune_selected_pages_attention.py [--listed 64 256 1024] [--kinds buffer numbers int8 int4]
+    python benchmarks/tune_selected_pages_attention.py [--listed 64 256 1024] [--near]
+        [--kinds buffer numbers int8 int4]
 
 Kinds: a `buffer` of rows that are turned already, which a decoding step over pages attends to, and pages of a document
 as `numbers`, `int8` or `int4`, with a list for each key head. Every way is compared with the first before it is timed;
-one that does not fit the device says so. A row without a tile is the merge of the parts alone, which every time holds.
+one that does not fit the device says so. `merges_at_end` is whether the last program merges the parts, or a kernel
+behind it does, which a row without a tile is alone. `--near` tries no other rows, warps or stages.
 """
 
 from __future__ import annotations
@@ -43,16 +45,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--listed", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--near", action="store_true", help="try other numbers of programs alone, and other merges")
     parser.add_argument("--device", default="cuda", help="cpu, with TRITON_INTERPRET=1, tries the script on few pages")
     arguments = parser.parse_args()
     clock, ceiling = clock_and_ceiling(arguments.device)
     with torch.inference_mode():
-        rows = [row for kind in arguments.kinds for row in _tune(kind, arguments.listed, clock, ceiling)]
-    report_tiles("tune_selected_pages_attention", clock, ceiling, rows, arguments)
+        rows = [row for kind in arguments.kinds for row in _tune(kind, arguments, clock, ceiling)]
+    name = "tune_selected_pages_attention" + ("_near" if arguments.near else "")
+    report_tiles(name, clock, ceiling, rows, arguments)
 
 
-def _tune(kind: str, lengths: list[int], clock: Clock, ceiling: float) -> list[dict[str, Any]]:
+def _tune(kind: str, arguments: argparse.Namespace, clock: Clock, ceiling: float) -> list[dict[str, Any]]:
     """Return rows of the table for each number of listed pages, the fastest first."""
+    lengths: list[int] = arguments.listed
     shape, device = model_shape(clock.device), clock.device
     document = max(lengths) if kind == "buffer" or clock.tiny else PAGES
     plain = [kv_rows(document * BLOCK_SIZE, shape, device).unflatten(0, (-1, BLOCK_SIZE)) for _ in range(2)]
@@ -72,7 +77,7 @@ def _tune(kind: str, lengths: list[int], clock: Clock, ceiling: float) -> list[d
             lists = PageLists(chosen.int(), starts)
             cos, sin = rotary_tables(listed * BLOCK_SIZE, shape, device)
         work = sum(pool.nbytes for pool in stored) * listed / document
-        rows = _timed(kind, (queries, *stored, lists, last_rows, cos, sin), clock)
+        rows = _timed(kind, (queries, *stored, lists, last_rows, cos, sin), clock, near=arguments.near)
         for row in rows:
             row |= {"gb_per_s": work / row["us"] / 1e3, "percent": 100 * work / row["us"] / 1e3 / ceiling}
         found += sorted(rows, key=lambda row: row["us"])
@@ -80,22 +85,23 @@ def _tune(kind: str, lengths: list[int], clock: Clock, ceiling: float) -> list[d
     return found
 
 
-def _timed(kind: str, inputs: tuple[Any, ...], clock: Clock) -> list[dict[str, Any]]:
+def _timed(kind: str, inputs: tuple[Any, ...], clock: Clock, *, near: bool) -> list[dict[str, Any]]:
     """Return what each way takes that fits."""
     queries, key_pool, value_pool, lists = inputs[:4]
     scale = queries.shape[2] ** -0.5
     listed, together = lists.pages.shape[1], stored_as(key_pool, value_pool)[1]
-    chosen = page_tile(key_pool, value_pool, queries.dtype, queries.device)
-    turns = (False,) if kind == "buffer" else (True, False)
-    ways = dict.fromkeys(
-        PageTile(*cut, programs, turns_queries)
-        for cut, programs, turns_queries in product(CUTS[kind], PROGRAMS[kind], turns)
-        if cut[0] <= together
-    )
+    chosen = page_tile(key_pool, value_pool, queries.dtype, queries.device, is_turned=kind == "buffer")
+    if near:
+        ways = [chosen._replace(programs=programs) for programs in PROGRAMS[kind]]
+    else:
+        turns = (False,) if kind == "buffer" else (True, False)
+        cuts = product(CUTS[kind], PROGRAMS[kind], turns)
+        ways = [PageTile(*cut, programs, turned) for cut, programs, turned in cuts if cut[0] <= together]
+    ways = [chosen, chosen._replace(merges_at_end=False), *ways]
     expected = launch_few_queries(*inputs, scale=scale, tile=chosen).float()
     found: list[dict[str, Any]] = []
     seen = set()
-    for tile in dict.fromkeys([chosen, *ways]):
+    for tile in dict.fromkeys(ways):
         splits = num_splits(key_pool.shape[2], listed, tile, queries.device)
         if (tile._replace(programs=0), splits) in seen:
             continue  # as many parts as with fewer programs: few pages, or the most that are merged
