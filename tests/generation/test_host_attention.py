@@ -10,14 +10,27 @@ def _rows(tokens: int, heads: int, seed: int) -> torch.Tensor:
     return torch.randn((tokens, heads, 32), generator=generator).to(torch.bfloat16)
 
 
+@pytest.mark.parametrize("scale", [0.2, 0.25])  # a power of two needs no rounding of scaled queries
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (1, 70), (5, 64), (128, 128), (129, 300), (300, 300), (200, 777)])
-def test_a_causal_pass_is_as_close_to_fp32_as_torch(tokens, rows):
+def test_a_causal_pass_is_as_close_to_fp32_as_torch(tokens, rows, scale):
     queries, keys, values = _rows(tokens, 6, 0), _rows(rows, 2, 1), _rows(rows, 2, 2)
-    expected = causal_attention(queries.float(), keys.float(), values.float(), 0.2)
-    theirs = causal_attention(queries, keys, values, 0.2).float() - expected
-    ours = causal_host_attention(queries, keys, values, 0.2).float() - expected
-    assert float(ours.abs().max()) <= max(1.5 * float(theirs.abs().max()), 0.01)
+    expected = causal_attention(queries.float(), keys.float(), values.float(), scale)
+    theirs = causal_attention(queries, keys, values, scale).float() - expected
+    ours = causal_host_attention(queries, keys, values, scale).float() - expected
+    # Twice rounded where the product is divided by the exponentials' sum: up to a unit of the last place, not half.
+    assert float(ours.abs().max()) <= max(2 * float(theirs.abs().max()), 0.01)
     assert float(ours.norm()) <= max(1.1 * float(theirs.norm()), 0.004 * float(expected.norm()))
+
+
+@pytest.mark.parametrize("factor", [0.0, 4.0, 40.0])
+@pytest.mark.parametrize("common", [-90.0, -60.0, 0.0, 28.0, 60.0])
+def test_scores_of_any_size_are_as_exact(common, factor):
+    """Exponentials have no room for all of them: `common` is a part of every score, `factor` spreads them."""
+    queries, keys, values = (factor * _rows(150, 6, 0)).contiguous(), _rows(400, 2, 1), _rows(400, 2, 2)
+    queries[:, :, 0], keys[:, :, 0] = common, 4.0
+    expected = causal_attention(queries.float(), keys.float(), values.float(), 0.25)
+    ours = causal_host_attention(queries, keys, values, 0.25).float() - expected
+    assert float(ours.norm()) <= 0.006 * float(expected.norm())
 
 
 def test_one_token_sees_all_rows():
