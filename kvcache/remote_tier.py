@@ -16,6 +16,7 @@ from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.kv_segment import KVMissError, MemorySource, MissReason, RecordReader, write_record
+from ragkit.object_stores import make_folder
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class RemoteTier:
             with self._lock:
                 self._note(chunk.ref.key, len(record))
             try:
-                self._files.makedirs(self._path(chunk.ref.key).rsplit("/", 1)[0], exist_ok=True)
+                make_folder(self._files, self._path(chunk.ref.key).rsplit("/", 1)[0])
                 self._files.pipe_file(self._path(chunk.ref.key), record)
             except Exception as error:
                 with self._lock:

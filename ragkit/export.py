@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 4096
 _BATCH_BYTES = 32 << 20
-# Their packages show an uploaded object when all of it is there; elsewhere it is renamed then.
-_WHOLE_OR_NOT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"})
 
 
 class ExportKind(StrEnum):
@@ -210,14 +208,13 @@ def _placed(target: str) -> Iterator[Path]:
 
 def _upload(target: str, files: Any, path: str, file: Path) -> None:
     from ragkit.credentials import public_url, safe_cause, without_credentials
-    from ragkit.readers.file_systems import move_file, scheme_of
+    from ragkit.object_stores import appears_whole, make_folder
+    from ragkit.readers.file_systems import move_file
 
-    direct = scheme_of(target) in _WHOLE_OR_NOT and not type(files).__module__.endswith(".arrow")
+    direct = appears_whole(files)
     part = path if direct else f"{path}.{secrets.token_hex(4)}.part"
     try:
-        parent = path.rpartition("/")[0]
-        if parent and not direct:
-            files.makedirs(parent, exist_ok=True)
+        make_folder(files, path.rpartition("/")[0])
         files.put_file(str(file), part)
         if not direct:
             move_file(files, part, path)

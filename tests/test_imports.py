@@ -28,6 +28,7 @@ LEVELS = (
         "settings",
         "setting_names",
         "credentials",
+        "object_stores",
         "setting_values",
         "setting_checks",
         "figures",

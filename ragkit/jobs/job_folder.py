@@ -15,13 +15,12 @@ from ragkit.credentials import public_url, safe_cause, without_credentials
 from ragkit.errors import JobError, StoreLockedError, UsageError
 from ragkit.jobs.question_files import lies_elsewhere, local_path
 from ragkit.jobs.result_log import ResultLog
+from ragkit.object_stores import appears_whole, make_folder
 from ragkit.readers.file_systems import move_file, open_file_system
 from ragkit.store.files import TEMPORARY_PREFIX, sync_folder, write_file_atomically
 
 SUFFIX = ".partial"
 _ROWS, _MANIFEST, _RESULTS, _LOCK = "rows.jsonl", "job.json", "results.log", "lock"
-# Stores of objects: what is uploaded appears when it is whole, so it needs no other name first.
-_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "r2", "memory"})
 
 
 class JobFolder(Protocol):
@@ -203,7 +202,7 @@ class _RemoteJobFolder:
 
     def start(self, rows: Path, manifest: bytes) -> None:
         self._remove()
-        self._ask(self._files.makedirs, self._folder, exist_ok=True)
+        self._ask(make_folder, self._files, self._folder)
         self._ask(self._files.put_file, str(rows), f"{self._folder}/{_ROWS}")
         self._ask(self._files.pipe_file, f"{self._folder}/{_MANIFEST}", manifest)
 
@@ -230,8 +229,7 @@ class _RemoteJobFolder:
     def publish(self, write: Callable[[Path], None]) -> None:
         whole = self._scratch / "output"
         write(whole)
-        protocol = self._files.protocol
-        if _OBJECT_STORES & set((protocol,) if isinstance(protocol, str) else protocol):
+        if appears_whole(self._files):
             self._ask(self._files.put_file, str(whole), self._target)
         else:
             self._ask(self._files.put_file, str(whole), f"{self._folder}/output")

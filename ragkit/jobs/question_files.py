@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from ragkit.credentials import public_url, safe_cause, without_credentials
 from ragkit.errors import ReadError, UsageError
+from ragkit.jobs.column_hints import named_columns
 from ragkit.readers.csv import MAX_FIELD_CHARS, SAMPLE_CHARS, header, layout, values_of
 from ragkit.readers.encodings import detect_file
 from ragkit.readers.file_systems import is_url, open_file_system, scheme_of
@@ -191,4 +192,4 @@ def _parquet(questions: QuestionFile) -> Iterator[Record]:
 
 def _check_columns(questions: QuestionFile, columns: list[str]) -> None:
     if "question" not in columns:
-        raise UsageError(f"{questions.name} has no column 'question'; it has {', '.join(map(repr, columns[:30]))}")
+        raise UsageError(f"{questions.name} has no column 'question'; it has {named_columns(columns, ('question',))}")

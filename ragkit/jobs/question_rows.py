@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,12 +11,11 @@ from typing import Any
 from ragkit.answers.options import QuestionChanges
 from ragkit.config import AUTO
 from ragkit.errors import UsageError
+from ragkit.jobs.column_hints import named_columns
 from ragkit.jobs.openai_batch import is_openai, openai_question
 from ragkit.jobs.question_files import Record
 from ragkit.jobs.rows import QuestionRow, RowError, RowShape
 from ragkit.types import MetadataValue
-
-_NAMED_COLUMNS = 8
 
 
 class RowReader:
@@ -25,12 +23,14 @@ class RowReader:
 
     Attributes:
         unknown: how often each column came that means nothing here.
+        questionless: how many rows have nothing under `question`.
         other_models: how often OpenAI lines asked for each model.
     """
 
     def __init__(self, defaults: QuestionChanges | None = None) -> None:
         self._defaults = defaults or QuestionChanges()
         self.unknown: Counter[str] = Counter()
+        self.questionless = 0
         self.other_models: Counter[str] = Counter()
 
     def rows(self, records: Iterable[Record]) -> Iterator[QuestionRow]:
@@ -41,9 +41,7 @@ class RowReader:
     def remarks(self) -> Iterator[str]:
         """Yield what is to be said about the rows as a whole, after they were read."""
         if self.unknown:
-            shown = ", ".join(_with_hint(name) for name in list(self.unknown)[:_NAMED_COLUMNS])
-            more = len(self.unknown) - _NAMED_COLUMNS
-            yield f"columns that mean nothing to a batch were left out: {shown}" + (f" and {more} more" * (more > 0))
+            yield f"columns that mean nothing to a batch were left out: {named_columns(self.unknown, KNOWN_COLUMNS)}"
 
     def _row(self, number: int, record: Record) -> QuestionRow:
         made = f"row-{record.line}"
@@ -58,8 +56,9 @@ class RowReader:
             if shape is RowShape.OPENAI:
                 values, model = openai_question(values)
                 self.other_models.update([model] if model else [])
-            self.unknown.update(name for name in values if name not in _KNOWN)
+            self.unknown.update(name for name in values if name not in KNOWN_COLUMNS)
             question = values.get("question")
+            self.questionless += question is None
             if not isinstance(question, str) or not question.strip():
                 raise UsageError(f"a row needs a question, got {question!r}")
             changes = {
@@ -92,11 +91,6 @@ def id_hash(row_id: str | int) -> int:
 
     digest = hashlib.blake2b(str(row_id).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-def _with_hint(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), _KNOWN, n=1, cutoff=0.75)
-    return f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name)
 
 
 def _id(value: Any) -> str | int:
@@ -167,4 +161,4 @@ _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
     "draft": _text,
     "draft_mode": _text,
 }
-_KNOWN = frozenset({"id", "question", *_CONVERTERS})
+KNOWN_COLUMNS = frozenset({"id", "question", *_CONVERTERS})

@@ -15,8 +15,9 @@ from typing import Any
 
 from ragkit.answers.options import QuestionChanges
 from ragkit.errors import UsageError
+from ragkit.jobs.column_hints import named_columns
 from ragkit.jobs.question_files import open_questions
-from ragkit.jobs.question_rows import RowReader, duplicate_ids, id_hash
+from ragkit.jobs.question_rows import KNOWN_COLUMNS, RowReader, duplicate_ids, id_hash
 from ragkit.jobs.rows import QuestionRow, RowShape
 
 _NAMED_IDS = 5
@@ -61,12 +62,17 @@ def spooled_rows(source: str, defaults: QuestionChanges, limit: int | None, kind
                 openai += row.shape is RowShape.OPENAI
         if not hashes:
             raise UsageError(f"{questions.name} holds no rows")
+        if reader.questionless == len(hashes):
+            columns = named_columns(reader.unknown, KNOWN_COLUMNS) or "none that means anything"
+            raise UsageError(f"no row of {questions.name} has a column 'question'; other columns: {columns}")
         _refuse_duplicates(path, hashes)
         if openai and kind == "parquet":
             raise UsageError("OpenAI batch lines are answered in their own shape, in JSON Lines: give --out FILE.jsonl")
         warnings = [f"{questions.name}: {remark}" for remark in (*questions.remarks, *reader.remarks())]
         models = reader.other_models.items()
-        warnings += [f"{count:,} lines ask for {name!r}; the configured model answers them" for name, count in models]
+        for name, count in models:
+            asking = f"{count:,} lines ask for" if count > 1 else "1 line asks for"
+            warnings.append(f"{asking} {name!r}; the configured model answers")
         yield SpooledRows(path, len(hashes), digest.hexdigest(), warnings)
 
 

@@ -16,6 +16,7 @@ from ragkit.errors import UsageError
 from ragkit.jobs.question_files import open_questions
 from ragkit.jobs.question_rows import RowReader
 from ragkit.jobs.rows import QuestionRow
+from ragkit.jobs.spooled_rows import spooled_rows
 
 
 def read(source: Path, defaults: QuestionChanges | None = None) -> tuple[list[QuestionRow], list[str]]:
@@ -112,7 +113,7 @@ def test_standard_input_holds_json_lines() -> None:
     ("name", "content", "message"),
     [
         ("q.txt", "a", "must end in .jsonl"),
-        ("q.csv", "id,query\n1,a\n", "has no column 'question'; it has 'id', 'query'"),
+        ("q.csv", "id,query\n1,a\n", r"has no column 'question'; it has 'id', 'query' \(did you mean 'question'\?\)"),
         ("q.parquet", "PAR1", "not readable as Parquet"),
         ("q.csv", "", "cannot be read"),
     ],
@@ -155,3 +156,13 @@ def test_an_openai_line_may_hold_options_and_parts_of_text(tmp_path: Path) -> No
     [row] = rows_of(tmp_path, {"custom_id": "x", "body": body})
     assert (row.question, row.error) == ("Where now?", None)
     assert row.changes == QuestionChanges(k=3, max_new_tokens=7, temperature=0.3)
+
+
+def test_json_lines_in_which_no_row_has_a_question_are_refused_as_a_table_is(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "a", "top_k": 3}, {"prompt": "b"}])
+    said = r"'question'; other columns: 'prompt' \(did you mean 'question'\?\), 'top_k' \(did you mean 'k'\?\)$"
+    with pytest.raises(UsageError, match=said), spooled_rows(str(path), QuestionChanges(), None, "jsonl"):
+        pass
+    write_jsonl(path, [{"prompt": "a"}, {"question": "b"}])
+    with spooled_rows(str(path), QuestionChanges(), None, "jsonl") as rows:
+        assert [row.error is None for row in rows] == [False, True]
