@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ _DIALECTS = frozenset(
 _READER = "sql/1"
 _ROWS_AT_ONCE = 500
 _ID = "id"
+_SELECTS = re.compile(r"[\s(]*(--|/\*|(select|with|values|table|from)\b)", re.IGNORECASE)
 
 
 def is_sql_url(url: str) -> bool:
@@ -99,7 +101,7 @@ class SqlQuery:
         except ReadError as error:
             raise ReadError(f"{source.uri}: {error}", code=error.code, stage="read") from error
         except Exception as error:  # every driver has errors of its own
-            message = without_credentials(_first_line(error), self.url)
+            message = without_credentials(_first_line(error), self.url) + self._hint()
             raise ReadError(f"{source.uri}: {message}", code="unreadable", stage="read") from safe_cause(
                 error, self.url
             )
@@ -116,6 +118,10 @@ class SqlQuery:
             tuple(collected.failed_rows),
             collected.failed_row_count,
         )
+
+    def _hint(self) -> str:
+        """Return what may be wrong with the query itself: the cursor that draws the rows takes only a SELECT."""
+        return "" if _SELECTS.match(self.query) else "; the query must be a SELECT"
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
         # The text goes to the driver as it is: neither colons nor per cents stand for parameters.
@@ -174,6 +180,7 @@ def _parsed(text: str) -> Any:
 def _engine(text: str) -> Any:
     """Return an engine that is not connected yet; the file of a SQLite database is only read, and never made."""
     from sqlalchemy import create_engine
+    from sqlalchemy.exc import NoSuchModuleError
     from sqlalchemy.pool import NullPool
 
     url = _parsed(text)
@@ -188,6 +195,12 @@ def _engine(text: str) -> Any:
             f"{public_url(text)} needs a driver: {without_credentials(str(error), text)}; install it, or name another "
             "in the URL (postgresql+psycopg://, mysql+pymysql://, ...)",
             name=error.name,
+        ) from error
+    except NoSuchModuleError as error:
+        raise MissingExtraError(
+            f"{public_url(text)} needs the SQLAlchemy dialect {url.drivername!r}: install the package that has it "
+            "(duckdb-engine, snowflake-sqlalchemy, sqlalchemy-bigquery, ...)",
+            name=url.drivername,
         ) from error
     except Exception as error:
         raise UsageError(

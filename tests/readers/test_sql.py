@@ -169,3 +169,15 @@ def test_a_missing_driver_is_named_before_anything_is_read():
     with pytest.raises(MissingExtraError, match="needs a driver: No module named 'pymysql'") as caught:
         discover([sql_source("mysql+pymysql://u:hunter2@h/d", "SELECT 1 AS text")])
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_missing_dialect_says_what_to_install():
+    with pytest.raises(MissingExtraError, match=r"^duckdb:///notes needs the SQLAlchemy dialect 'duckdb': install "):
+        next(discover([sql_source("duckdb:///notes", "SELECT 1 AS text")]))
+
+
+def test_what_is_no_select_is_said_beside_the_databases_own_words(database: Path):
+    with pytest.raises(ReadError, match=r"; the query must be a SELECT$"):
+        read(database, "shoe all")
+    with pytest.raises(ReadError, match=r"no such table: absent$"):
+        read(database, "WITH a AS (SELECT 1) SELECT * FROM absent")
