@@ -23,7 +23,8 @@ from ragkit.kernels.backend import ceil_div, jit, tl
 
 MOST_PARTS = 320  # of all heads that one program merges; with more, `merge_splits` is faster. 0 always has it merge.
 _HEADS = 4  # that are merged at once; their parts are read in groups, all of a group under way together
-_RING = 1 << 18  # counters of a device, 1 MB
+_RING = 1 << 20  # counters of a device, 4 MB
+_MOST_COUNTERS = _RING >> 8  # of a launch
 _ALIGNED = 4  # counters in 16 bytes
 
 
@@ -40,10 +41,10 @@ def merges_at_end(heads: int, splits: int) -> bool:
 def end_counters(number: int, device: torch.device) -> Tensor | None:
     """Return (number,) int32, all zero, for one launch that leaves them zero; None where there are none to have.
 
-    They come from a ring, and have been used by a launch that lies thousands of launches back: launches on two streams
+    They come from a ring, and were used by a launch that lies hundreds of launches back: launches on two streams
     do not meet in them. A stream that is captured before anything was launched on the device gets none.
     """
-    if number > _RING // 1024:
+    if number > _MOST_COUNTERS:
         return None
     with _taking:
         ring = _rings.get(device)
@@ -57,7 +58,8 @@ def end_counters(number: int, device: torch.device) -> Tensor | None:
 
 class _Ring:
     def __init__(self, device: torch.device) -> None:
-        self._counters = torch.zeros(_RING, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):
+            self._counters = torch.zeros(_RING, dtype=torch.int32, device=device)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # other streams take from it, too
         self._next = 0

@@ -108,15 +108,16 @@ def test_few_parts_alone_are_merged_by_one_program(heads, splits, merges):
 
 
 def test_counters_of_launches_lie_apart_until_the_ring_is_round(device, monkeypatch):
-    monkeypatch.setattr(module, "_RING", 1 << 14)
+    monkeypatch.setattr(module, "_RING", 1 << 10)
+    monkeypatch.setattr(module, "_MOST_COUNTERS", 16)
     monkeypatch.setattr(module, "_rings", {})
     taken = [end_counters(number, device) for number in (3, 16, 1, 5)]
     starts = [counters.data_ptr() for counters in taken]
     assert [start - starts[0] for start in starts] == [0, 16, 80, 96]
     assert all(start % 16 == 0 for start in starts)
     assert all(not counters.any() for counters in taken)
-    again = [end_counters(16, device).data_ptr() for _ in range(1 << 10)]
-    assert again[-2:] == [starts[0], starts[0] + 64]
+    again = [end_counters(16, device).data_ptr() for _ in range(1 << 6)]
+    assert again[-4:] == [starts[0] + 64 * at for at in (62, 63, 0, 1)]
     assert end_counters(17, device) is None
 
 
