@@ -101,7 +101,11 @@ class BatchDrafts:
         }
         trees = {job: tree.cut(granted[job], tree.depth) for job, tree in self._trees.items() if job in granted}
         if budgets:
-            trees = self._worth_it(trees | self._proposed(budgets), jobs)
+            proposed = self._proposed(budgets)
+            trees = self._worth_it(trees | proposed, jobs)
+            for job, tree in proposed.items():
+                if len(tree) and not len(trees[job]):
+                    _request(job).drop()
         self._spent_ms += (time.perf_counter() - started) * 1e3
         return [trees.get(job, DraftTree()) for job in jobs]
 
@@ -156,7 +160,8 @@ class BatchDrafts:
     def _worth_it(self, trees: Mapping[BatchJob, DraftTree], jobs: Sequence[BatchJob]) -> dict[BatchJob, DraftTree]:
         """Return the parts of `trees` that are worth verifying in a pass over `jobs`."""
         drafting = [job for job, tree in trees.items() if len(tree)]
-        if not drafting or any(_request(job).drafting.limits.length for job in drafting):
+        imposed = [one.limits.length or one.transfer for one in (_request(job).drafting for job in drafting)]
+        if not drafting or any(imposed):
             return dict(trees)
         chances = [_request(job).chances(trees[job]) if job in trees else [] for job in jobs]
         context = sum(job.rows.kv.num_tokens for job in jobs) // len(jobs)

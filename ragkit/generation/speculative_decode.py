@@ -35,6 +35,7 @@ from ragkit.types import DraftUse, Prompt, TextTokenizer
 FAILURES = (RagkitError, torch.OutOfMemoryError)  # that end drafts and nothing else: no answer depends on them
 
 _log = logging.getLogger(__name__)
+_LONGEST_REST = 64  # passes between two tries of what others' passes were not worth
 _BEGUN_AGAIN = 48  # bits by which the seed of a session differs from that of the one before it
 
 
@@ -101,6 +102,7 @@ class SpeculativeRequest:
         self._controller = DraftController(self.costs, drafting.limits, width, drafting.drafter.name)
         self._session: DraftSession | None = None
         self._is_declined = False  # as it cannot pay
+        self._dropped = self._resting = 0  # drafts behind each other that were not verified, and passes without any
         self._begun = 0  # sessions so far
         self.warnings: tuple[str, ...] = ()
         self.state: DecodeState | None = None
@@ -138,6 +140,9 @@ class SpeculativeRequest:
     def budget(self, requests: int = 1, room: int | None = None) -> DraftBudget:
         """Return how much to draft now, for a pass over so many requests; `room` is rows for nodes, reserved or not."""
         assert self.state is not None
+        if self._resting:
+            self._resting -= 1
+            return DraftBudget(0, 0)
         if self.warnings:
             return DraftBudget(0, 0)
         kv = self.state.kv
@@ -150,9 +155,17 @@ class SpeculativeRequest:
         except FAILURES as error:
             self.give_up(error)
             return DraftBudget(0, 0)
-        return self._controller.budget(
+        budget = self._controller.budget(
             kv.num_tokens, remaining, room, session.step_ms, session.step_share, requests, session.lag
         )
+        # There it is done for the answer, whatever it costs.
+        least = int(self.drafting.transfer is not None and min(remaining - 1, room) > 0)
+        return budget if budget.depth >= least else DraftBudget(least, min(room, self.drafting.limits.nodes))
+
+    def drop(self) -> None:
+        """Note that what a model drafted was not worth a pass of all requests; it is tried again, ever more seldom."""
+        self._dropped += 1
+        self._resting = min(2**self._dropped, _LONGEST_REST)
 
     def cut(self, tree: DraftTree, budget: DraftBudget) -> DraftTree:
         """Return the part of a proposal that is verified."""
@@ -186,6 +199,7 @@ class SpeculativeRequest:
         if verifier is not None:
             verifier.commit(self.state, nodes[: len(taken)])
         self._drafted += len(tree)
+        self._dropped = 0 if len(tree) else self._dropped
         self._accepted += len(nodes[: len(taken)])
         if self.reason is None and self._session is not None and not self.warnings:
             self._session.accept(taken)

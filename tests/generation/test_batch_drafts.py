@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ragkit.config import BatchConfig
 from ragkit.errors import CacheCapacityError
+from ragkit.generation.acceptance import Transfer
 from ragkit.generation.batch_engine import BatchEngine
 from ragkit.generation.batch_request import BatchRequest
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.draft_control import DraftController, DraftLimits
+from ragkit.generation.draft_costs import NominalCosts
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter_lookup import LookupDrafter
 from ragkit.generation.drafter_self import self_drafter
@@ -233,6 +236,35 @@ def test_drafts_are_left_out_where_they_do_not_pay(engine, plain, monkeypatch):
     made = [drafted(index, plain[index].token_ids, DraftLimits()) for index in range(1, 24, 2)]
     stats = check(engine, made, plain, BatchConfig(4096)).stats
     assert stats.draft_tokens_verified == 0
+
+
+def wrong_model(step_ms):
+    return ScriptedDrafter(
+        lambda session, budget: DraftTree.chain([299] * budget.depth, torch.eye(VOCAB)[[299] * budget.depth]),
+        has_probabilities=True, step_ms=step_ms,
+    )  # fmt: skip
+
+
+def test_a_model_whose_drafts_are_not_worth_a_common_pass_is_asked_ever_more_seldom(engines, monkeypatch):
+    monkeypatch.setattr(engines[60, 1], "draft_costs", NominalCosts())
+    monkeypatch.setattr(NominalCosts, "of_pass", lambda own, context, nodes, requests=1: 1 + 0.1 * nodes)
+    drafter, config = wrong_model(0.3), SamplingConfig(100, ignore_stop_tokens=True)
+    made = [
+        BatchRequest(str(at), asked(at).prompt, config, drafting=None if at else Drafting(drafter)) for at in range(8)
+    ]
+    batch = BatchEngine(engines[60, 1], BatchConfig(4096))
+    assert all(one.error is None for one in batch.run(made))
+    assert batch.stats.draft_tokens_verified == 0
+    assert 0 < len(drafter.trees) <= 7
+
+
+def test_transfer_drafts_in_a_batch_whatever_it_costs(engine, monkeypatch):
+    monkeypatch.setattr(engine, "draft_costs", NominalCosts())
+    config = SamplingConfig(60, ignore_stop_tokens=True)
+    made = [BatchRequest(str(at), asked(at).prompt, config, drafting=Drafting(wrong_model(0.5), Transfer(0.0)))
+            for at in range(3)]  # fmt: skip
+    for one in BatchEngine(engine, BatchConfig(4096)).run(made):
+        assert one.finished.draft.drafted >= one.finished.draft.steps - 2  # the last has no room for a draft
 
 
 def test_a_run_that_is_closed_closes_its_sessions(engine, plain):

@@ -289,6 +289,16 @@ def test_transfer_is_drafted_whatever_it_costs(engine, monkeypatch):
     assert run(engine, sampling(10), Drafting(drafter, Transfer(1.0))).draft.drafted > 0
 
 
+def test_transfer_is_drafted_in_every_pass_though_nothing_stands(engine, monkeypatch):
+    monkeypatch.setattr(engine, "draft_costs", NominalCosts())
+    drafter = ScriptedDrafter(
+        lambda session, budget: DraftTree.chain([299] * budget.depth, torch.eye(VOCAB)[[299] * budget.depth]),
+        has_probabilities=True, step_ms=0.5,
+    )  # fmt: skip
+    use = run(engine, sampling(100), Drafting(drafter, Transfer(0.0))).draft
+    assert use.drafted >= use.steps - 1 > 50  # the last has no room for a draft
+
+
 def test_requests_of_one_pass_are_drafted_together_and_get_their_own_answers(engine):
     config = sampling(16)
     several = [PROMPT, Prompt((Segment(tuple(range(100, 170))),)), Prompt((Segment((5, 6, 7)),))]
