@@ -132,10 +132,13 @@ def _show_rest(answer: Answer, output: Output) -> None:
 
 
 def _draft_line(draft: DraftUse) -> str:
+    passes = f"{draft.steps:,} passes of {draft.ms_per_step:,.1f} ms"
+    if not draft.drafted:  # whatever the mode, the answer is the model's own
+        return f"nothing was drafted by {draft.drafter} ({draft.mode}), as nothing seemed to pay; {passes}"
     changed = "" if draft.mode == DraftMode.EXACT else "; the answer is not the model's own, but moved to its drafter's"
     return (
         f"drafted by {draft.drafter} ({draft.mode}): {draft.accepted:,} of {draft.drafted:,} tokens stood, "
-        f"{draft.steps:,} passes of {draft.ms_per_step:,.1f} ms{changed}"
+        f"{passes}{changed}"
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ragkit.config import DraftMode, DraftWeights, Strategy
-from ragkit.draft_config import DraftConfig
+from ragkit.draft_config import DRAFTERS, DraftConfig
+from ragkit.errors import ModelError
 
 if TYPE_CHECKING:
     from ragkit.answers.options import QueryOptions
@@ -42,7 +43,8 @@ def drafting_for(parts: Parts, prepared: PreparedQuestion) -> Drafting | None:
     from ragkit.generation.speculative_decode import Drafting
 
     blended = prepared.strategy is Strategy.BLEND
-    transfer = Transfer(config.strength) if config.mode is DraftMode.TRANSFER else None
+    is_moved = config.mode is DraftMode.TRANSFER and config.strength > 0  # with none of it the answer is the model's
+    transfer = Transfer(config.strength) if is_moved else None
     if config.drafter == "auto":
         config = replace(config, drafter=chosen_by_auto(parts, prepared))
     drafter = parts.drafter(config, blended=blended, prompt=prepared.built.prompt)
@@ -74,6 +76,7 @@ def chosen_by_auto(parts: Parts, prepared: PreparedQuestion) -> str:
 def _self_price(parts: Parts, config: DraftConfig, prompt: Prompt, *, blended: bool) -> DraftPrice:
     """Return what `self` would cost for this prompt, without making it."""
     from ragkit.generation.drafter import DraftPrice
+    from ragkit.generation.drafter_model import REUSED
     from ragkit.generation.drafter_self import short_prompts
     from ragkit.generation.weight_bytes import int4_copy_bytes, weight_bytes
 
@@ -81,10 +84,12 @@ def _self_price(parts: Parts, config: DraftConfig, prompt: Prompt, *, blended: b
     if made is not None:
         return made.price(prompt)
     decoder = parts.engine.decoder
-    row, tokens = decoder.layout.bytes_per_token, sum(map(len, short_prompts(prompt, config.context_tokens)))
+    prompts = short_prompts(prompt, config.context_tokens, config.prompts)
+    row, tokens = decoder.layout.bytes_per_token, sum(map(len, prompts))
     own = int4_copy_bytes(decoder) if config.weights is DraftWeights.INT4 else weight_bytes(decoder)
     share = (own + tokens * row) / (weight_bytes(decoder) + len(prompt) * row)
-    return DraftPrice(step_share=share, begin_tokens=tokens)
+    computed = round(tokens * (1 - REUSED)) if blended and not config.dropped_layers else tokens
+    return DraftPrice(step_share=share, begin_tokens=computed)
 
 
 def make_drafter(parts: Parts, config: DraftConfig, *, blended: bool, prompt: Prompt) -> Drafter:
@@ -106,7 +111,11 @@ def make_drafter(parts: Parts, config: DraftConfig, *, blended: bool, prompt: Pr
     from ragkit.generation.draft_model import DraftModel
     from ragkit.generation.drafter_model import ModelDrafter
 
-    engine = parts.draft_engine(config.drafter)
+    try:
+        engine = parts.draft_engine(config.drafter)
+    except ModelError as error:
+        known = ", ".join(DRAFTERS)
+        raise ModelError(f"cannot draft with {config.drafter!r} (a drafter is {known} or a model): {error}") from error
     return ModelDrafter(config.drafter, DraftModel.of(engine), parts.engine)
 
 

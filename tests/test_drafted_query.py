@@ -18,6 +18,7 @@ from ragkit.generation.draft_costs import MeasuredCosts
 from ragkit.generation.drafter import DraftPrice
 from ragkit.generation.drafter_lookup import LookupDrafter
 from ragkit.generation.engine import Engine
+from ragkit.types import Prompt, Segment
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 from blended_pipeline import QUESTIONS, open_blended, write_documents
@@ -140,6 +141,36 @@ def test_auto_takes_self_where_it_should_bring_more_than_lookup_has_brought(
     )
     pipeline.query(QUESTIONS[0], strategy="full", draft="auto", temperature=temperature)
     assert asked == [chosen]
+
+
+def test_transfer_without_strength_is_exact_and_said_to_be_so(pipeline, configured):
+    plain = pipeline.query(QUESTIONS[0], strategy="full")
+    configured(drafter="self", mode=DraftMode.TRANSFER, strength=0.0)
+    answer = pipeline.query(QUESTIONS[0], strategy="full")
+    assert (answer.text, answer.draft.mode) == (plain.text, "exact")
+
+
+def test_a_drafter_that_is_neither_known_nor_a_model_is_refused_with_all_that_are(pipeline):
+    with pytest.raises(
+        ModelError, match=r"draft with 'lookpu' \(a drafter is none, auto, self, lookup or a model\): there"
+    ):
+        pipeline.query(QUESTIONS[0], strategy="full", draft="lookpu")
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_self_is_priced_with_all_its_prompts_before_it_is_made(pipeline, prompts):
+    prompt = Prompt((Segment((1, 2)), *(Segment(tuple(range(9)), str(at)) for at in range(4)), Segment((3,))))
+    config = DraftConfig(drafter="self", prompts=prompts, context_tokens=18)
+    price = drafting._self_price(pipeline.parts, config, prompt, blended=False)
+    assert price.begin_tokens == prompts * 21
+
+
+def test_a_blended_prompt_is_cheap_to_begin_with_before_self_is_made(pipeline):
+    prompt = Prompt((Segment((1, 2)), Segment(tuple(range(17)), "0"), Segment((3,))))
+    parts, config = pipeline.parts, DraftConfig(drafter="self", context_tokens=100, depth=7)
+    dropping = replace(config, dropped_layers=1, context_tokens=101)
+    assert drafting._self_price(parts, replace(config, context_tokens=99), prompt, blended=True).begin_tokens == 5
+    assert drafting._self_price(parts, dropping, prompt, blended=True).begin_tokens == 20
 
 
 def test_the_json_of_a_drafted_answer_says_what_was_drafted(pipeline, model, whatever_it_costs):

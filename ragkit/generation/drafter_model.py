@@ -24,7 +24,7 @@ from ragkit.types import Prompt
 if TYPE_CHECKING:
     from ragkit.generation.engine import Engine
 
-_REUSED = 0.75  # of a prompt that is blended from stored rows, before it was measured what that saves
+REUSED = 0.75  # of a prompt that is blended from stored rows, before it was measured what that saves
 
 
 class ModelDrafter:
@@ -72,7 +72,7 @@ class ModelDrafter:
     def price(self, prompt: Prompt) -> DraftPrice:
         """Return what a step over the prompts to draft from reads, and what is computed of them."""
         tokens = sum(map(len, self._prompts(prompt)))
-        computed = tokens if self._model.strategy.name == FullPrefill().name else round(tokens * (1 - _REUSED))
+        computed = tokens if self._model.strategy.name == FullPrefill().name else round(tokens * (1 - REUSED))
         share = self._model.step_share(self._target, tokens, len(prompt))
         return DraftPrice(self._step_time.ms, share, self._begin_time.ms * tokens, computed)
 

@@ -221,6 +221,14 @@ def test_what_was_drafted_is_said_in_a_line_of_its_own_and_in_the_json(run, worl
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", ["exact", "transfer"])
+def test_an_answer_for_which_nothing_was_drafted_is_said_to_be_so_and_not_moved(run, world, mode):
+    world.answer = replace(world.answer, draft=DraftUse(mode, "self", 0, 0, 12, 7.25))
+    err = run("query", "q").err
+    assert f"nothing was drafted by self ({mode}), as nothing seemed to pay; 12 passes of 7.2 ms\n" in err
+    assert "moved" not in err
+
+
 def test_an_answer_that_drafts_have_moved_is_said_to_be_so(run, world):
     world.answer = replace(world.answer, draft=DraftUse("transfer", "self", 40, 30, 10, 5.0))
     assert "the answer is not the model's own" in run("query", "q").err

@@ -428,7 +428,7 @@ def test_an_answer_goes_on_without_drafts_where_there_is_no_room_for_them(engine
 
 def test_a_prompt_that_fills_the_drafters_window_is_refused(engine):
     drafter = everything(engine)
-    with pytest.raises(CacheCapacityError, match="draft from fewer chunks"):
+    with pytest.raises(CacheCapacityError, match="give fewer chunks"):
         drafter.begin(DraftContext(Prompt((Segment((5,) * 256),)), sampling(1)))
 
 
