@@ -131,8 +131,8 @@ class ModelSession:
         total = min(len(prompt) + sampling.max_new_tokens + MOST_STEPS, window)
         if len(prompt) >= total:
             raise CacheCapacityError(
-                f"a prompt of {len(prompt)} tokens leaves no room to draft in a window of {window}: give fewer chunks, or "
-                "draft with self from fewer of them (draft.context_tokens)"
+                f"a prompt of {len(prompt)} tokens leaves no room to draft in a window of {window}: give fewer chunks, "
+                "or draft with self from fewer of them (draft.context_tokens)"
             )
         pool = model.engine.pool
         with ExitStack() as held:
