@@ -166,8 +166,8 @@ class DraftUse:
     """What drafting did for one answer.
 
     Attributes:
-        mode: none where nothing was drafted; exact: the answer is what the model alone gives, or has its distribution;
-            transfer: the model was moved towards the drafter, and so was the answer.
+        mode: none where no drafter was named; exact: the answer is what the model alone gives, or has its distribution;
+            transfer: the model was moved towards the drafter, and so was the answer, wherever a token was drafted.
         drafter: what proposed tokens: self, lookup or a model's name.
         drafted, accepted: tokens that were proposed and verified, and how many of them stood.
         steps: passes of the model after the prompt's; each brings the tokens that stood, and one more.
