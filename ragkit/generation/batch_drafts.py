@@ -36,6 +36,7 @@ class BatchCosts:
         self.of_draft = costs.of_draft
         self.record = costs.record
         self.prefill_share = costs.prefill_share
+        self.catch_up = costs.catch_up
 
     def note(self, context: int, nodes: int, ms: float, requests: int = 1) -> None:
         """Note nothing."""

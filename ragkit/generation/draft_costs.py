@@ -16,7 +16,10 @@ _PASS = {"cpu": 0.0, "cuda": 0.05}
 _NODE = {"cpu": 0.08, "cuda": 0.005}
 _NOMINAL_NODE = 0.02
 _NOMINAL_PREFILL = 0.005
-_PRIOR_ACCEPTANCE = 0.7
+# Plain steps that a pass takes which nothing is recorded for, before it was measured: a GPU waits for its launches.
+_CATCH_UP = {"cpu": 0.0, "cuda": 3.0}
+_NOMINAL_CATCH_UP = 1.0
+_PRIOR_ACCEPTANCE, _PRIOR_HOPE = 0.7, 0.9
 _PRIOR_TRIES = 8.0
 _PRIOR_SPEED, _PRIOR_PASSES = 1.2, 64.0
 _FORGET = 0.995  # of what a drafter brought, a pass
@@ -39,8 +42,8 @@ class DraftRecord:
 
     @property
     def hope(self) -> float:
-        """The same as it may yet turn out: 1 before anything was drafted."""
-        return (self._hits + _PRIOR_TRIES) / (self._tries + _PRIOR_TRIES)
+        """The same as it may well turn out."""
+        return (self._hits + _PRIOR_HOPE * _PRIOR_TRIES) / (self._tries + _PRIOR_TRIES)
 
     @property
     def speed(self) -> float:
@@ -78,6 +81,11 @@ class Costs(Protocol):
     @property
     def prefill_share(self) -> float:
         """What a token of a prompt costs, in plain steps."""
+        ...
+
+    @property
+    def catch_up(self) -> float:
+        """What a model takes that is far behind, in plain steps, whatever it has to read."""
         ...
 
     def note(self, context: int, nodes: int, ms: float, requests: int = 1) -> None:
@@ -132,6 +140,11 @@ class MeasuredCosts:
         """What a row more adds to a pass."""
         return _NODE[self._device]
 
+    @property
+    def catch_up(self) -> float:
+        """Steps whose launches a GPU waits for; a CPU reads everything at once."""
+        return _CATCH_UP[self._device]
+
     def note(self, context: int, nodes: int, ms: float, requests: int = 1) -> None:
         """Note a pass; the first of its kind may have compiled or recorded something and does not count."""
         place, size = (context.bit_length(), requests.bit_length()), self._size(nodes)
@@ -174,6 +187,11 @@ class NominalCosts:
     def prefill_share(self) -> float:
         """What a GPU takes, which computes many rows in the time that it reads the weights."""
         return _NOMINAL_PREFILL
+
+    @property
+    def catch_up(self) -> float:
+        """Another pass."""
+        return _NOMINAL_CATCH_UP
 
     def note(self, context: int, nodes: int, ms: float, requests: int = 1) -> None:
         """Note nothing."""

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ragkit.generation.contiguous_draft import ChainRunner, ContiguousDraftRunner
 from ragkit.generation.decode_runner import DecodeRunner
-from ragkit.generation.decode_state import DecodeState
-from ragkit.generation.draft_runner import PENDING_BUCKETS, DraftRunner, DrawnSteps
-from ragkit.generation.draft_tree import DraftTree
+from ragkit.generation.draft_runner import DraftRunner
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.strategy import PrefillStrategy
-from ragkit.generation.verify_runner import VerifyRunner
 from ragkit.generation.weight_bytes import weight_bytes
-from ragkit.kvcache.request_kv import RequestKV
-from ragkit.kvcache.rope import RotaryTable
 
 if TYPE_CHECKING:
     from ragkit.generation.decoder import Decoder
@@ -60,7 +54,7 @@ class DraftModel:
         decoder = decoder or engine.decoder
         reader = reader or decoder
         on_gpu = decoder.device.type == "cuda"
-        runner = GraphDraftRunner.of(engine, decoder, reader) if on_gpu else ContiguousDraftRunner(decoder)
+        runner = graph_runner(engine, decoder, reader) if on_gpu else ContiguousDraftRunner(decoder)
         return cls(engine, decoder, runner, strategy or FullPrefill(), weight_bytes(decoder), reader)
 
     def step_share(self, target: Engine, tokens: int, target_tokens: int) -> float:
@@ -69,32 +63,9 @@ class DraftModel:
         return own / (weight_bytes(target.decoder) + target_tokens * target.decoder.layout.bytes_per_token)
 
 
-@dataclass(frozen=True, slots=True)
-class GraphDraftRunner:
-    """Chains by CUDA graphs, over an engine's pool."""
-
-    _runner: DraftRunner
-
-    @classmethod
-    def of(cls, engine: Engine, decoder: Decoder, reader: Decoder | None = None) -> GraphDraftRunner:
-        """Return the runner of `decoder`, whose rows lie in the engine's pool, with what it will replay recorded."""
-        assert isinstance(engine.step_runner, DecodeRunner), "on a GPU steps are graphs"
-        scratch = engine.step_runner.scratch_slot
-        verify = VerifyRunner(decoder, engine.pool, scratch, PENDING_BUCKETS)
-        runner = DraftRunner(decoder, engine.pool, verify, scratch, reader)
-        engine.record_ahead(runner.prepare)
-        return cls(runner)
-
-    def begin(self, kv: RequestKV, rotary: RotaryTable) -> DecodeState:
-        """Return the state of a request; nothing is copied."""
-        return DecodeState(kv, rotary)
-
-    def draft(
-        self,
-        states: Sequence[DecodeState],
-        pending: Sequence[Sequence[int]],
-        steps: int,
-        drawn: DrawnSteps | None = None,
-    ) -> list[DraftTree]:
-        """Return a chain a request, as `DraftRunner` says."""
-        return self._runner.draft(states, pending, steps, drawn)
+def graph_runner(engine: Engine, decoder: Decoder, reader: Decoder | None = None) -> DraftRunner:
+    """Return the runner of `decoder`, whose rows lie in the engine's pool, with what it will replay recorded."""
+    assert isinstance(engine.step_runner, DecodeRunner), "on a GPU steps are graphs"
+    runner = DraftRunner(decoder, engine.pool, engine.step_runner.scratch_slot, reader)
+    engine.record_ahead(runner.prepare)
+    return runner

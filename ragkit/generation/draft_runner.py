@@ -1,6 +1,6 @@
 """Drafting on the GPU: several steps of a model behind each other, of which the host waits for the last alone.
 
-The tokens that the drafter has not seen yet are one pass (`VerifyRunner`), and one more before it where they are many;
+The tokens that the drafter has not seen yet are one pass (`VerifyRunner`), and some more before it where they are many;
 each further token is the replay of a CUDA graph that chooses its own token and leaves position, slot and token where
 its next replay reads them. So any number of steps takes one graph a batch bucket, and one copy to the host.
 """
@@ -18,7 +18,7 @@ from ragkit.errors import GenerationError
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.draft_tree import DraftTree
-from ragkit.generation.drafter import READ_AT_ONCE
+from ragkit.generation.drafter import MOST_RECORDED, READ_AT_ONCE
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.request_tables import (
     GraphMemory,
@@ -32,11 +32,13 @@ from ragkit.kernels.paged_decode_attention import paged_decode_attention
 from ragkit.kernels.paged_verify_attention import MOST_DRAFTED
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kvcache.pool import KVPool
+from ragkit.kvcache.request_kv import RequestKV
+from ragkit.kvcache.rope import RotaryTable
 
 MOST_STEPS = MOST_DRAFTED
-# Tokens that a pass over what is not read yet is recorded for: a draft that stood or fell leaves one or two. More than
-# the last are read by a pass without a graph, as a prompt is, however many they are.
-PENDING_BUCKETS = (2, READ_AT_ONCE)
+# Tokens that passes over what is not read yet are recorded for. A draft that stood or fell leaves one or two.
+_FEW = (1, 2)
+_MANY = (16, READ_AT_ONCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +63,29 @@ class DraftRunner:
     Args:
         decoder: the model.
         pool: where its requests' rows are.
-        verify: passes over the tokens that are not written yet, at least the last of `PENDING_BUCKETS`.
         scratch_slot: a row that nobody reads.
-        reader: reads tokens that a draft is far behind; the model itself by default. Weights of 4 bits are made for few
-            rows, and the target's read any number at once.
+        reader: reads what a draft is more than two tokens behind; the model itself by default. Weights of 4 bits are
+            made for one row or two, and the target's read many in the same time.
     """
 
-    def __init__(
-        self, decoder: Decoder, pool: KVPool, verify: VerifyRunner, scratch_slot: int, reader: Decoder | None = None
-    ) -> None:
+    def __init__(self, decoder: Decoder, pool: KVPool, scratch_slot: int, reader: Decoder | None = None) -> None:
         self._decoder = decoder
         self._reader = reader or decoder
         self._memory = GraphMemory()
         self._pool = pool
-        self._verify = verify
+        if self._reader is decoder:
+            self._few = self._many = VerifyRunner(decoder, pool, scratch_slot, (*_FEW, *_MANY))
+        else:
+            self._few = VerifyRunner(decoder, pool, scratch_slot, _FEW)
+            self._many = VerifyRunner(self._reader, pool, scratch_slot, _MANY)
         self._scratch_slot = scratch_slot
         self._tables = TablesByBucket(pool)
         self._buckets: dict[tuple[int, int, bool, bool], _Bucket] = {}
         self._lock = threading.Lock()
+
+    def begin(self, kv: RequestKV, rotary: RotaryTable) -> DecodeState:
+        """Return the state of a request; nothing is copied."""
+        return DecodeState(kv, rotary)
 
     def draft(
         self,
@@ -101,7 +108,7 @@ class DraftRunner:
         if not 1 <= steps <= MOST_STEPS or not all(pending):
             raise GenerationError(f"1 to {MOST_STEPS} steps behind at least one token are drafted, got {steps} steps")
         last = [self._caught_up(state, tokens) for state, tokens in zip(states, pending, strict=True)]
-        logits = self._written(states, last)
+        logits = self._read(states, last)
         with self._lock:
             bucket = self._bucket(states, drawn is not None)
             bucket.begin(states, steps, drawn)
@@ -112,7 +119,8 @@ class DraftRunner:
 
     def prepare(self, states: Sequence[DecodeState]) -> None:
         """Record what drafts for these requests will replay, drawn and not, so that no token waits for it."""
-        self._verify.prepare(states, PENDING_BUCKETS[-1] - 1)
+        for runner in {self._few, self._many}:
+            runner.prepare(states, READ_AT_ONCE - 1)
         with self._lock:
             for is_drawn in (False, True):
                 bucket = self._bucket(states, is_drawn)
@@ -120,18 +128,23 @@ class DraftRunner:
                 bucket.prepare()
 
     def _caught_up(self, state: DecodeState, tokens: Sequence[int]) -> Sequence[int]:
-        """Return those of `tokens` that are left to the recorded pass; the ones before are written, all in one pass."""
-        if len(tokens) <= PENDING_BUCKETS[-1]:
-            return tokens
-        FullPrefill().extend(self._reader, state.kv, state.rotary, torch.tensor(tokens[:-1], device=self._pool.device))
-        return tokens[-1:]
+        """Return those of `tokens` that are left to the pass of all requests; the rows of those before are written."""
+        if len(tokens) > MOST_RECORDED:
+            ids = torch.tensor(tokens[:-1], device=self._pool.device)
+            FullPrefill().extend(self._reader, state.kv, state.rotary, ids)
+            return tokens[-1:]
+        while len(tokens) > READ_AT_ONCE:
+            self._read([state], [tokens[:READ_AT_ONCE]])
+            tokens = tokens[READ_AT_ONCE:]
+        return tokens
 
-    def _written(self, states: Sequence[DecodeState], pending: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _read(self, states: Sequence[DecodeState], pending: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return the logits after each of the tokens, whose rows are kept."""
         trees = [DraftTree.chain(tokens[1:]) for tokens in pending]
-        logits = self._verify.verify(states, [tokens[0] for tokens in pending], trees)
+        runner = self._few if max(map(len, pending)) <= _FEW[-1] else self._many
+        logits = runner.verify(states, [tokens[0] for tokens in pending], trees)
         for state, tree in zip(states, trees, strict=True):
-            self._verify.commit(state, range(len(tree)))
+            runner.commit(state, range(len(tree)))
         return logits
 
     def _bucket(self, states: Sequence[DecodeState], is_drawn: bool) -> _Bucket:

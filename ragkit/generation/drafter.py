@@ -11,7 +11,8 @@ from ragkit.generation.sampling import SamplingConfig
 from ragkit.kvcache.pool import KVPool
 from ragkit.types import Prompt
 
-READ_AT_ONCE = 16  # tokens that a model reads with the first step of a draft; more take a pass of their own
+READ_AT_ONCE = 32  # tokens that a model reads with the first step of a draft; more take passes of their own
+MOST_RECORDED = 4 * READ_AT_ONCE  # tokens that are read in such passes; more are read as a prompt is
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,14 @@ class DraftPrice:
         step_share: the same in plain steps of the target, by the bytes that both read.
         begin_ms: measured milliseconds of reading the drafter's prompt; 0 before the first.
         begin_tokens: tokens of it that are computed.
+        first_ms: measured milliseconds of a draft of one token; 0 before the first.
     """
 
     step_ms: float = 0.0
     step_share: float = 0.0
     begin_ms: float = 0.0
     begin_tokens: int = 0
+    first_ms: float = 0.0
 
 
 class DraftSession(Protocol):
@@ -69,8 +72,18 @@ class DraftSession(Protocol):
         ...
 
     @property
+    def first_ms(self) -> float:
+        """The same of a draft of one token; 0 before the first."""
+        ...
+
+    @property
+    def behind_ms(self) -> float:
+        """The same of reading more than `MOST_RECORDED` tokens before a draft; 0 before the first."""
+        ...
+
+    @property
     def step_share(self) -> float:
-        """The same in plain steps of the target, by the bytes that both read; 0 where no model runs."""
+        """What a token of depth takes in plain steps of the target, by the bytes read; 0 where no model runs."""
         ...
 
     @property

@@ -84,6 +84,16 @@ class LookupSession:
         return 0.0
 
     @property
+    def first_ms(self) -> float:
+        """As `step_ms`."""
+        return 0.0
+
+    @property
+    def behind_ms(self) -> float:
+        """Texts grow as tokens come."""
+        return 0.0
+
+    @property
     def step_share(self) -> float:
         """No model runs."""
         return 0.0

@@ -15,10 +15,11 @@ import torch
 from ragkit.errors import ConfigError
 from ragkit.generation.draft_model import DraftModel
 from ragkit.generation.draft_runner import MOST_STEPS, DrawnSteps
+from ragkit.generation.draft_times import DraftTime, StepTimes
 from ragkit.generation.draft_tree import DraftTree, joined
-from ragkit.generation.drafter import READ_AT_ONCE, DraftBudget, DraftContext, DraftPrice, DraftSession
+from ragkit.generation.drafter import DraftBudget, DraftContext, DraftPrice, DraftSession
 from ragkit.generation.full_prefill import FullPrefill
-from ragkit.generation.model_session import DraftPrompts, DraftTime, ModelSession
+from ragkit.generation.model_session import DraftPrompts, ModelSession
 from ragkit.types import Prompt
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class ModelDrafter:
         self._target = target
         self._prompts = prompts
         self._width = width
-        self._step_time = DraftTime()
+        self._times = StepTimes()
         self._begin_time = DraftTime()  # a token
 
     @property
@@ -74,7 +75,8 @@ class ModelDrafter:
         tokens = sum(map(len, self._prompts(prompt)))
         computed = tokens if self._model.strategy.name == FullPrefill().name else round(tokens * (1 - REUSED))
         share = self._model.step_share(self._target, tokens, len(prompt))
-        return DraftPrice(self._step_time.ms, share, self._begin_time.ms * tokens, computed)
+        times = self._times
+        return DraftPrice(times.step_ms, share, self._begin_time.ms * tokens, computed, times.first_ms)
 
     def begin(self, context: DraftContext) -> ModelSession:
         """Return the state of one request; its prompts are computed here.
@@ -83,7 +85,7 @@ class ModelDrafter:
             CacheCapacityError: the pool has too few free blocks.
         """
         started = time.perf_counter()
-        session = ModelSession(self._model, self._target, self._prompts, context, self._step_time)
+        session = ModelSession(self._model, self._target, self._prompts, context, self._times)
         tokens = sum(path.state.kv.num_tokens for path in session.paths)
         if tokens:
             self._begin_time.note((time.perf_counter() - started) * 1e3 / tokens)
@@ -118,9 +120,9 @@ class ModelDrafter:
         if temperature > 0:
             drawn = DrawnSteps(temperature, torch.cat([session.uniforms(steps) for session in sessions]))
         pending = [path.pending for path in paths]
-        passes = steps + any(len(tokens) > READ_AT_ONCE for tokens in pending)
         chains = iter(self._model.runner.draft([path.state for path in paths], pending, steps, drawn))
         trees = []
+        behind = max(map(len, pending))
         for session, budget in zip(sessions, budgets, strict=True):
             own = []
             for path in session.paths:
@@ -128,7 +130,7 @@ class ModelDrafter:
                 path.note(chain.token_ids)
                 own.append(self._widened(chain).cut(budget.nodes, budget.depth))
             trees.append(joined(own).cut(budget.nodes, budget.depth))
-        self._step_time.note((time.perf_counter() - started) * 1e3 / passes)
+        self._times.note(steps, (time.perf_counter() - started) * 1e3, behind)
         return trees
 
     def _widened(self, chain: DraftTree) -> DraftTree:

@@ -12,6 +12,7 @@ from ragkit.errors import CacheCapacityError
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.draft_model import DraftModel
 from ragkit.generation.draft_runner import MOST_STEPS
+from ragkit.generation.draft_times import StepTimes
 from ragkit.generation.drafter import DraftContext
 from ragkit.generation.sampling import SamplingConfig
 from ragkit.generation.strategy import PrefillRequest
@@ -22,8 +23,6 @@ from ragkit.types import Prompt
 if TYPE_CHECKING:
     from ragkit.generation.engine import Engine
 
-_NEWEST = 0.3  # say of the newest draft in what a step takes
-_OUTLIER = 3.0  # a step that took so many times what is known counts as this
 _SEED_OFFSET = 0x5EED  # the drafter's random numbers are not those that accept
 
 DraftPrompts = Callable[[Prompt], Sequence[Prompt]]
@@ -37,7 +36,7 @@ class ModelSession:
         target: the engine that verifies.
         prompts: the prompts to draft from.
         context: the request.
-        step_time: what a step takes.
+        times: what drafts take.
 
     Attributes:
         paths: one for each prompt; none where the model does not know all tokens.
@@ -45,7 +44,7 @@ class ModelSession:
     """
 
     def __init__(
-        self, model: DraftModel, target: Engine, prompts: DraftPrompts, context: DraftContext, step_time: DraftTime
+        self, model: DraftModel, target: Engine, prompts: DraftPrompts, context: DraftContext, times: StepTimes
     ) -> None:
         self._model = model
         self._target = target
@@ -55,15 +54,25 @@ class ModelSession:
         # A distribution is needed for transfer even where the target's own tokens are the most likely ones.
         self.temperature = sampling.temperature or float(context.needs_probabilities)
         self._generator = torch.Generator().manual_seed(sampling.seed ^ _SEED_OFFSET)
-        self._step_time = step_time
+        self._times = times
         self._answer: list[int] = []
         self.paths: list[ModelPath] = []
         self._begin(context.prompt)
 
     @property
     def step_ms(self) -> float:
-        """Measured milliseconds of a step."""
-        return self._step_time.ms
+        """Measured milliseconds of one more step."""
+        return self._times.step_ms
+
+    @property
+    def first_ms(self) -> float:
+        """Measured milliseconds of a draft of one token."""
+        return self._times.first_ms
+
+    @property
+    def behind_ms(self) -> float:
+        """Measured milliseconds of reading what it is far behind."""
+        return self._times.behind_ms
 
     @property
     def step_share(self) -> float:
@@ -187,18 +196,3 @@ class ModelPath:
             else:
                 self.pending.append(token)
                 self._drafted = []
-
-
-class DraftTime:
-    """What something takes, measured over all requests of a drafter."""
-
-    def __init__(self) -> None:
-        self.ms = 0.0
-        self._is_warm = False
-
-    def note(self, ms: float) -> None:
-        """Note a time; the first may have compiled or recorded something and does not count."""
-        if self._is_warm:
-            known = self.ms or ms
-            self.ms = known + _NEWEST * (min(ms, _OUTLIER * known) - known)
-        self._is_warm = True

@@ -10,6 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -143,7 +145,7 @@ class SpeculativeRequest:
         if self._resting:
             self._resting -= 1
             return DraftBudget(0, 0)
-        if self.warnings:
+        if self.warnings or (self.drafting.transfer is None and self._controller.rests(requests)):
             return DraftBudget(0, 0)
         kv = self.state.kv
         remaining = self._sampling.max_new_tokens - len(self.token_ids)
@@ -156,8 +158,9 @@ class SpeculativeRequest:
             self.give_up(error)
             return DraftBudget(0, 0)
         budget = self._controller.budget(
-            kv.num_tokens, remaining, room, session.step_ms, session.step_share, requests, session.lag
-        )
+            kv.num_tokens, remaining, room, session.step_ms, session.step_share, requests, session.lag,
+            session.first_ms, session.behind_ms,
+        )  # fmt: skip
         # There it is done for the answer, whatever it costs.
         least = int(self.drafting.transfer is not None and min(remaining - 1, room) > 0)
         return budget if budget.depth >= least else DraftBudget(least, min(room, self.drafting.limits.nodes))
@@ -176,10 +179,8 @@ class SpeculativeRequest:
         """Return how likely each node of a tree stands, by what became of others."""
         if tree.chances is not None and tree.probabilities is None:  # drawn tokens must not decide what is looked at
             return [min(1.0, self._controller.trust * chance) for chance in tree.chances]
-        reached = [1.0]
-        for depth in range(tree.depth):
-            reached.append(reached[-1] * self._controller.acceptance(depth))
-        return [reached[depth + 1] for depth in tree.depths]
+        reached = list(accumulate(self._controller.acceptances(tree.depth), mul))
+        return [reached[depth] for depth in tree.depths]
 
     def take(
         self, logits: Tensor, tree: DraftTree, verifier: Verifier | None, likeliest: Sequence[int] = ()

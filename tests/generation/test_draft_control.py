@@ -9,9 +9,10 @@ from ragkit.errors import ConfigError
 from ragkit.generation.draft_control import DraftController, DraftLimits, expected_tokens
 from ragkit.generation.draft_costs import DraftRecord, MeasuredCosts, NominalCosts
 from ragkit.generation.draft_tree import DraftTree
-from ragkit.generation.drafter import DraftPrice
+from ragkit.generation.drafter import DraftBudget, DraftPrice
 
 LIMITS = DraftLimits(depth=8, nodes=16)
+LAGS = [(1, 0.0), (100, 9.0), (200, 3.0), (200, 9.0)]  # tokens behind, and what reading many took
 CHAIN = DraftTree.chain(range(8))
 
 
@@ -24,10 +25,10 @@ class Known:
     def of_pass(self, context, nodes, requests=1):
         return 1 + self.node * nodes
 
-    prefill_share = 0.005
+    prefill_share, catch_up = 0.005, 2.0
 
     def of_draft(self, measured_ms, share, context, requests=1):
-        return measured_ms
+        return measured_ms or share
 
     def note(self, context, nodes, ms, requests=1):
         pass
@@ -54,7 +55,7 @@ def rate(acceptance, length, node, step):
 @pytest.mark.parametrize(("node", "step"), [(0.01, 0.1), (0.05, 0.3), (0.0, 0.5)])
 def test_the_depth_is_what_the_formula_gives_for_the_acceptance_at_hand(acceptance, node, step, monkeypatch):
     controller = DraftController(Known(node), LIMITS)
-    monkeypatch.setattr(controller, "acceptance", lambda depth: acceptance)
+    monkeypatch.setattr(controller, "acceptances", lambda count: [acceptance] * count)
     best = max(range(9), key=lambda length: rate(acceptance, length, node, step))
     if rate(acceptance, best, node, step) > 1.02:
         assert budget(controller, step).depth == best
@@ -77,7 +78,7 @@ def answered(controller, step, tokens, stands=0, lag=1):
     return asked
 
 
-@pytest.mark.parametrize("lag", [1, 40])
+@pytest.mark.parametrize("lag", [1, 40, 200])
 @pytest.mark.parametrize("step", [0.2, 0.5, 0.9])
 def test_where_drafts_do_not_pay_single_tokens_are_probed_that_lose_a_hundredth_of_the_answer(step, lag):
     costs = Known(0.05)
@@ -85,9 +86,47 @@ def test_where_drafts_do_not_pay_single_tokens_are_probed_that_lose_a_hundredth_
     tokens = 400
     asked = answered(controller, step, tokens, lag=lag)
     assert set(asked) == {0, 1}
-    behind = step * (1 + 38 * 0.005) if lag > 1 else 0.0
+    behind = {1: 0.0, 40: step * (1 + 38 * 0.005), 200: 2.0}[lag]
     loss = step + costs.of_pass(100, 1) - 1 + behind
     assert 0.005 * tokens < sum(asked) * loss <= 0.01 * (tokens + 128)
+
+
+def test_what_a_catching_up_took_says_when_the_next_is_worth_a_probe():
+    controller = trained(DraftController(Known(0.0), LIMITS), 0)
+    trained(controller, 0, passes=400, depth=0)  # what may be lost has grown to the most
+    asked = [controller.budget(100, 100, 100, 0.5, lag=lag, behind_ms=ms).depth for lag, ms in LAGS]
+    assert asked == [1, 1, 1, 0]
+
+
+def test_a_decision_not_to_draft_holds_for_some_passes_of_as_many_requests():
+    controller = trained(DraftController(Known(0.05), LIMITS), 0)
+    while controller.budget(100, 100, 100, 0.9).depth:
+        controller.observe(DraftTree.chain([1]), 0, 100, 1.0)
+    assert [controller.rests() for _ in range(10)] == [True] * 8 + [False] * 2
+    assert not controller.budget(100, 100, 100, 0.9).depth
+    assert not controller.rests(2)
+    assert not DraftController(Known(0.05), LIMITS).rests()
+
+
+def test_drafts_that_seem_to_pay_and_lose_are_ended():
+    lost, controller = 0.0, DraftController(Known(0.0), LIMITS)
+    for at in range(60):  # two passes of three bring nothing, which the mean of all depths hides
+        asked = 0 if controller.rests() else controller.budget(100, 200 - at, 100, 0.7).depth
+        controller.observe(DraftTree.chain(range(asked)), int(asked > 0 and at % 3 == 0), 100, 1.0)
+        lost += asked * 0.7 - (asked > 0 and at % 3 == 0)
+    assert lost < 0.02 * 128 + 0.01 * 60 + 1.0
+
+
+def test_a_dear_first_token_does_not_hide_that_longer_drafts_pay():
+    controller = DraftController(Known(0.0), LIMITS)
+    assert controller.budget(100, 100, 100, 0.3, first_ms=0.6).depth >= 2
+    assert DraftController(Known(0.0), LIMITS).budget(100, 100, 100, 0.6).depth == 1
+
+
+def test_a_further_token_is_priced_by_what_is_read_until_a_draft_had_several():
+    controller = DraftController(Known(0.0), LIMITS)
+    assert controller.budget(100, 100, 100, 0.0, 0.3, first_ms=0.6).depth >= 2
+    assert DraftController(Known(0.0), LIMITS).budget(100, 100, 100, 0.0, 0.9, first_ms=0.6).depth == 1
 
 
 def test_probes_that_show_better_drafts_pay_for_the_next_ones_and_soon_drafting_goes_on():
@@ -97,18 +136,18 @@ def test_probes_that_show_better_drafts_pay_for_the_next_ones_and_soon_drafting_
     assert asked[40:50] == [8] * 10
 
 
-@pytest.mark.parametrize(("share", "begins"), [(0.3, True), (0.9, True), (0.97, False), (1.2, False)])
-def test_a_drafter_that_would_not_pay_if_all_stood_is_not_begun(share, begins):
+@pytest.mark.parametrize(("share", "stood"), [(0.3, None), (0.7, None), (0.9, 0.9), (0.94, 0.9), (0.97, 1), (1.2, 1)])
+def test_a_drafter_that_would_not_pay_if_all_or_most_stood_is_not_begun(share, stood):
     controller = DraftController(NominalCosts(), DraftLimits(depth=16))
-    rate = max((n + 1) / (n * share + 1 + 0.02 * n) for n in range(1, 17))
+    rate = max(expected_tokens(stood or 0.9, n) / (n * share + 1 + 0.02 * n) for n in range(1, 17))
     reason = controller.reason_not_to_begin(DraftPrice(step_share=share), 1000, 200)
-    assert begins == (rate > 1.02) == (reason == "")
-    assert begins or f"{rate:.2f} times as fast" in reason
+    assert (stood is None) == (rate > 1.03) == (reason == "")
+    assert stood is None or f"{rate:.2f} times as fast" in reason
 
 
 def test_a_drafter_whose_prompt_takes_longer_to_read_than_it_can_save_is_not_begun():
     controller, costs = DraftController(NominalCosts(), DraftLimits(depth=16)), NominalCosts()
-    saved = 128 * (1 - (16 * 0.5 + 1.32) / 17)
+    saved = 128 * (1 - 1 / max(expected_tokens(0.9, n) / (n * 0.52 + 1) for n in range(1, 17)))
     tokens = int(saved / costs.prefill_share)
     assert not controller.reason_not_to_begin(DraftPrice(0.0, 0.5, 0.0, tokens), 1000, 200)
     assert "reading its prompt takes" in controller.reason_not_to_begin(DraftPrice(0, 0.5, 0, tokens + 300), 1000, 200)
@@ -260,36 +299,38 @@ def test_impossible_limits_are_refused(limits):
 class Table(Known):
     """Steps of an 8B model behind a long prompt: a pass reads as much as a step, and is padded to a recorded size."""
 
-    def __init__(self, scale=1.0):
+    def __init__(self, scale=1.0, passes=((0, 1.0), (3, 1.04), (15, 1.05), (31, 1.1))):
         super().__init__(0.0)
-        self._scale = scale
+        self._scale, self._passes = scale, passes
 
     def of_pass(self, context, nodes, requests=1):
-        return self._scale * next(cost for most, cost in ((0, 1.0), (3, 1.04), (15, 1.05), (31, 1.1)) if nodes <= most)
+        return self._scale * next(cost for most, cost in self._passes if nodes <= most)
 
 
-def ceiling(acceptance, draft, costs):
+def ceiling(acceptance, draft, costs, first=0.0):
     """Return tokens a step of the best fixed length, of all there are."""
-    plain = costs.of_pass(0, 0)
+    plain, more = costs.of_pass(0, 0), (first or draft) - draft
     return max(
-        expected_tokens(acceptance, length) * plain / (length * draft + costs.of_pass(0, length))
+        expected_tokens(acceptance, length) * plain / (more * (length > 0) + length * draft + costs.of_pass(0, length))
         for length in range(17)
     )
 
 
-def speed(acceptance, draft, costs, known=None, tokens=400, seeds=12):
+def speed(acceptance, draft, costs, known=None, tokens=400, seeds=12, first=0.0, warm_up=0):
     """Return tokens a step of answers whose lengths the controller chooses, by the costs that it knows.
 
-    A drafter that costs nothing tells its chances, as lookup does.
+    A drafter that costs nothing tells its chances, as lookup does. The first tokens of each answer do not count.
     """
-    plain = costs.of_pass(0, 0)
+    plain, more = costs.of_pass(0, 0), (first or draft) - draft
     brought, spent = 0, 0.0
     for seed in range(seeds):
         chance = random.Random(seed)
         controller = DraftController(known or costs, DraftLimits(depth=16))
         done, lag = 0, 1
         while done < tokens:
-            given_budget = controller.budget(1000, tokens - done + 20, 31, draft, 0.0, 1, lag)
+            given_budget = DraftBudget(0, 0)
+            if not controller.rests():
+                given_budget = controller.budget(1000, tokens - done + 20, 31, draft, 0.0, 1, lag, first)
             tree = DraftTree.chain(range(min(16, given_budget.depth)))
             if draft == 0:
                 chances = tuple(acceptance**depth for depth in range(1, 17))
@@ -299,12 +340,13 @@ def speed(acceptance, draft, costs, known=None, tokens=400, seeds=12):
                 stands += 1
             cost = costs.of_pass(0, len(tree)) + len(tree) * draft
             if len(tree) and draft:
-                cost += draft * ((lag > 16) + max(0, lag - 2) * 0.005)
+                cost += more + (costs.catch_up * plain if lag > 32 else draft * max(0, lag - 2) * 0.005)
             controller.observe(tree, stands, 1000, cost)
+            if done >= warm_up:
+                brought += stands + 1
+                spent += cost
             done += stands + 1
-            spent += cost
             lag = 2 if len(tree) else lag + 1
-        brought += done
     return brought * plain / spent
 
 

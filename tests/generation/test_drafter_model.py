@@ -11,7 +11,7 @@ from ragkit.generation import drafter_model, request_tables
 from ragkit.generation.acceptance import Transfer
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.draft_control import DraftLimits
-from ragkit.generation.draft_model import DraftModel, GraphDraftRunner
+from ragkit.generation.draft_model import DraftModel, graph_runner
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter import DraftBudget, DraftContext
 from ragkit.generation.drafter_model import ModelDrafter
@@ -248,7 +248,7 @@ def test_what_drafts_by_graphs_takes_no_block_for_itself(tiny_folder):
     engine = Engine.load(tiny_folder, device="cpu", dtype="float32", kv_tokens=256)
     engine._runner = DecodeRunner(engine.decoder, engine.pool)  # as on a GPU
     free = engine.pool.num_free
-    GraphDraftRunner.of(engine, engine.decoder)
+    graph_runner(engine, engine.decoder)
     assert engine.pool.num_free == free
 
 
@@ -257,10 +257,10 @@ def test_drafted_answers_record_nothing_once_their_first_token_is_out(tiny_folde
     engine._runner = DecodeRunner(engine.decoder, engine.pool)  # as on a GPU
     recorded, record = [], request_tables.RecordedForward.record
     monkeypatch.setattr(request_tables.RecordedForward, "record", lambda self: recorded.append(1) or record(self))
-    model = replace(DraftModel.of(engine), runner=GraphDraftRunner.of(engine, engine.decoder))
+    model = replace(DraftModel.of(engine), runner=graph_runner(engine, engine.decoder))
     drafter = ModelDrafter("self", model, engine, lambda prompt: short_prompts(prompt, 6))
     of_the_drafter = len(recorded)
-    assert of_the_drafter == 5  # two sizes of what it reads, moves, and a step drawn and not
+    assert of_the_drafter == 7  # four sizes of what it reads, moves, and a step drawn and not
     engine.prepare_drafting()
     assert len(recorded) == of_the_drafter + 7  # a plain step, five sizes of passes, and moves
     for temperature in (0.0, 1.0):

@@ -10,7 +10,7 @@ from ragkit.generation.acceptance import Acceptance
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.draft_costs import NominalCosts
-from ragkit.generation.draft_runner import PENDING_BUCKETS, DraftRunner, DrawnSteps
+from ragkit.generation.draft_runner import DraftRunner, DrawnSteps
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.full_prefill import FullPrefill
 from ragkit.generation.rotary_cache import RotaryCache
@@ -40,7 +40,7 @@ class Scene:
         self.pool = KVPool(self.decoder.layout, 60, self.decoder.device)
         self.steps = DecodeRunner(self.decoder, self.pool)
         self.verify = VerifyRunner(self.decoder, self.pool, self.steps.scratch_slot)
-        self.drafts = DraftRunner(self.decoder, self.pool, self.verify, self.steps.scratch_slot)
+        self.drafts = DraftRunner(self.decoder, self.pool, self.steps.scratch_slot)
         self.rotary = RotaryCache(self.decoder).table(256, 60)
 
     def request(self, length, room=60):
@@ -181,15 +181,14 @@ def recordings(monkeypatch):
 def test_what_was_prepared_records_nothing_while_it_answers(scene, recordings):
     steps = DecodeRunner(scene.decoder, scene.pool)
     verify = VerifyRunner(scene.decoder, scene.pool, steps.scratch_slot)
-    own = VerifyRunner(scene.decoder, scene.pool, steps.scratch_slot, PENDING_BUCKETS)
-    drafts = DraftRunner(scene.decoder, scene.pool, own, steps.scratch_slot)
+    drafts = DraftRunner(scene.decoder, scene.pool, steps.scratch_slot)
     rows = scene.request(40)
     for _ in range(2):
         steps.prepare([rows])
         verify.prepare([rows])
         drafts.prepare([rows])
-    # Of passes five sizes and the moves, of a draft two sizes, the moves, and a step drawn and not.
-    assert len(recordings) == 1 + 6 + 5
+    # Of passes five sizes and the moves, of a draft four sizes, the moves, and a step drawn and not.
+    assert len(recordings) == 1 + 6 + 7
     state = scene.request(40)
     steps.step([state], [7])
     for nodes in (1, 3, 6, 15, 31):
@@ -198,12 +197,12 @@ def test_what_was_prepared_records_nothing_while_it_answers(scene, recordings):
         )  # fmt: skip
         verify.verify([state], [7], [tree])
         verify.commit(state, [nodes] if nodes < 31 else [])
-    for pending in ([7], [7, 8], [*range(10, 22)], [*range(10, 50)]):
+    for pending in ([7], [7, 8], [*range(10, 22)], [*range(10, 40)], [*range(10, 50)]):
         state.kv.num_tokens = 50
         drafts.draft([state], [pending], 4)
         state.kv.num_tokens = 50
         drafts.draft([state], [pending], 2, DrawnSteps(1.0, torch.full((1, 2), 0.5)))
-    assert len(recordings) == 12
+    assert len(recordings) == 14
     for one in (rows, state):
         one.kv.release()
 
@@ -217,14 +216,22 @@ def test_preparing_writes_no_row_of_a_request(scene, monkeypatch):
     verify = VerifyRunner(scene.decoder, scene.pool, scene.steps.scratch_slot)
     DecodeRunner(scene.decoder, scene.pool).prepare([state])
     verify.prepare([state])
-    DraftRunner(scene.decoder, scene.pool, verify, scene.steps.scratch_slot).prepare([state])
+    DraftRunner(scene.decoder, scene.pool, scene.steps.scratch_slot).prepare([state])
     for pool in (*scene.pool.keys, *scene.pool.values):
         assert (pool.flatten(0, 1)[slots] == 3.0).all()
     state.kv.release()
 
 
-@pytest.mark.parametrize(("pending", "passes"), [(1, [1]), (2, [2]), (16, [16]), (17, [16, 1]), (45, [44, 1])])
-def test_what_a_draft_is_behind_is_read_in_one_pass_and_the_last_token_in_another(pending, passes, scene, monkeypatch):
+@pytest.mark.parametrize(
+    ("pending", "by_reader", "by_drafter"),
+    [
+        (1, [], [1]), (2, [], [2]), (3, [16], []), (17, [32], []), (32, [32], []), (34, [32], [2]), (45, [32, 16], []),
+        (129, [128], [1]),
+    ],
+)  # fmt: skip
+def test_what_a_draft_is_behind_by_more_than_two_tokens_is_read_by_the_reader(
+    pending, by_reader, by_drafter, scene, monkeypatch
+):
     reader, read = decoder_of(hf_model("llama")), []
     reader.weights = scene.decoder.weights
     for decoder in (reader, scene.decoder):
@@ -232,13 +239,10 @@ def test_what_a_draft_is_behind_is_read_in_one_pass_and_the_last_token_in_anothe
         monkeypatch.setattr(
             decoder, "run", lambda ids, attend, run=run, own=decoder: read.append((own, len(ids))) or run(ids, attend)
         )
-    verify = VerifyRunner(scene.decoder, scene.pool, scene.steps.scratch_slot)
-    drafts = DraftRunner(scene.decoder, scene.pool, verify, scene.steps.scratch_slot, reader)
-    state = scene.request(20)
+    drafts = DraftRunner(scene.decoder, scene.pool, scene.steps.scratch_slot, reader)
+    state = scene.request(20, room=140)
     drafts.draft([state], [[*range(10, 10 + pending)]], 3)
-    sizes = {1: 2, 2: 2, 16: 16}  # recorded passes have places that no token has
-    by_reader = passes[:-1]
-    forwards = [(reader, count) for count in by_reader] + [(scene.decoder, sizes[passes[-1]])]
+    forwards = [(reader, count) for count in by_reader] + [(scene.decoder, count) for count in by_drafter]
     assert read[1:] == forwards + [(scene.decoder, 1)] * 2  # the first read the prompt
     state.kv.release()
 

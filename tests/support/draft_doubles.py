@@ -14,7 +14,8 @@ class ScriptedSession:
 
     def __init__(self, context, step_ms):
         self.context, self.tokens, self.closed, self.prompts = context, [], 0, [context.prompt]
-        self.step_ms, self.step_share = step_ms, 0.5 if step_ms else 0.0
+        self.first_ms = self.step_ms = step_ms
+        self.behind_ms, self.step_share = 0.0, 0.5 if step_ms else 0.0
 
     def accept(self, token_ids):
         self.tokens += token_ids
