@@ -13,16 +13,21 @@ from torch import Tensor
 from ragkit.generation.acceptance import Accepted
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.draft_runner import DraftRunner
+from ragkit.generation.draft_times import StepTimes
 from ragkit.generation.draft_tree import DraftTree
-from ragkit.generation.drafter import READ_AT_ONCE, DraftBudget, DraftContext, DraftPrice
+from ragkit.generation.drafter import DraftBudget, DraftContext, DraftPrice
 from ragkit.kvcache.pool import KVPool
 from ragkit.types import Prompt
 
 MOST_DEPTH = 16
+_SHARE_HOLDS_IN = 40  # tokens that are looked at
 
 
 class Stands:
     """Says how many drafted tokens stand: each with one chance, or as on real weights.
+
+    Of every 40 tokens that are looked at the chance's share stands, in random order: an answer of a hundred tokens
+    would else have another acceptance than was imposed.
 
     Args:
         chance: of a token whose predecessors stand.
@@ -35,6 +40,7 @@ class Stands:
         self._next = 0
         self._left: int | None = None
         self._random = random.Random(0)
+        self._drawn: list[bool] = []
 
     @property
     def proposed(self) -> int:
@@ -52,9 +58,16 @@ class Stands:
             self._left = left if left > 0 else None
             return min(run, drafted)
         stands = 0
-        while stands < drafted and self._random.random() < self._chance:
+        while stands < drafted and self._draw():
             stands += 1
         return stands
+
+    def _draw(self) -> bool:
+        if not self._drawn:
+            standing = round(self._chance * _SHARE_HOLDS_IN)
+            self._drawn = [at < standing for at in range(_SHARE_HOLDS_IN)]
+            self._random.shuffle(self._drawn)
+        return self._drawn.pop()
 
     @property
     def chances(self) -> list[float]:
@@ -74,6 +87,7 @@ class ImposedAcceptance:
 
     def __init__(self, stands: Stands) -> None:
         self._stands = stands
+        self.looked_at = 0  # drafted tokens that stood, and of each draft the first that fell
 
     def first(self, logits: Tensor) -> int:
         """Return the first token."""
@@ -83,19 +97,35 @@ class ImposedAcceptance:
         """Return so many nodes of the chain, and the model's token behind them."""
         tokens = list(likeliest) or logits.argmax(-1).tolist()
         stands = self._stands.of(len(tree))
+        self.looked_at += min(stands + 1, len(tree))
         return Accepted(tuple(range(stands)), tokens[stands])
 
 
 class ModelSession:
     """A drafter's request over a short context of random rows."""
 
-    def __init__(self, state: DecodeState, context: int, step_share: float) -> None:
+    def __init__(self, state: DecodeState, context: int, step_share: float, times: StepTimes) -> None:
         self.step_share = step_share
+        self._times = times
         self.state = state
         state.kv.num_tokens = context
         self.pending: list[int] = []
         self.drafted: tuple[int, ...] = ()
-        self.step_ms = 0.0
+
+    @property
+    def step_ms(self) -> float:
+        """Of one more token."""
+        return self._times.step_ms
+
+    @property
+    def first_ms(self) -> float:
+        """Of a draft of one token."""
+        return self._times.first_ms
+
+    @property
+    def behind_ms(self) -> float:
+        """Of reading what it is far behind."""
+        return self._times.behind_ms
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """Keep the rows of drafted tokens that stood; the last token is to be read in any case."""
@@ -134,13 +164,17 @@ class ModelDrafter:
         runner, state: draft them.
         context: tokens that they are drafted behind.
         step_share: bytes of a step over those of a step of the target.
+        times: what its drafts take, of all requests so far.
     """
 
     has_probabilities = False
     width = 1
 
-    def __init__(self, name: str, runner: DraftRunner, state: DecodeState, context: int, step_share: float) -> None:
+    def __init__(
+        self, name: str, runner: DraftRunner, state: DecodeState, context: int, step_share: float, times: StepTimes
+    ) -> None:
         self.name = name
+        self._times = times
         self._runner = runner
         self._state = state
         self._context = context
@@ -149,21 +183,19 @@ class ModelDrafter:
 
     def price(self, prompt: Prompt) -> DraftPrice:
         """Return what a step reads; its prompt's rows are there."""
-        return DraftPrice(step_share=self._step_share)
+        return DraftPrice(self._times.step_ms, self._step_share, first_ms=self._times.first_ms)
 
     def begin(self, context: DraftContext) -> ModelSession:
         """Return a session at the end of the short context."""
         self.begun = True
-        return ModelSession(self._state, self._context, self._step_share)
+        return ModelSession(self._state, self._context, self._step_share, self._times)
 
     def propose(self, sessions: Sequence[ModelSession], budgets: Sequence[DraftBudget]) -> list[DraftTree]:
         """Return a chain for the one session."""
         session, depth = sessions[0], budgets[0].depth
         started = time.perf_counter()
-        passes = depth + (len(session.pending) > READ_AT_ONCE)
         (chain,) = self._runner.draft([session.state], [session.pending], depth)
-        spent = (time.perf_counter() - started) * 1e3 / passes
-        session.step_ms = spent if not session.step_ms else session.step_ms + 0.2 * (spent - session.step_ms)
+        self._times.note(depth, (time.perf_counter() - started) * 1e3, len(session.pending))
         session.pending, session.drafted = [], chain.token_ids
         return [chain]
 
@@ -171,7 +203,7 @@ class ModelDrafter:
 class LookupSession:
     """A request whose drafts cost nothing."""
 
-    step_ms = step_share = 0.0
+    first_ms = step_ms = behind_ms = step_share = 0.0
     lag = 0
 
     def accept(self, token_ids: Sequence[int]) -> None:

@@ -8,7 +8,9 @@ with the model's own weights and with its copy of 4 bits. And whole loops, of wh
 choosing, the control of lengths. Random weights accept nothing, so that what stands is imposed after all of it is
 computed: each drafted token with the same chance, or as many as FILE says that stood on real weights, which
 `benchmarks/draft_runs.py` writes: how many tokens were proposed and how many stood, pass after pass. The ceiling is
-what the best fixed length would reach at that acceptance if verifying cost a plain step and nothing else cost anything.
+what the best fixed length would reach at that acceptance if verifying cost a plain step, the first drafted token no
+more than a further one, and nothing else anything. What stood is counted of the tokens that were looked at: those
+behind one that fell are not.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.draft_control import DraftLimits
 from ragkit.generation.draft_costs import MeasuredCosts
-from ragkit.generation.draft_runner import PENDING_BUCKETS, DraftRunner
+from ragkit.generation.draft_runner import DraftRunner
+from ragkit.generation.draft_times import StepTimes
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.int4_projection import GROUP, int4_linear_of
 from ragkit.generation.sampling import SamplingConfig
@@ -56,7 +59,7 @@ ACCEPTANCES = (0.2, 0.5, 0.8)
 DRAFTERS = ("self", "self-4bit", "lookup")
 DRAFT_CONTEXT = 4096
 ROUNDS = 15
-WARM_UP_TOKENS, TIMED_TOKENS = 48, 112
+WARM_UP_TOKENS, TIMED_TOKENS = 48, 208
 
 
 def main() -> None:
@@ -94,12 +97,18 @@ def print_tables(result: dict[str, Any]) -> None:
         "gb_per_s": "GB/s",
     }  # fmt: skip
     print(markdown_table(result["passes"], passes) + "\n")
-    drafts = {"drafter": "Drafter", "context": "Tokens before", "ms": "ms a step", "gb_per_s": "GB/s"}
+    drafts = {
+        "drafter": "Drafter",
+        "context": "Tokens before",
+        "first_ms": "ms the first",
+        "ms": "ms a further one",
+        "gb_per_s": "GB/s",
+    }
     print(markdown_table(result["drafts"], drafts) + "\n")
     loops = {
         "context": "Tokens before", "drafter": "Drafter", "imposed": "Acceptance", "ms_per_token": "ms a token",
         "plain_ms": "plain, ms", "speed_up": "Times plain", "ceiling": "Ceiling", "of_ceiling": "Of the ceiling",
-        "begun": "Begun", "drafted_per_pass": "Drafted a pass", "stood_share": "Stood",
+        "begun": "Begun", "drafted_per_pass": "Drafted a pass", "stood_share": "Stood of looked at",
     }  # fmt: skip
     print(markdown_table(result["loops"], loops))
 
@@ -127,8 +136,8 @@ class Bench:
         self.draft_state = self._state(self.draft_context + room)
         self.draft_runners = {}
         for name, model in (("self", self.decoder), ("self-4bit", self.copy)):
-            verifier = VerifyRunner(model, self.pool, self.runner.scratch_slot, PENDING_BUCKETS)
-            self.draft_runners[name] = DraftRunner(model, self.pool, verifier, self.runner.scratch_slot, self.decoder)
+            self.draft_runners[name] = DraftRunner(model, self.pool, self.runner.scratch_slot, self.decoder)
+        self.draft_times = {name: StepTimes() for name in self.draft_runners}
         self.costs = MeasuredCosts(device.type)
 
     def _state(self, tokens: int) -> DecodeState:
@@ -194,7 +203,7 @@ class Bench:
         """Return what one more drafted token takes over the short context."""
         runner, state = self.draft_runners[name], self.draft_state
         runner.prepare([state])
-        for pending in (40, 16, 1):  # the first is read without a graph, whose kernels are compiled here
+        for pending in (140, 150, 40, 20, 3, 1):  # the first are read without a graph, whose kernels are compiled here
             state.kv.num_tokens = self.draft_context
             runner.draft([state], [[5] * pending], 2)
         short, long = 1, 9
@@ -202,7 +211,8 @@ class Bench:
         for round_number in range((2 if self.tiny else ROUNDS) + 2):
             for steps, each in spent.items():
                 state.kv.num_tokens = self.draft_context
-                ms = timed(lambda steps=steps: runner.draft([state], [[5, 6]], steps), self.device)
+                pending = [5] * (1 + round_number % 2)  # as many as drafts that fell and that stood leave
+                ms = timed(lambda steps=steps, own=pending: runner.draft([state], [own], steps), self.device)
                 if round_number > 1:
                     each.append(ms)
         first, all_of_them = (statistics.median(each) for each in spent.values())
@@ -233,6 +243,7 @@ class Bench:
             else ModelDrafter(
                 own, self.draft_runners[name], self.draft_state, self.draft_context,
                 self.draft_bytes(name) / (self.decoder_bytes() + context * self.pool.layout.bytes_per_token),
+                self.draft_times[name],
             )
         )  # fmt: skip
         warm_up, timed_tokens = (8, 16) if self.tiny else (WARM_UP_TOKENS, TIMED_TOKENS)
@@ -240,15 +251,17 @@ class Bench:
         drafting = Drafting(drafter, limits=DraftLimits(depth=MOST_DEPTH))
         prompt = Prompt((Segment((1,)),))
         request = SpeculativeRequest(drafting, prompt, sampling, frozenset(), self.costs)
-        request._acceptance = ImposedAcceptance(stands)  # type: ignore[assignment]
+        acceptance = ImposedAcceptance(stands)
+        request._acceptance = acceptance  # type: ignore[assignment]
         request.state = self.states[context]
         request.state.kv.num_tokens = context
         request.first(torch.zeros(self.decoder.config.vocab_size, device=self.device))
-        started, at = 0.0, 0
+        started, at, looked_at = 0.0, 0, 0
         use = request.use()
         while len(request.token_ids) < warm_up + timed_tokens:
             if not started and len(request.token_ids) >= warm_up:
-                started, at, use = time.perf_counter(), len(request.token_ids), request.use()
+                at, use, looked_at = len(request.token_ids), request.use(), acceptance.looked_at
+                started = time.perf_counter()
             advance([request], self.runner, self.verifier)
         spent = (time.perf_counter() - started) * 1e3
         tokens, end = len(request.token_ids) - at, request.use()
@@ -263,7 +276,8 @@ class Bench:
         row["of_ceiling"] = row["speed_up"] / row["ceiling"]
         row["best_length"] = rates.index(max(rates))
         row["drafted_per_pass"] = (end.drafted - use.drafted) / passes
-        row["stood_share"] = (end.accepted - use.accepted) / max(1, end.drafted - use.drafted)
+        row["looked_at"] = acceptance.looked_at - looked_at
+        row["stood_share"] = (end.accepted - use.accepted) / max(1, row["looked_at"])
         row["tokens_per_pass"] = tokens / passes
         row["begun"] = drafter.begun
         return row
