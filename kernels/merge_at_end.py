@@ -19,23 +19,26 @@ import threading
 import torch
 from torch import Tensor
 
-from ragkit.kernels.backend import ceil_div, jit, tl
+from ragkit.kernels.backend import ceil_div, jit, next_power_of_2, tl
 
-MOST_PARTS = 320  # of all heads that one program merges; with more, `merge_splits` is faster. 0 always has it merge.
-_HEADS = 4  # that are merged at once; their parts are read in groups, all of a group under way together
+MOST_ROUNDS = 5  # of loads that one program waits for; with more, `merge_splits` is faster. 0 always has it merge.
+_HEADS = 4  # that are merged at once
+_NUMBERS = 2048  # of a head's parts that are loaded in one round, 64 registers a thread of four warps
 _RING = 1 << 20  # counters of a device, 4 MB
 _MOST_COUNTERS = _RING >> 8  # of a launch
 _ALIGNED = 4  # counters in 16 bytes
 
 
-def merges_at_end(heads: int, splits: int) -> bool:
+def merges_at_end(heads: int, splits: int, head_dim: int) -> bool:
     """Return whether the last program should merge.
 
     Args:
         heads: results of each program, counted over tokens.
         splits: parts of each.
+        head_dim: numbers of a part.
     """
-    return ceil_div(heads, _HEADS) * _HEADS * splits <= MOST_PARTS
+    at_once = max(1, _NUMBERS // next_power_of_2(head_dim))
+    return ceil_div(heads, _HEADS) * ceil_div(splits, at_once) <= MOST_ROUNDS
 
 
 def end_counters(number: int, device: torch.device) -> Tensor | None:
@@ -90,7 +93,7 @@ def merge_at_end(
         DIM_PADDED: a power of two, from HEAD_DIM on.
     """
     HEADS: tl.constexpr = 4
-    SPLITS: tl.constexpr = 2048 // DIM_PADDED  # 64 registers a thread of four warps
+    SPLITS: tl.constexpr = 2048 // DIM_PADDED
     tl.debug_barrier()  # this program counts when all its threads have stored
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == splits - 1:
         tl.store(counter_ptr, 0)

@@ -166,7 +166,7 @@ def launch_paged_decode_attention(
     partial = torch.empty((requests, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((requests, q_heads, splits), dtype=torch.float32, device=queries.device)
     counters = None
-    if tile.merges_at_end and merges_at_end(tile.heads * group, splits):
+    if tile.merges_at_end and merges_at_end(tile.heads * group, splits, head_dim):
         counters = end_counters(requests * kv_heads // tile.heads, queries.device)
     _paged_decode_attention_kernel[(requests, kv_heads // tile.heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, num_entries,

@@ -132,7 +132,7 @@ def launch_few_queries(
     partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
     counters = None
-    if tile.merges_at_end and tiles == 1 and merges_at_end(packed, splits):
+    if tile.merges_at_end and tiles == 1 and merges_at_end(packed, splits, head_dim):
         counters = end_counters(kv_heads, queries.device)
     is_turned = len(cos) == 1  # all pages stand at 0 then
     turns_queries = tile.turns_queries and pairs <= tile.rows

@@ -102,9 +102,19 @@ def test_a_part_in_which_nothing_was_seen_counts_for_nothing(device, rng):
     assert torch.equal(out[:, 1], torch.zeros_like(out[:, 1]))
 
 
-@pytest.mark.parametrize(("heads", "splits", "merges"), [(4, 80, True), (4, 81, False), (5, 40, True), (5, 41, False)])
-def test_few_parts_alone_are_merged_by_one_program(heads, splits, merges):
-    assert merges_at_end(heads, splits) is merges
+@pytest.mark.parametrize(
+    ("heads", "splits", "head_dim", "merges"),
+    [
+        (4, 80, 128, True),
+        (4, 81, 128, False),
+        (5, 32, 128, True),
+        (5, 33, 128, False),
+        (4, 160, 64, True),
+        (21, 1, 8, 0),
+    ],
+)
+def test_one_program_merges_what_few_rounds_of_loads_bring(heads, splits, head_dim, merges):
+    assert merges_at_end(heads, splits, head_dim) == merges
 
 
 def test_counters_of_launches_lie_apart_until_the_ring_is_round(device, monkeypatch):
