@@ -19,7 +19,7 @@ from ragkit.generation.packed_pass import PackedPiece, PackedRequest, PackedRows
 from ragkit.kernels.paged_decode_attention import paged_decode_attention
 from ragkit.kernels.rope_write_kv import rope_write_kv
 from ragkit.kvcache.pool import KVPool
-from ragkit.kvcache.rope import RotaryTable
+from ragkit.kvcache.rope import RotaryTable, rotate
 
 
 class DecodeTables(Protocol):
@@ -57,6 +57,9 @@ class PackedAttention:
         self._scale = scale
         self._last_layer = last_layer
         self._tables = tables.of(list(plan.decodes)) if tables is not None and plan.decodes else None
+        self._turns: tuple[Tensor, Tensor] | None = None
+        if plan.pooled is not None:  # torch rotates: angles are looked up once for all layers
+            self._turns = rotary.cos[plan.positions], rotary.sin[plan.positions]
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Return the attention output, as `Attend` says."""
@@ -85,7 +88,7 @@ class PackedAttention:
         """Write rows into the pool, those of requests apart that keep their own, and rotate queries and keys."""
         plan, pooled = self._plan, self._plan.pooled
         key_pool, value_pool = self._pool.keys[layer], self._pool.values[layer]
-        if pooled is None:
+        if pooled is None or self._turns is None:
             rope_write_kv(
                 queries, keys, values, plan.positions, plan.slots, self._rotary.cos, self._rotary.sin,
                 key_pool, value_pool, rotate_keys=True,
@@ -95,7 +98,7 @@ class PackedAttention:
             slots = plan.slots[pooled]
             key_pool.flatten(0, 1)[slots], value_pool.flatten(0, 1)[slots] = keys[pooled], values[pooled]
         for heads in (queries, keys):
-            heads.copy_(self._rotary.rotate(heads, plan.positions))
+            heads.copy_(rotate(heads, *self._turns))
 
     def _attend_piece(self, index: int, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         piece, past = self._plan.pieces[index], self._plan.past[index]
