@@ -213,9 +213,10 @@ def ray_table() -> list[str]:
     difference = max(one["vector_difference"] for one in result["comparison"])
     limits = result["limits"]
     verdict = (
-        f"Overhead without start-up: {result['overhead_percent']:.1f}% (at most {limits['overhead_percent']:.0f}%). "
-        f"Same documents, chunks, spans, texts and token counts in both stores: {'yes' if same else 'no'}. Largest "
-        f"difference of a vector's number: {difference:.0e} (at most {limits['vector_difference']:.0e})."
+        f"Ray's overhead without start-up: {result['overhead_percent']:.1f}% (at most "
+        f"{limits['overhead_percent']:.0f}%). Same documents, chunks, spans, texts and token counts in both stores: "
+        f"{'yes' if same else 'no'}. Largest difference of a vector's number: {difference:.1e} (at most "
+        f"{limits['vector_difference']:.0e})."
     )
     command = "`python benchmarks/ray_ingest.py`, raw result `ray_ingest.json`:"
     return [command, markdown_table(rows, columns), verdict]
