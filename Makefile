@@ -46,6 +46,7 @@ wheel: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/page_tables.py
+	$(BIN)/python docs/draft_tables.py
 
 # Last, so that its closing line ends the output. Small tensors are slower with threads that wait for each other.
 pytest: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)

@@ -89,9 +89,9 @@ def main() -> None:
     ways |= {f"transfer, eta {strength:g}": Drafting(drafter, Transfer(strength)) for strength in strengths}
     data = Path(os.environ["RAGKIT_DATA"]) if "RAGKIT_DATA" in os.environ else None
     questions = [one for one in grounded_questions(options.source, data, options.questions) if one.answers]
-    prompts = grounded_prompts(
-        questions, engine.prompt_builder(), engine.tokenizer, options.tokens, options.new_tokens
-    )  # fmt: skip
+    prompts = list(
+        grounded_prompts(questions, engine.prompt_builder(), engine.tokenizer, options.tokens, options.new_tokens)
+    )
     began = time.perf_counter()
     results: list[dict[str, Any]] = []
     while len(results) < len(prompts) and time.perf_counter() - began < options.time_limit:
