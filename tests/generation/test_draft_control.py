@@ -365,6 +365,27 @@ def test_lengths_of_a_model_come_near_the_best_of_all_fixed_lengths_and_never_fa
     assert got > 0.98
 
 
+# Plain steps by tokens before, of a pass as measured at the shape of Llama 3 8B on an H100; then of a draft's tokens.
+PASSES = {
+    8192: ((0, 1.0), (1, 1.04), (3, 1.05), (7, 1.09), (15, 1.13), (31, 1.23)),
+    32768: ((0, 1.0), (1, 1.01), (3, 1.02), (7, 1.05), (15, 1.11), (31, 1.26)),
+    130560: ((0, 1.0), (1, 1.035), (3, 1.04), (7, 1.06), (15, 1.15), (31, 1.43)),
+}
+PLAIN_MS = {8192: 6.93, 32768: 8.43, 130560: 12.9}
+
+
+@pytest.mark.parametrize("acceptance", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize(("first", "further"), [(7.43, 6.55), (6.52, 4.73)])
+@pytest.mark.parametrize("context", PASSES)
+def test_at_measured_costs_what_follows_an_answers_first_tokens_is_nowhere_slower(context, first, further, acceptance):
+    costs, plain = Table(passes=PASSES[context]), PLAIN_MS[context]
+    first, further = first / plain, further / plain
+    got = speed(acceptance, further, costs, tokens=256, seeds=24, first=first, warm_up=48)
+    assert got > 0.98
+    if context == 130560 and acceptance == 0.8:
+        assert got > 0.93 * ceiling(acceptance, further, costs, first)
+
+
 @pytest.mark.parametrize("acceptance", [0.5, 0.8])
 def test_lengths_are_found_where_costs_have_to_be_measured(acceptance):
     true = Table(scale=14.0)
