@@ -226,6 +226,17 @@ def test_removing_a_document_takes_its_pages_from_the_disk(collection, engine):
         assert pipeline.parts.paging._open is None
 
 
+def test_a_stream_goes_on_although_its_document_is_removed_meanwhile(collection, engine):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        expected = pipeline.query(QUESTION, document=uri).text
+    with open_blended(store, engine, PAGED) as pipeline:  # its pages lie on the disk alone
+        stream = pipeline.stream(QUESTION, document=uri)
+        begun = next(stream)
+        pipeline.remove([uri])
+        assert (begun + "".join(stream)).strip() == expected
+
+
 def test_answers_about_one_document_take_turns_token_by_token(collection, engine):
     store, uri = collection
     other = "What does the miller grind?"
