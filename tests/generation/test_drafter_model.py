@@ -1,6 +1,8 @@
 """Models that draft: another engine, and the target over a shorter prompt."""
 
+import math
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -22,7 +24,7 @@ from ragkit.generation.drafter_self import (
     short_prompts,
 )
 from ragkit.generation.engine import Engine
-from ragkit.generation.sampling import SamplingConfig
+from ragkit.generation.sampling import SamplingConfig, distribution
 from ragkit.generation.speculative_decode import Drafting
 from ragkit.types import Prompt, Segment
 
@@ -168,6 +170,41 @@ def test_equal_seeds_give_equal_answers_though_lengths_adapt(engine):
 
     assert tokens(3) == tokens(3)
     assert tokens(3) != tokens(4)
+
+
+@pytest.mark.parametrize(("drafter", "top_p"), [("another model", 0.8), ("two prompts of its own", 1.0)])
+def test_sampled_answers_that_a_model_drafts_have_the_distribution_of_the_target(engine, tmp_path, drafter, top_p):
+    """Chi-square over the first two tokens, of which the second is drafted: by a pair of models, and as a tree."""
+    config, runs, accepted = sampling(3, temperature=0.4, top_p=top_p), 300, 0
+    chosen = self_drafter(engine, context_tokens=4, width=2)
+    if drafter == "another model":
+        other = hf_model("llama")  # the target, and noise
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        other.save_pretrained(tmp_path)
+        write_tokenizer(tmp_path)
+        chosen = ModelDrafter("other", DraftModel.of(Engine.load(tmp_path, device="cpu", dtype="float32")), engine)
+    law, seen, ids = {}, Counter(), PROMPT.token_ids
+    first = distribution(engine.forward(ids).logits, config)
+    for token in first.topk(6).indices.tolist():
+        second = distribution(engine.forward([*ids, token]).logits, config)
+        law |= {(token, last): float(first[token] * second[last]) for last in second.topk(6).indices.tolist()}
+    for seed in range(runs):
+        finished = run(engine, replace(config, seed=seed), Drafting(chosen, limits=FIXED))
+        seen[finished.token_ids[:2]] += 1
+        accepted += finished.draft.accepted
+    cells = [cell for cell in law if law[cell] * runs >= 5]
+    rest = 1 - sum(law[cell] for cell in cells)
+    expected = [*(law[cell] * runs for cell in cells), rest * runs]
+    observed = [*(seen[cell] for cell in cells), runs - sum(seen[cell] for cell in cells)]
+    freedom = len(cells)
+    assert accepted > 5
+    assert freedom >= 4
+    assert rest * runs >= 5
+    statistic = sum((count - want) ** 2 / want for count, want in zip(observed, expected, strict=True))
+    score = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    assert 0.5 * math.erfc(score / math.sqrt(2)) > 1e-3
 
 
 def test_transfer_without_strength_is_the_target_and_with_strength_follows_the_drafter(engine, smaller):
