@@ -5,8 +5,7 @@
 
 Every way is compared with the first, the one that is chosen today, before it is timed; one that does not fit the device
 says so. 0 bits are plain numbers. Without `--all` only ways that were near the best before are tried, and those that
-add angles; with `--near` the one that is chosen with other numbers of programs. `merges_at_end` is where the parts of
-the one that is chosen are merged: by its last program where they are few, or by a kernel.
+add angles; with `--near` the one that is chosen with other numbers of programs.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--bits", type=int, nargs="+", default=[0, 8, 4], choices=[0, 8, 4])
     parser.add_argument("--all", action="store_true", help="try every way")
-    parser.add_argument("--near", action="store_true", help="try other numbers of programs alone, and other merges")
+    parser.add_argument("--near", action="store_true", help="try other numbers of programs alone")
     parser.add_argument("--device", default="cuda", help="cpu, with TRITON_INTERPRET=1 and few rows, tries the script")
     arguments = parser.parse_args()
     clock, ceiling = clock_and_ceiling(arguments.device)
@@ -82,7 +81,7 @@ def _tune(bits: int, rows: int, arguments: argparse.Namespace, clock: Clock, cei
     else:
         cuts = dict.fromkeys((*LIKELY[bits], *(OTHERS if arguments.all else ())))
         ways = [DecodeTile(*cut, adds, programs) for cut in cuts for adds in (False, True) for programs in PROGRAMS]
-    tiles = dict.fromkeys([chosen, chosen._replace(merges_at_end=False), *ways])
+    tiles = dict.fromkeys([chosen, *ways])
     fitting = [tile for tile in tiles if tile.rows <= key_group and shape.kv_heads % tile.heads == 0]
     options = {"bases": entry_bases(inputs[4]), "scale": scale}
     expected = launch_paged_decode_attention(*inputs, **options, tile=chosen).float()

@@ -5,8 +5,8 @@
 
 Kinds: a `buffer` of rows that are turned already, which a decoding step over pages attends to, and pages of a document
 as `numbers`, `int8` or `int4`, with a list for each key head. Every way is compared with the first before it is timed;
-one that does not fit the device says so. `merges_at_end` is whether the last program merges the parts, or a kernel
-behind it does, which a row without a tile is alone. `--near` tries no other rows, warps or stages.
+one that does not fit the device says so. A row without a tile is the merge of the parts alone, which every time holds.
+`--near` tries no other rows, warps or stages.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _timed(kind: str, inputs: tuple[Any, ...], clock: Clock, *, near: bool) -> l
         turns = (False,) if kind == "buffer" else (True, False)
         cuts = product(CUTS[kind], PROGRAMS[kind], turns)
         ways = [PageTile(*cut, programs, turned) for cut, programs, turned in cuts if cut[0] <= together]
-    ways = [chosen, chosen._replace(merges_at_end=False), *ways]
+    ways = [chosen, *ways]
     expected = launch_few_queries(*inputs, scale=scale, tile=chosen).float()
     found: list[dict[str, Any]] = []
     seen = set()

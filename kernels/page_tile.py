@@ -24,7 +24,6 @@ class PageTile(NamedTuple):
         warps, stages: of the program; `stages` tiles of keys and values are under way.
         programs: for each multiprocessor.
         turns_queries: back by where a tile stands, in the place of its rows forth by the same, where they are fewer.
-        merges_at_end: in the last program to finish, where the parts are few, and not in a kernel behind it.
     """
 
     rows: int
@@ -32,7 +31,6 @@ class PageTile(NamedTuple):
     stages: int
     programs: int
     turns_queries: bool
-    merges_at_end: bool = True
 
 
 def page_tile(

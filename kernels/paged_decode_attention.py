@@ -6,8 +6,7 @@
 
 Keys lie in the pool un-rotated (so chunk blocks are shared between requests and positions); every row has its own
 true position, and a row at `HIDDEN` is seen by no query, which is how replaced and unused rows are left out.
-The rows of a request are split over programs whose results are merged by their log-sum-exp, by the last program to
-finish where they are few.
+The rows of a request are split over programs whose results are merged by their log-sum-exp.
 
 Source: FlashDecoding's split of keys; online softmax of FlashAttention, arXiv 2205.14135, section 3.1; blocks of
 PagedAttention, arXiv 2309.06180. Cost: reads keys and values once; bandwidth bound.
@@ -23,7 +22,6 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.launched import launched
-from ragkit.kernels.merge_at_end import end_counters, merge_at_end, merges_at_end
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.paged_rows import (
     FIELD_ROWS,
@@ -66,7 +64,6 @@ class DecodeTile(NamedTuple):
         stages: of the pipeline that loads rows ahead.
         adds_angles: those of rows behind a row to its own, where `bases` says that they stand so.
         programs: for each multiprocessor.
-        merges_at_end: in the last program to finish, where the parts are few, and not in a kernel behind it.
     """
 
     heads: int
@@ -75,7 +72,6 @@ class DecodeTile(NamedTuple):
     stages: int
     adds_angles: bool = False
     programs: int = 4
-    merges_at_end: bool = True
 
 
 def paged_decode_attention(
@@ -165,26 +161,21 @@ def launch_paged_decode_attention(
     splits = num_splits(requests * kv_heads // tile.heads, max_entries, queries.device, tile.programs)
     partial = torch.empty((requests, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((requests, q_heads, splits), dtype=torch.float32, device=queries.device)
-    counters = None
-    if tile.merges_at_end and merges_at_end(tile.heads * group, splits, head_dim):
-        counters = end_counters(requests * kv_heads // tile.heads, queries.device)
     _paged_decode_attention_kernel[(requests, kv_heads // tile.heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, num_entries,
         query_positions, cos, sin, num_entries if bases is None else bases,
         queries if key_field is None else key_field, queries if value_field is None else value_field,
-        partial, weights, out, num_entries if counters is None else counters,
+        partial, weights,
         scale * 1.4426950408889634,  # the kernel works with powers of two
         max_entries, queries.stride(0),
         GROUP=group, VALUE_GROUPS=value_groups, PAIRS=max(_PAIRS, next_power_of_2(tile.heads * group * value_groups)),
         HEADS=tile.heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF_PADDED=max(16, next_power_of_2(head_dim // 2)),
         BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS, ROWS=tile.rows, SPLITS=splits, BITS=bits, KEY_GROUP=key_group,
         HAS_FIELD=key_field is not None, ADDS_ANGLES=tile.adds_angles and bases is not None,
-        MERGES=counters is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if counters is None:
-        merge_splits(partial, weights, out, backend=Backend.TRITON)
+    merge_splits(partial, weights, out, backend=Backend.TRITON)
     return out
 
 
@@ -258,12 +249,12 @@ def decode_tile(queries: Tensor, key_pool: Blocks, value_pool: Blocks) -> Decode
 def _paged_decode_attention_kernel(
     query_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
     table_ptr, row_position_ptr, num_entries_ptr, query_position_ptr, cos_ptr, sin_ptr, base_ptr,
-    key_field_ptr, value_field_ptr, partial_ptr, weight_ptr, out_ptr, counter_ptr,
+    key_field_ptr, value_field_ptr, partial_ptr, weight_ptr,
     scale_log2, max_entries, stride_qr,
     GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     FIELD_ROWS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
-    HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, MERGES: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with the query heads of HEADS key heads over one part of one request's blocks. A query head
     # stands in VALUE_GROUPS rows, one for each group of channels of the values: with the group's scale in the weights,
@@ -363,9 +354,3 @@ def _paged_decode_attention_kernel(
     out_mask = is_pair[:, None] & is_channel[None, :] & own_channel
     out = (summed + zeros[:, None]) / safe[:, None]
     tl.store(partial_ptr + out_at[:, None] * HEAD_DIM + channel[None, :], out, mask=out_mask)
-    if MERGES:
-        merge_at_end(
-            partial_ptr, weight_ptr, out_ptr, counter_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1),
-            request * KV_HEADS * GROUP + first_head * GROUP, HEADS * GROUP, 0, SPLITS,
-            HEADS * GROUP, HEAD_DIM, 2 * HALF_PADDED,
-        )  # fmt: skip

@@ -9,7 +9,7 @@ The drafted tokens of a request are a chain or a tree. All of them see every row
 no mask but its end; among themselves bit j of `ancestors[i]` says whether i sees j. The queries of all of a request's
 tokens that share a key head stand in one tile, so a row is read once for all of them, and a product of matrices that
 one token would leave nearly empty serves up to 16 rows of queries for nothing. The rows of a request are split over
-programs whose results are merged by their log-sum-exp, by the last to finish where they are few.
+programs whose results are merged by their log-sum-exp.
 
 Source: tree attention of SpecInfer, arXiv 2305.09781, section 4; FlashDecoding's split of keys; online softmax of
 FlashAttention, arXiv 2205.14135, section 3.1; blocks of PagedAttention, arXiv 2309.06180.
@@ -26,7 +26,6 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.launched import launched
-from ragkit.kernels.merge_at_end import end_counters, merge_at_end, merges_at_end
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.paged_rows import (
     FIELD_ROWS,
@@ -56,7 +55,6 @@ class VerifyTile(NamedTuple):
         stages: of the pipeline that loads rows ahead.
         adds_angles: whether rows that stand behind each other turn by the sum of two angles, that of the first row and
             one that stays in registers, instead of loading as many bytes of angles as of keys and values.
-        merges_at_end: in the last program to finish, where the parts are few, and not in a kernel behind it.
     """
 
     pairs: int
@@ -64,7 +62,6 @@ class VerifyTile(NamedTuple):
     warps: int
     stages: int
     adds_angles: bool = False
-    merges_at_end: bool = True
 
 
 def paged_verify_attention(
@@ -163,26 +160,22 @@ def launch_paged_verify_attention(
     partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
     bits, key_group, channel_group = stored_as(key_pool, value_pool)
-    counters = None
-    if tile.merges_at_end and merges_at_end(min(tile.pairs // group, drafted) * group, splits, head_dim):
-        counters = end_counters(requests * tiles * kv_heads, queries.device)
     _paged_verify_attention_kernel[(requests * tiles, kv_heads, splits)](
         queries, own_keys, own_values, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions,
         num_entries, first_positions, ancestors, cos, sin, num_entries if bases is None else bases,
         queries if key_field is None else key_field, queries if value_field is None else value_field,
-        partial, weights, out, num_entries if counters is None else counters,
+        partial, weights,
         scale * 1.4426950408889634,  # the kernel works with powers of two
         max_entries, drafted, tiles, queries.stride(0), own_keys.stride(0), own_values.stride(0),
         GROUP=group, PAIRS=tile.pairs, KV_HEADS=kv_heads, HEAD_DIM=head_dim,
         HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS,
         ROWS=tile.rows, OWN_ROWS=max(16, next_power_of_2(drafted)), SPLITS=splits, BITS=bits, KEY_GROUP=key_group,
         CHANNEL_GROUP=channel_group, HAS_FIELD=key_field is not None,
-        ADDS_ANGLES=tile.adds_angles and bases is not None, MERGES=counters is not None,
+        ADDS_ANGLES=tile.adds_angles and bases is not None,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if counters is None:
-        merge_splits(partial, weights, out, backend=Backend.TRITON)
+    merge_splits(partial, weights, out, backend=Backend.TRITON)
     return out
 
 
@@ -280,13 +273,12 @@ def _check_drafted(
 def _paged_verify_attention_kernel(
     query_ptr, own_key_ptr, own_value_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr,
     value_zero_ptr, table_ptr, row_position_ptr, num_entries_ptr, first_position_ptr, ancestor_ptr, cos_ptr, sin_ptr,
-    base_ptr, key_field_ptr, value_field_ptr, partial_ptr, weight_ptr, out_ptr, counter_ptr,
+    base_ptr, key_field_ptr, value_field_ptr, partial_ptr, weight_ptr,
     scale_log2, max_entries, drafted, tiles, stride_qt, stride_kt, stride_vt,
     GROUP: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, FIELD_ROWS: tl.constexpr, ROWS: tl.constexpr,
     OWN_ROWS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
-    CHANNEL_GROUP: tl.constexpr, HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, MERGES: tl.constexpr,
-    UPCAST: tl.constexpr,
+    CHANNEL_GROUP: tl.constexpr, HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with the query heads of one key head of some tokens of one request to one part of the
     # request's blocks; the program of the last part also to the tokens themselves.
@@ -388,11 +380,3 @@ def _paged_verify_attention_kernel(
     tl.store(weight_ptr + out_at, tl.where(total > 0, highest + tl.log2(safe), float("-inf")), mask=is_pair)
     out_mask = is_pair[:, None] & is_channel[None, :]
     tl.store(partial_ptr + out_at[:, None] * HEAD_DIM + channel[None, :], summed / safe[:, None], mask=out_mask)
-    if MERGES:
-        before = tile * (PAIRS // GROUP)  # tokens of the request in the tiles before
-        merge_at_end(
-            partial_ptr, weight_ptr, out_ptr, counter_ptr + tl.program_id(0) * KV_HEADS + kv_head,
-            (first_token + before) * (KV_HEADS * GROUP) + kv_head * GROUP,
-            tl.minimum(PAIRS // GROUP, drafted - before) * GROUP, KV_HEADS * GROUP, SPLITS,
-            GROUP, HEAD_DIM, 2 * HALF_PADDED,
-        )  # fmt: skip

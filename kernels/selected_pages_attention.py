@@ -7,13 +7,13 @@
 A list holds the sinks, the pages chosen and the local window, ascending, so "up to the own row" is causal and all there
 is to mask. Which pages are listed and how many rows are seen is known on the device alone; launches depend on shapes.
 
-Few queries: a program attends over some of the pages, and the parts are merged, by the last program to finish where
-they are few. R(p + r) = R(p) R(r), so the angles of a row come of those of a tile of rows, p, and of its place in the
-tile, r. The latter are the same for all tiles and stay in registers; from a table of all positions, angles would be as
-many bytes as the keys and values. R(p) turns the keys, or back the queries, which are fewer. Values are met by halves,
-as keys are, and codes of values as they lie: the scales are in the weights, the zeros apart. Many queries: the pages
-are packed and rotated once, and `selected_attention` runs over them. One list for all heads with a position a row, of
-several requests at once, is what `paged_decode_attention` takes.
+Few queries: a program attends over some of the pages, and the parts are merged. R(p + r) = R(p) R(r), so the angles of
+a row come of those of a tile of rows, p, and of its place in the tile, r. The latter are the same for all tiles and
+stay in registers; from a table of all positions, angles would be as many bytes as the keys and values. R(p) turns the
+keys, or back the queries, which are fewer. Values are met by halves, as keys are, and codes of values as they lie: the
+scales are in the weights, the zeros apart. Many queries: the pages are packed and rotated once, and
+`selected_attention` runs over them. One list for all heads with a position a row, of several requests at once, is what
+`paged_decode_attention` takes.
 
 Source: split of the keys: FlashDecoding; online softmax: FlashAttention, arXiv 2205.14135, section 3.1; pages with
 positions of their own: TokenSelect, arXiv 2411.02886. Cost: reads the listed rows once (few queries, bandwidth bound),
@@ -29,7 +29,6 @@ from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.gather_pages import PageLists, check_page_lists, gather_pages, gather_pages_torch, list_strides
 from ragkit.kernels.launched import launched
-from ragkit.kernels.merge_at_end import end_counters, merge_at_end, merges_at_end
 from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.page_tile import PageTile, num_splits, page_tile
 from ragkit.kernels.paged_rows import (
@@ -131,26 +130,21 @@ def launch_few_queries(
     splits = num_splits(programs, listed, tile, queries.device)
     partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
-    counters = None
-    if tile.merges_at_end and tiles == 1 and merges_at_end(packed, splits, head_dim):
-        counters = end_counters(kv_heads, queries.device)
     is_turned = len(cos) == 1  # all pages stand at 0 then
     turns_queries = tile.turns_queries and pairs <= tile.rows
     _few_queries_kernel[(tiles, kv_heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), lists.pages, lists.positions,
-        lists.pages if lists.blocks is None else lists.blocks, last_rows, cos, sin, partial, weights, out,
-        last_rows if counters is None else counters,
+        lists.pages if lists.blocks is None else lists.blocks, last_rows, cos, sin, partial, weights,
         scale * _LOG2_E, packed, listed, splits, len(cos), queries.stride(0), *list_strides(lists),
         GROUP=group, VALUE_GROUPS=value_groups, PAIRS=pairs, KV_HEADS=kv_heads, HALF=head_dim // 2,
         HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), BLOCK_SIZE=block_size, ROWS=tile.rows, BITS=bits,
         KEY_GROUP=key_group, HAS_BLOCKS=lists.blocks is not None,
         TURNS_KEYS=not (is_turned or turns_queries), TURNS_QUERIES=turns_queries and not is_turned,
-        STAGES=tile.stages, MERGES=counters is not None,
+        STAGES=tile.stages,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps,
     )  # fmt: skip
-    if counters is None:
-        merge_splits(partial, weights, out, backend=Backend.TRITON)
+    merge_splits(partial, weights, out, backend=Backend.TRITON)
     return out
 
 
@@ -191,11 +185,11 @@ def _check_inputs(
 def _few_queries_kernel(
     query_ptr, key_ptr, key_scale_ptr, key_zero_ptr, value_ptr, value_scale_ptr, value_zero_ptr,
     page_ptr, page_position_ptr, block_ptr, last_row_ptr, cos_ptr, sin_ptr, partial_ptr, weight_ptr,
-    out_ptr, counter_ptr, scale_log2, packed, listed, splits, angles, stride_qt, stride_list, stride_position,
+    scale_log2, packed, listed, splits, angles, stride_qt, stride_list, stride_position,
     GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr,
     HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     KEY_GROUP: tl.constexpr, HAS_BLOCKS: tl.constexpr, TURNS_KEYS: tl.constexpr, TURNS_QUERIES: tl.constexpr,
-    STAGES: tl.constexpr, MERGES: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with PAIRS queries (heads within tokens) of one key head over one part of its pages. A query
     # stands in VALUE_GROUPS rows, one for each group of channels in a half of the values: with the group's scale in the
@@ -325,11 +319,6 @@ def _few_queries_kernel(
     partial_at = partial_ptr + out_at[:, None] * HEAD_DIM + half[None, :]
     tl.store(partial_at, (summed_first + zero_first[:, None]) / safe[:, None], mask=out_mask)
     tl.store(partial_at + HALF, (summed_second + zero_second[:, None]) / safe[:, None], mask=out_mask)
-    if MERGES:  # one tile has all queries
-        merge_at_end(
-            partial_ptr, weight_ptr, out_ptr, counter_ptr + kv_head, kv_head * GROUP, packed, KV_HEADS * GROUP, splits,
-            GROUP, HEAD_DIM, 2 * HALF_PADDED,
-        )  # fmt: skip
 
 
 @jit

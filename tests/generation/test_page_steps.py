@@ -140,7 +140,7 @@ def test_a_step_that_keeps_its_pages_launches_the_rotation_and_attention_alone(l
             steps.step([], [6])
     assert attend.stays_on_device
     of_pages = [name for name in launches if name not in ("_add_rms_norm_kernel", "_silu_mul_kernel")]
-    assert Counter(of_pages) == {"_rope_write_kv_kernel": 2, "_few_queries_kernel": 2}
+    assert Counter(of_pages) == {"_rope_write_kv_kernel": 2, "_few_queries_kernel": 2, "_merge_splits_kernel": 2}
     assert watched.launched["index_copy_"] == 2
 
 

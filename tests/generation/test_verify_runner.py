@@ -225,7 +225,7 @@ def test_preparing_writes_no_row_of_a_request(scene, monkeypatch):
 @pytest.mark.parametrize(
     ("pending", "by_reader", "by_drafter"),
     [
-        (1, [], [1]), (2, [], [2]), (3, [16], []), (17, [32], []), (32, [32], []), (34, [32], [2]), (45, [32, 16], []),
+        (1, [], [1]), (2, [], [2]), (3, [3], []), (17, [17], []), (32, [32], []), (34, [32], [2]), (45, [32, 13], []),
         (129, [128], [1]),
     ],
 )  # fmt: skip
@@ -234,16 +234,22 @@ def test_what_a_draft_is_behind_by_more_than_two_tokens_is_read_by_the_reader(
 ):
     reader, read = decoder_of(hf_model("llama")), []
     reader.weights = scene.decoder.weights
-    for decoder in (reader, scene.decoder):
-        run = decoder.run
-        monkeypatch.setattr(
-            decoder, "run", lambda ids, attend, run=run, own=decoder: read.append((own, len(ids))) or run(ids, attend)
-        )
+    verify, extend = VerifyRunner.verify, FullPrefill.extend
+
+    def verified(self, states, tokens, trees):
+        read.append((self._decoder, 1 + len(trees[0])))
+        return verify(self, states, tokens, trees)
+
+    def extended(self, decoder, kv, rotary, ids):
+        read.append((decoder, len(ids)))
+        return extend(self, decoder, kv, rotary, ids)
+
     drafts = DraftRunner(scene.decoder, scene.pool, scene.steps.scratch_slot, reader)
     state = scene.request(20, room=140)
+    monkeypatch.setattr(VerifyRunner, "verify", verified)
+    monkeypatch.setattr(FullPrefill, "extend", extended)
     drafts.draft([state], [[*range(10, 10 + pending)]], 3)
-    forwards = [(reader, count) for count in by_reader] + [(scene.decoder, count) for count in by_drafter]
-    assert read[1:] == forwards + [(scene.decoder, 1)] * 2  # the first read the prompt
+    assert read == [(reader, count) for count in by_reader] + [(scene.decoder, count) for count in by_drafter]
     state.kv.release()
 
 

@@ -177,16 +177,6 @@ def test_angles_that_are_added_are_those_of_the_table(head_dim, factor, device, 
     assert_matches(got, paged_decode_attention_torch(*inputs, scale=0.2), reduced=4)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_parts_merged_by_the_last_program_are_those_merged_by_a_kernel(heads, device, rng):
-    inputs = _inputs((250, 40, 0, 200), 6, 2, 80, torch.float32, device, rng)
-    both = [
-        launch_paged_decode_attention(*inputs, scale=0.2, tile=DecodeTile(heads, 32, 4, 2, merges_at_end=own))
-        for own in (True, False)
-    ]
-    assert_matches(both[0], both[1], reduced=4)
-
-
 def test_bases_of_another_shape_are_refused(device, rng):
     inputs = _inputs((5,), 4, 2, 32, torch.float32, device, rng)
     with pytest.raises(KernelInputError, match="bases must be"):

@@ -228,17 +228,6 @@ def test_angles_that_are_added_are_those_of_the_table(head_dim, factor, device, 
     assert_matches(got, paged_verify_attention_torch(*inputs, scale=SCALE), reduced=4)
 
 
-@pytest.mark.parametrize(("drafted", "pairs"), [(3, 16), (7, 16)])
-def test_parts_merged_by_the_last_program_are_those_merged_by_a_kernel(drafted, pairs, device, rng):
-    inputs = _inputs((130, 0, 64), drafted, 6, 2, 80, torch.float32, device, rng)
-    tile = VerifyTile(pairs, 32, 4, 2)
-    both = [
-        launch_paged_verify_attention(*inputs, scale=SCALE, tile=tile._replace(merges_at_end=own))
-        for own in (True, False)
-    ]
-    assert_matches(both[0], both[1], reduced=4)
-
-
 def test_bases_of_another_shape_are_refused(device, rng):
     inputs = _inputs((5,), 2, 4, 2, 32, torch.float32, device, rng)
     with pytest.raises(KernelInputError, match="bases must be"):

@@ -127,16 +127,6 @@ def test_queries_turned_back_are_keys_turned_forth(dtype, bits, device, rng):
     assert_matches(both[0].to(dtype), both[1], reduced=4)
 
 
-@pytest.mark.parametrize(("tokens", "bits"), [(1, 0), (5, 0), (1, 8)])
-def test_parts_merged_by_the_last_program_are_those_merged_by_a_kernel(tokens, bits, device, rng):
-    inputs = _inputs(tokens, 7, 6, 2, 80, torch.float32, device, rng, spare=0)
-    if bits:
-        inputs[1:3] = _as_codes(inputs[1:3], bits)
-    tile = page_tile(inputs[1], inputs[2], torch.float32, device, is_turned=False)
-    both = [launch_few_queries(*inputs, scale=0.2, tile=tile._replace(merges_at_end=own)) for own in (True, False)]
-    assert_matches(both[0], both[1], reduced=4)
-
-
 @pytest.mark.parametrize("bits", [0, 8, 4])
 @pytest.mark.parametrize("factor", [1.0, 1.3])
 def test_rows_that_are_turned_already_need_a_table_of_one_row(factor, bits, device, rng):
