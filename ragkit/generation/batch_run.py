@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ragkit.config import BatchConfig
 from ragkit.errors import CacheCapacityError, GenerationError, RagkitError
@@ -96,14 +97,17 @@ class BatchRun:
         results = [self._refused(entry) for entry in step.refused]
         self._open(step)
         self._count(step)
+        decodes = [self._jobs[entry] for entry in step.decodes if self._reserve(self._jobs[entry], step)]
+        # A GPU computes the pass while the host prepares what strategies launch; the tokens are taken after both.
+        is_ahead = bool(step.by_strategy) and bool(decodes or step.pieces) and not any(job.drafted for job in decodes)
+        rows = self._rows(decodes, step) if is_ahead else None
         for entry in step.by_strategy:
             results += self._prefill(self._jobs[entry])
         if step.started or step.by_strategy:
             self._count_bytes()
-        decodes = [self._jobs[entry] for entry in step.decodes if self._reserve(self._jobs[entry], step)]
         self._supply.settle()
         if decodes or step.pieces:
-            results += self._compute(decodes, step)
+            results += self._compute(decodes, step, rows)
         results += self._gave_up
         self._gave_up = []
         self._stats.steps += 1
@@ -112,21 +116,26 @@ class BatchRun:
         self._scheduler.preemptions = self._scheduler.repeated_tokens = 0
         return results
 
-    def _compute(self, decodes: Sequence[BatchJob], step: BatchStep) -> list[BatchResult]:
-        """Run the step's passes and take what they bring; return what ended."""
+    def _rows(self, decodes: Sequence[BatchJob], step: BatchStep) -> Tensor:
+        """Return the logits of the step's pass, for which a GPU need not be waited."""
+        requests, last = [job.rows for job in decodes], [job.answer[-1] for job in decodes]
+        return self._runner.step(requests, last, [self._packed_piece(piece) for piece in step.pieces])
+
+    def _compute(self, decodes: Sequence[BatchJob], step: BatchStep, rows: Tensor | None) -> list[BatchResult]:
+        """Run the step's pass, unless `rows` are its logits, and take what it brings; return what ended."""
         pieces = step.pieces
         granted = {self._jobs[entry]: rows for entry, rows in step.drafts.items() if entry in self._jobs}
         trees = self._drafts.trees(decodes, granted) if granted else [DraftTree()] * len(decodes)
         is_drafted = any(len(tree) for tree in trees)
         before = [job.rows.kv.num_tokens for job in decodes]
         started = time.perf_counter()
-        requests, last = [job.rows for job in decodes], [job.answer[-1] for job in decodes]
         if is_drafted:
             self._stats.verify_steps += 1
+            requests, last = [job.rows for job in decodes], [job.answer[-1] for job in decodes]
             logits = self._runner.verify(requests, last, trees)
             likeliest = likeliest_tokens(logits)
         else:
-            rows = self._runner.step(requests, last, [self._packed_piece(piece) for piece in pieces])
+            rows = self._rows(decodes, step) if rows is None else rows
             logits = list(rows.unsqueeze(1))
             likeliest = rows.argmax(dim=-1).unsqueeze(1).tolist()  # the host waits once for all of them
         self._stats.mixed_steps += bool(decodes and pieces)

@@ -9,6 +9,7 @@ import pytest
 from ragkit.config import BatchConfig, BlendRows
 from ragkit.generation.batch_engine import BatchEngine
 from ragkit.generation.batch_request import BatchRequest
+from ragkit.generation.batch_runner import BatchRunner
 from ragkit.generation.blend_prefill import BlendOptions, BlendPrefill
 from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.decode_runner import DecodeRunner
@@ -69,4 +70,26 @@ def test_blended_answers_are_those_of_single_requests(tiny_folder, rows, is_page
     assert stats.prefill_tokens_reused > 0
     # The two requests with full prefill share their beginning in any case.
     assert (1.2 * stats.kv_bytes_peak < stats.kv_bytes_listed_peak) == (rows is BlendRows.SHARED)
+    blend.kv_store.close()
+
+
+def test_the_pass_of_a_step_is_launched_before_what_a_strategy_prefills_in_it(tiny_folder, monkeypatch):
+    engine = Engine.load(tiny_folder, device="cpu", dtype="float32", kv_tokens=64 * 80)
+    blend, done = blend_of(engine, BlendRows.PRIVATE), []
+    step, prefill = BatchRunner.step, BlendPrefill.prefill
+
+    def stepped(self, decodes, token_ids, pieces):
+        done.append(f"a pass of {len(decodes)}")
+        return step(self, decodes, token_ids, pieces)
+
+    def prefilled(self, decoder, request):
+        done.append("a blend")
+        return prefill(self, decoder, request)
+
+    monkeypatch.setattr(BatchRunner, "step", stepped)
+    monkeypatch.setattr(BlendPrefill, "prefill", prefilled)
+    made = [BatchRequest(str(index), prompt(0, 1, question=index), SAMPLING, blend, 0.3) for index in range(3)]
+    assert all(one.error is None for one in BatchEngine(engine, BatchConfig(100)).run(made))
+    # A GPU is at work while the host makes the launches of a blend; its first one finds nobody who decodes.
+    assert done[:5] == ["a blend", "a pass of 1", "a blend", "a pass of 2", "a blend"]
     blend.kv_store.close()
