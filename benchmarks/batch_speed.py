@@ -15,7 +15,9 @@ would be 134 GB), and in the KV pool as far as the tier there has room.
 On a CPU: the bundled model answers 60 questions over examples/collection, 64 tokens forced, by `Pipeline.query` in a
 loop and by `Pipeline.query_many`; where tokens differ, the two best logits there are compared with the noise of shapes.
 
-    python benchmarks/batch_speed.py --cpu
+    python benchmarks/batch_speed.py --cpu [--strategy blend]
+
+By default these prompts are prefilled whole (`blend.min_tokens`); with `--strategy blend` chunk KV is made before.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from batch_collection import on_collection
 from batch_random_model import TINY, Scale, on_random_model
 from report import write_result
 
+from ragkit.config import Strategy
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,11 +42,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="of the batch")
     parser.add_argument("--full-requests", type=int, help="of the comparison of sharing")
     parser.add_argument("--questions", type=int, default=60, help="with --cpu")
+    parser.add_argument("--strategy", default="auto", choices=["auto", "full", "blend"], help="with --cpu")
     parser.add_argument("--rounds", type=int, default=1, help="with --cpu")
     arguments = parser.parse_args()
     if arguments.cpu:
-        result = on_collection(arguments.questions, arguments.rounds)
-        print(f"\nraw numbers: {write_result('batch_speed_cpu', result)}")
+        result = on_collection(arguments.questions, arguments.rounds, Strategy(arguments.strategy))
+        name = "batch_speed_cpu" + ("_blend" if arguments.strategy == "blend" else "")
+        print(f"\nraw numbers: {write_result(name, result)}")
         return
     scale = TINY if arguments.tiny else Scale()
     scale = dataclasses.replace(
