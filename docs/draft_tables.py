@@ -8,40 +8,22 @@ runs of one script (`--name`) stand behind each other.
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-DOCS = Path(__file__).resolve().parent
-RESULTS = DOCS.parent / "benchmarks" / "results"
+from result_tables import DOCS, Record, origin, records, write_or_check
+
 PAGE = DOCS / "speculative.md"
-_BEGIN, _END = "<!-- {} -->", "<!-- end -->"
 _NAMED = ("generator", "device", "dtype", "source", "sources", "tokens", "questions", "drafters", "name")  # in commands
-
-Record = Mapping[str, Any]
-
-
-def page(text: str, results: Path = RESULTS) -> str:
-    """Return the page with every table anew."""
-    for name, table in TABLES.items():
-        content = table(results)
-        body = f"{_BEGIN.format(name)}\n{content}{_END}"
-        pattern = re.escape(_BEGIN.format(name)) + r"\n.*?" + re.escape(_END)
-        text, count = re.subn(pattern, lambda _, body=body: body, text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"{PAGE.name} must have one place for the table {name!r}, it has {count}")
-    return text
 
 
 def pass_table(results: Path) -> str:
     """Return what passes over several tokens cost beside a plain step."""
     rows = [
         (f"{row['context']:,}", str(row["tokens"] or "a plain step"), f"{row['ms']:.2f}", f"{row['ratio']:.3f}")
-        for record in _records(results, "speculative_speed")
+        for _, record in records(results, "speculative_speed")
         for row in record["result"]["passes"]
     ]
     return _speed(results, ("tokens before", "tokens of the pass", "ms", "times a plain step"), rows)
@@ -51,7 +33,7 @@ def step_table(results: Path) -> str:
     """Return what drafted tokens cost."""
     rows = [
         (row["drafter"], f"{row['context']:,}", f"{row['first_ms']:.2f}", f"{row['ms']:.2f}")
-        for record in _records(results, "speculative_speed")
+        for _, record in records(results, "speculative_speed")
         for row in record["result"]["drafts"]
     ]
     return _speed(results, ("drafter", "tokens before", "the first token, ms", "each further one, ms"), rows)
@@ -66,7 +48,7 @@ def loop_table(results: Path) -> str:
             f"{row['drafted_per_pass']:.2f}" if row["begun"] else "not begun",
             f"{row['stood_share']:.2f} of {row['looked_at']}" if row.get("looked_at") else "",
         )
-        for record in _records(results, "speculative_speed")
+        for _, record in records(results, "speculative_speed")
         for row in record["result"]["loops"]
     ]  # fmt: skip
     heading = (
@@ -79,7 +61,7 @@ def loop_table(results: Path) -> str:
 def acceptance_table(results: Path) -> str:
     """Return how many drafted tokens stand on grounded questions, and how much sooner answers come."""
     parts = []
-    for record in _records(results, "draft_acceptance"):
+    for _, record in records(results, "draft_acceptance"):
         rows = [
             (
                 source, row["drafter"], str(row["answers"]), f"{row['prompt_tokens']:,.0f}",
@@ -100,7 +82,7 @@ def acceptance_table(results: Path) -> str:
 def runs_table(results: Path) -> str:
     """Return how many of 16 drafted tokens stand, pass after pass."""
     parts = []
-    for record in _records(results, "draft_runs"):
+    for _, record in records(results, "draft_runs"):
         rows = [
             (row["drafter"], str(row["passes"]), f"{row['proposed']:.1f}", f"{row['stood']:.2f}",
              f"{row['acceptance']:.2f}")
@@ -114,7 +96,7 @@ def runs_table(results: Path) -> str:
 def quality_table(results: Path) -> str:
     """Return what `transfer` does to answers."""
     parts = []
-    for record in _records(results, "draft_quality"):
+    for _, record in records(results, "draft_quality"):
         rows = [(row["way"], row["score"], row["against target"], row["stood"]) for row in record["result"]["rows"]]
         heading = ("answered by", "score (95%)", "against the target alone (95%)", "stood")
         text = f"{record['result']['prompts']} prompts. {_origin(record, 'draft_quality')}"
@@ -128,25 +110,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
 }  # fmt: skip
 
 
-def main() -> int:
-    """Write the page, or compare it with what is there."""
-    current = PAGE.read_text(encoding="utf-8")
-    wanted = page(current)
-    if "--check" in sys.argv[1:]:
-        if current != wanted:
-            sys.stderr.write(f"{PAGE.name} is out of date: run `make docs`\n")
-        return int(current != wanted)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
-
-
-def _records(results: Path, name: str) -> Iterator[Record]:
-    for path in sorted(results.glob(f"{name}*.json")):
-        yield json.loads(path.read_text(encoding="utf-8"))
-
-
 def _speed(results: Path, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    origins = [_origin(record, "speculative_speed") for record in _records(results, "speculative_speed")]
+    origins = [_origin(record, "speculative_speed") for _, record in records(results, "speculative_speed")]
     return "\n".join([_table(heading, rows), *origins]) if rows else ""
 
 
@@ -159,12 +124,8 @@ def _origin(record: Record, script: str) -> str:
     options = record["result"].get("options", {})
     flags = [f"--{key} {shlex.quote(_short(options[key]))}" for key in _NAMED if key in options]
     flags += ["--quote"] * bool(options.get("quote"))
-    machine = record.get("machine", {})
-    where = ", ".join(machine.get("gpus", ())) or str(machine.get("cpu", "machine unknown"))
-    return (
-        f"`{' '.join([f'python benchmarks/{script}.py', *flags])}` at commit {record['commit'][:7]}, "
-        f"{record['date'][:10]}, {where}. Raw numbers: `benchmarks/results/{record['benchmark']}.json`.\n"
-    )
+    command = " ".join([f"python benchmarks/{script}.py", *flags])
+    return origin(record, command, record["benchmark"]) + "\n"
 
 
 def _short(value: object) -> str:
@@ -173,4 +134,4 @@ def _short(value: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, TABLES))

@@ -14,43 +14,29 @@ pages_ruler_131072.json. They make one table.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parent
-RESULTS = DOCS.parent / "benchmarks" / "results"
+from result_tables import DOCS, RESULTS, machine_of, origin, records, write_or_check
+
 PAGE, HEAT_MAP = DOCS / "pages.md", DOCS / "needle_heat_map.svg"
-_BEGIN, _END = "<!-- {} -->", "<!-- end -->"
 
 Row = Mapping[str, Any]
 
 
-def page(text: str, results: Path = RESULTS) -> str:
-    """Return the page with every table anew."""
-    for name, table in TABLES.items():
-        content = table(results)
-        body = f"{_BEGIN.format(name)}\n{content}{_END}"
-        pattern = re.escape(_BEGIN.format(name)) + r"\n.*?" + re.escape(_END)
-        text, count = re.subn(pattern, lambda _, body=body: body, text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"{PAGE.name} must have one place for the table {name!r}, it has {count}")
-    return text
-
-
 def decode_table(results: Path) -> str:
     """Return what a token costs over documents of several lengths, and what reading one does."""
-    records = _records(results, "pages_speed")
-    if not records:
+    found = records(results, "pages_speed")
+    if not found:
         return ""
     lines = [
         "| tokens | pages | layers a choice | GB of pages | ms a token | times the shortest | attention, ms "
         "| selection, of the step |",
         "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for _, record in records:
+    for _, record in found:
         for row in record["result"]["decode"]:
             layers = record["result"].get("pages", {}).get("layer_interval", "1")
             lines.append(
@@ -58,22 +44,22 @@ def decode_table(results: Path) -> str:
                 f"{row['times_8k']:.2f} | {row['attention_ms']:.2f} | {row['selection_share']:.1%} |"
             )
     lines.append("")
-    for name, record in records:
+    for name, record in found:
         command = " ".join(("python benchmarks/pages_speed.py", *record["result"].get("arguments", ())))
-        lines += [*_sentences(record["result"]), _origin(record, command, f"{name}.json"), ""]
+        lines += [*_sentences(record["result"]), origin(record, command, name), ""]
     return "\n".join(lines[:-1]) + "\n"
 
 
 def second_question_table(results: Path) -> str:
     """Return how soon a question about a stored document gets its first token."""
-    record = _record(results / "pages_second_question.json")
+    record = _record(results / "pages_second_question")
     if record is None:
         return ""
     lines = ["| pages from | first token, ms | tokens |", "|---|---:|---:|"]
     for row in record["result"]["rows"]:
         lines.append(f"| {row['pages_from']} | {row['first_token_ms']:,.0f} | {row['tokens']:,} |")
     command = "python benchmarks/pages_second_question.py MODEL TEXT"
-    lines += ["", _origin(record, command, "pages_second_question.json")]
+    lines += ["", origin(record, command, "pages_second_question")]
     return "\n".join(lines) + "\n"
 
 
@@ -94,15 +80,15 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 def write_heat_map(results: Path = RESULTS, path: Path = HEAT_MAP) -> bool:
     """Draw the heat map of the needles beside the page; return whether there are any."""
-    records = _records(results, "pages_needle")
-    if not records:
+    found = records(results, "pages_needle")
+    if not found:
         return False
     from ragkit.bench.long_plots import heat_map_file, write_heat_map
     from ragkit.bench.long_report import HeatCell, LongReport
 
-    drawn = [record for _, record in records if _model(record) == _model(records[0][1])]
+    drawn = [record for _, record in found if _model(record) == _model(found[0][1])]
     cells = [HeatCell(**cell) for record in drawn for cell in record["cells"]]
-    report = LongReport([], cells, [], [], records[0][1]["settings"], 0.0)
+    report = LongReport([], cells, [], [], found[0][1]["settings"], 0.0)
     assert path.name == heat_map_file("needle"), "drawn by the same code as `--plot` draws"
     write_heat_map(report, "needle", "depth", path.parent)
     return True
@@ -110,24 +96,19 @@ def write_heat_map(results: Path = RESULTS, path: Path = HEAT_MAP) -> bool:
 
 def main() -> int:
     """Write the page and the figure, or compare the page with what is there."""
-    current = PAGE.read_text(encoding="utf-8")
-    wanted = page(current)
-    if "--check" in sys.argv[1:]:
-        if current != wanted:
-            sys.stderr.write(f"{PAGE.name} is out of date: run `make docs`\n")
-        return int(current != wanted)
-    PAGE.write_text(wanted, encoding="utf-8")
-    write_heat_map()
-    return 0
+    code = write_or_check(PAGE, TABLES)
+    if "--check" not in sys.argv[1:]:
+        write_heat_map()
+    return code
 
 
 def _quality(results: Path, name: str, before: Sequence[str]) -> str:
-    records = _records(results, f"pages_{name}")
-    if not records:
+    raw = records(results, f"pages_{name}")
+    if not raw:
         return ""
-    models = dict.fromkeys(_model(record) for _, record in records)
+    models = dict.fromkeys(_model(record) for _, record in raw)
     found: dict[tuple[str, str], dict[int, Row]] = {}
-    for _, record in records:
+    for _, record in raw:
         model = "" if len(models) == 1 else f", {_model(record)}"
         for row in record["rows"]:
             found.setdefault((row["strategy"] + model, row["task"]), {})[row["length"]] = row
@@ -138,11 +119,11 @@ def _quality(results: Path, name: str, before: Sequence[str]) -> str:
         cells = " | ".join(_score(by_length.get(length)) for length in lengths)
         lines.append(f"| {strategy} | {task} | {cells} |")
     lines += ["", "Score in percent with its 95% interval.", ""]
-    for file, record in records:
+    for file, record in raw:
         asked = ", ".join(f"{length:,}" for length in record["settings"].get("lengths", lengths))
         ended = "; it was ended before its end" if record.get("interrupted") else ""
         lines.append(
-            f"- {asked} tokens: {_model(record)}, {record['date'][:10]}, {_machine(record)}{ended}. Raw numbers: "
+            f"- {asked} tokens: {_model(record)}, {record['date'][:10]}, {machine_of(record)}{ended}. Raw numbers: "
             f"`benchmarks/results/{file}.json`."
         )
     return "\n".join(lines) + "\n"
@@ -181,24 +162,6 @@ def _sentences(result: Mapping[str, Any]) -> Iterator[str]:
 def _of_copy(full: Row) -> str:
     share = full.get("attend_share_of_copy")
     return "" if share is None else f", {share:.0%} of what a copy reaches in the same run"
-
-
-def _origin(record: Mapping[str, Any], command: str, name: str) -> str:
-    return (
-        f"`{command}` at commit {record['commit'][:7]}, {record['date'][:10]}, {_machine(record)}. Raw numbers: "
-        f"`benchmarks/results/{name}`."
-    )
-
-
-def _machine(record: Mapping[str, Any]) -> str:
-    machine = record.get("machine", {})
-    return ", ".join(machine.get("gpus", ())) or str(machine.get("cpu", "machine unknown"))
-
-
-def _records(results: Path, name: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the name and the content of every raw file whose name begins with `name`, in their order."""
-    paths = sorted(results.glob(f"{name}*.json"), key=lambda path: path.stem)
-    return [(path.stem, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def _record(path: Path) -> dict[str, Any] | None:

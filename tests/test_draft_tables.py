@@ -1,8 +1,8 @@
-import importlib.util
 import json
 from pathlib import Path
 
-import pytest
+import draft_tables as tables
+import result_tables
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FACTS = {"commit": "0123456789", "date": "2026-01-02T03:04:05+00:00", "machine": {"gpus": ["H100"]}}
@@ -12,31 +12,23 @@ LOOP = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def tables():
-    spec = importlib.util.spec_from_file_location("draft_tables", DOCS / "draft_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def written(folder, name, result):
     record = {**FACTS, "benchmark": name, "result": result}
     (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
 
 
-def test_the_page_holds_the_tables_of_the_raw_results(tables):
+def test_the_page_holds_the_tables_of_the_raw_results():
     current = (DOCS / "speculative.md").read_text(encoding="utf-8")
-    assert tables.page(current) == current
+    assert result_tables.with_tables(current, tables.TABLES, result_tables.RESULTS) == current
 
 
-def test_a_table_that_nobody_measured_is_left_out(tables, tmp_path):
-    text = tables.page((DOCS / "speculative.md").read_text(encoding="utf-8"), tmp_path)
+def test_a_table_that_nobody_measured_is_left_out(tmp_path):
+    text = result_tables.with_tables((DOCS / "speculative.md").read_text(encoding="utf-8"), tables.TABLES, tmp_path)
     for name in tables.TABLES:
         assert f"<!-- {name} -->\n<!-- end -->" in text
 
 
-def test_loops_are_shown_with_their_ceiling_and_what_stood(tables, tmp_path):
+def test_loops_are_shown_with_their_ceiling_and_what_stood(tmp_path):
     idle = {**LOOP, "drafter": "self-4bit", "begun": False, "looked_at": 0}
     written(tmp_path, "speculative_speed", {"loops": [LOOP, idle]})
     table = tables.loop_table(tmp_path)
@@ -45,7 +37,7 @@ def test_loops_are_shown_with_their_ceiling_and_what_stood(tables, tmp_path):
     assert "`python benchmarks/speculative_speed.py` at commit 0123456, 2026-01-02, H100." in table
 
 
-def test_runs_of_one_script_stand_behind_each_other_with_their_commands(tables, tmp_path):
+def test_runs_of_one_script_stand_behind_each_other_with_their_commands(tmp_path):
     row = {"drafter": "lookup", "passes": 85, "proposed": 8.79, "stood": 3.58, "acceptance": 0.82}
     for name, quote in (("draft_runs", False), ("draft_runs_quote", True)):
         options = {"generator": "/models/small.gguf", "tokens": 31000, "quote": quote, "name": name}
@@ -55,7 +47,7 @@ def test_runs_of_one_script_stand_behind_each_other_with_their_commands(tables, 
     assert "draft_runs.py --generator small.gguf --tokens 31000 --name draft_runs_quote --quote` at commit" in table
 
 
-def test_speeds_and_scores_stand_with_their_intervals(tables, tmp_path):
+def test_speeds_and_scores_stand_with_their_intervals(tmp_path):
     row = {"drafter": "lookup", "answers": 8, "prompt_tokens": 7590.0, "acceptance": 0.5, "per_pass": 2.0,
            "ms_per_token": 59.6, "speed": [1.7, 1.5, 1.9], "same": 1.0}  # fmt: skip
     written(tmp_path, "draft_acceptance", {"options": {}, "sources": {"xquad": {"rows": [row]}}})

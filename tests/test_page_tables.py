@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
+import page_tables as tables
 import pytest
+import result_tables
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FACTS = {"commit": "0123456789", "date": "2026-01-02T03:04:05+00:00", "machine": {"gpus": ["H100"], "cpu": "x"}}
 
 
-@pytest.fixture(scope="module")
-def tables():
-    spec = importlib.util.spec_from_file_location("page_tables", DOCS / "page_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_holds_the_tables_of_the_raw_results(tables):
+def test_the_page_holds_the_tables_of_the_raw_results():
     current = (DOCS / "pages.md").read_text(encoding="utf-8")
-    assert tables.page(current) == current
+    assert result_tables.with_tables(current, tables.TABLES, result_tables.RESULTS) == current
 
 
-def test_a_table_that_nobody_measured_is_left_out(tables, tmp_path):
-    text = tables.page((DOCS / "pages.md").read_text(encoding="utf-8"), tmp_path)
+def test_a_table_that_nobody_measured_is_left_out(tmp_path):
+    text = result_tables.with_tables((DOCS / "pages.md").read_text(encoding="utf-8"), tables.TABLES, tmp_path)
     for name in tables.TABLES:
         assert f"<!-- {name} -->\n<!-- end -->" in text
 
 
-def test_figures_are_shown_with_their_command_and_file(tables, tmp_path):
+def test_figures_are_shown_with_their_command_and_file(tmp_path):
     row = {"tokens": 1048576, "codec": "int4", "gb": 38.6, "step_ms": 7.5, "times_8k": 1.2, "attention_ms": 1.1,
            "selection_share": 0.123}  # fmt: skip
     reading = {"tokens": 1048576, "seconds": 55.4, "is_extrapolated": True, "peak_gb": 66.2}
@@ -43,7 +36,7 @@ def test_figures_are_shown_with_their_command_and_file(tables, tmp_path):
     assert "`python benchmarks/pages_speed.py` at commit 0123456, 2026-01-02, H100." in table
 
 
-def test_a_score_stands_with_its_interval_under_its_length(tables, tmp_path):
+def test_a_score_stands_with_its_interval_under_its_length(tmp_path):
     row = {"strategy": "pages", "task": "needle", "score": 97.0, "low": 90.9, "high": 100.0}
     record = {**FACTS, "rows": [{**row, "length": 8192}], "cells": [], "settings": {"generator": "/models/small.gguf"}}
     (tmp_path / "pages_ruler.json").write_text(json.dumps(record), encoding="utf-8")
@@ -52,7 +45,7 @@ def test_a_score_stands_with_its_interval_under_its_length(tables, tmp_path):
     assert "small.gguf, 2026-01-02, H100" in table
 
 
-def test_runs_of_some_lengths_each_make_one_table_and_models_stay_apart(tables, tmp_path):
+def test_runs_of_some_lengths_each_make_one_table_and_models_stay_apart(tmp_path):
     row = {"strategy": "rag", "task": "vt", "low": 0.0, "high": 100.0}
     for name, generator, length, score, ended in (
         ("pages_ruler", "q.gguf", 8192, 50.0, False), ("pages_ruler_32768", "q.gguf", 32768, 25.0, True),
@@ -71,7 +64,7 @@ def test_runs_of_some_lengths_each_make_one_table_and_models_stay_apart(tables, 
     assert "| rag, s.gguf | vt |  | 25 (0 to 100) |" in table
 
 
-def test_decoding_and_reading_that_were_measured_apart_stand_with_a_command_each(tables, tmp_path):
+def test_decoding_and_reading_that_were_measured_apart_stand_with_a_command_each(tmp_path):
     row = {"tokens": 8192, "codec": "int4", "gb": 0.3, "step_ms": 6.5, "times_8k": 1.0, "attention_ms": 1.0,
            "selection_share": 0.1}  # fmt: skip
     reading = {"tokens": 8192, "seconds": 55.4, "is_extrapolated": False, "peak_gb": 66.2}
@@ -89,7 +82,7 @@ def test_decoding_and_reading_that_were_measured_apart_stand_with_a_command_each
     assert table.count("Raw numbers:") == 3
 
 
-def test_the_heat_map_is_drawn_from_the_raw_results(tables, tmp_path):
+def test_the_heat_map_is_drawn_from_the_raw_results(tmp_path):
     pytest.importorskip("matplotlib")
     cell = {"strategy": "pages", "row": "50%", "length": 8192, "score": 100.0, "questions": 3}
     (tmp_path / "pages_needle.json").write_text(
