@@ -1,10 +1,7 @@
 import json
-from pathlib import Path
 
 import draft_tables as tables
-import result_tables
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 FACTS = {"commit": "0123456789", "date": "2026-01-02T03:04:05+00:00", "machine": {"gpus": ["H100"]}}
 LOOP = {
     "context": 130560, "drafter": "self", "imposed": "0.8", "ms_per_token": 11.5, "plain_ms": 13.0, "speed_up": 1.1304,
@@ -15,17 +12,6 @@ LOOP = {
 def written(folder, name, result):
     record = {**FACTS, "benchmark": name, "result": result}
     (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-
-
-def test_the_page_holds_the_tables_of_the_raw_results():
-    current = (DOCS / "speculative.md").read_text(encoding="utf-8")
-    assert result_tables.with_tables(current, tables.TABLES, result_tables.RESULTS) == current
-
-
-def test_a_table_that_nobody_measured_is_left_out(tmp_path):
-    text = result_tables.with_tables((DOCS / "speculative.md").read_text(encoding="utf-8"), tables.TABLES, tmp_path)
-    for name in tables.TABLES:
-        assert f"<!-- {name} -->\n<!-- end -->" in text
 
 
 def test_loops_are_shown_with_their_ceiling_and_what_stood(tmp_path):

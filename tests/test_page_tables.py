@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import page_tables as tables
 import pytest
-import result_tables
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 FACTS = {"commit": "0123456789", "date": "2026-01-02T03:04:05+00:00", "machine": {"gpus": ["H100"], "cpu": "x"}}
-
-
-def test_the_page_holds_the_tables_of_the_raw_results():
-    current = (DOCS / "pages.md").read_text(encoding="utf-8")
-    assert result_tables.with_tables(current, tables.TABLES, result_tables.RESULTS) == current
-
-
-def test_a_table_that_nobody_measured_is_left_out(tmp_path):
-    text = result_tables.with_tables((DOCS / "pages.md").read_text(encoding="utf-8"), tables.TABLES, tmp_path)
-    for name in tables.TABLES:
-        assert f"<!-- {name} -->\n<!-- end -->" in text
 
 
 def test_figures_are_shown_with_their_command_and_file(tmp_path):
