@@ -13,7 +13,7 @@ from ragkit.batch_config import BatchConfig
 from ragkit.draft_config import DraftConfig
 from ragkit.errors import ConfigError
 from ragkit.jobs_config import JobsConfig
-from ragkit.setting_checks import AUTO, at_least, multiple, share, share_or_auto
+from ragkit.setting_checks import AUTO, at_least, multiple, random_seed, share, share_or_auto
 from ragkit.setting_names import (
     BatchOrder,
     BlendRows,
@@ -188,6 +188,7 @@ class GenerationConfig:
             raise ConfigError(f"generation.temperature must be a finite number >= 0, got {self.temperature}")
         if not (math.isfinite(self.top_p) and 0 < self.top_p <= 1):
             raise ConfigError(f"generation.top_p must lie in (0, 1], got {self.top_p}")
+        random_seed("generation.seed", self.seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ragkit.answers.base import RankedChunk
-from ragkit.answers.options import QueryOptions
+from ragkit.answers.options import QueryOptions, require_text
 from ragkit.answers.steps import (
     REFUSAL,
     answer_of,
@@ -276,9 +276,10 @@ def _answered_from_pages(
 
 
 def check_question(question: str) -> None:
-    """Raise `UsageError` where a question has no characters."""
+    """Raise `UsageError` where a question has no characters, or some that no text has."""
     if not question.strip():
         raise UsageError("the question is empty: ask something")
+    require_text("the question", question)
 
 
 def _hit(found: RetrievedChunk) -> Hit:

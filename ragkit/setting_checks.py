@@ -17,6 +17,12 @@ def at_least(name: str, value: int, low: int) -> None:
         raise ConfigError(f"{name} must be a whole number >= {low}, got {value!r}")
 
 
+def random_seed(name: str, value: int) -> None:
+    """Raise `ConfigError` unless `value` is a whole number that torch's generators take: 64 bits, with a sign or not."""
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
+        raise ConfigError(f"{name} must be a whole number from -2^63 up to 2^64 - 1, got {value!r}")
+
+
 def multiple(name: str, value: int, of: str, unit: int, *, least: int = 0) -> None:
     """Raise `ConfigError` unless `value` is a multiple of `unit`, which the setting `of` has, from `least` up."""
     at_least(name, value, least)

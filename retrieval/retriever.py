@@ -169,9 +169,8 @@ class Retriever:
         if asked.mode is not SearchMode.DENSE:
             with watch("bm25"):
                 chunks = self._chunks_at(asked.generation)
-                scores, row_ids = search_bm25(
-                    self._store, asked.question, asked.candidates, chunks, asked.allowed, self._selection
-                )
+                most = min(asked.candidates, max(1, chunks))  # SQLite takes no number of over 64 bits
+                scores, row_ids = search_bm25(self._store, asked.question, most, chunks, asked.allowed, self._selection)
             legs.bm25 = Ranked(row_ids, scores, 1 - self._config.dense_weight)
         if vector is not None and dense is not None:
             legs.dense = dense.result()

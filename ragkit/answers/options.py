@@ -133,6 +133,10 @@ def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | N
             hold.
     """
     config = parts.config
+    for name in ("system_prompt", "document"):
+        require_text(name, getattr(changes, name) or "")
+    for name, value in (changes.filter or {}).items():
+        require_text(f"the filter {name!a}", f"{name}{value}")
     wanted: dict[str, Any] = {
         "strategy": None if changes.strategy is None else _strategy(changes.strategy),
         "system_prompt": changes.system_prompt,
@@ -155,6 +159,17 @@ def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | N
         progress or Silent(),
         changes.ratio is not None,
     )
+
+
+def require_text(name: str, text: str) -> None:
+    """Raise `UsageError` where `text` is none: half a surrogate pair, which JSON and command lines can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{name} has {text[error.start]!r} at character {error.start}, which is half a surrogate pair and no text: "
+            "write it in UTF-8"
+        ) from None
 
 
 def require_ratio_use(strategy: Strategy) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import ConfigError
+from ragkit.setting_checks import random_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class SamplingConfig:
             raise ConfigError(f"temperature must be a finite number >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
+        random_seed("seed", self.seed)
 
 
 class Sampler:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 if TYPE_CHECKING:
     from ragkit.answers.options import QuestionOptions
+    from ragkit.jobs.question_files import Record
     from ragkit.jobs.rows import RowOutcome
     from ragkit.parts import Parts
 
@@ -38,17 +39,23 @@ class ManyQuestions:
         """
         from ragkit.answers.options import QuestionChanges, require_options
         from ragkit.jobs.answering import answer_many
-        from ragkit.jobs.question_files import Record
         from ragkit.jobs.question_rows import RowReader
 
         require_options("query_many", options)
         _ = self.parts.store
-        records = (
-            Record(line, {"question": one} if isinstance(one, str) else one)
-            for line, one in enumerate(questions, start=1)
-        )
+        records = (_record(line, one) for line, one in enumerate(questions, start=1))
         outcomes = answer_many(self.parts, RowReader(QuestionChanges.of(options)).rows(records))
         return _in_order(outcomes) if in_order else outcomes
+
+
+def _record(line: int, one: object) -> Record:
+    from ragkit.jobs.question_files import Record
+
+    if isinstance(one, str):
+        return Record(line, {"question": one})
+    if isinstance(one, Mapping):
+        return Record(line, one)
+    return Record(line, None, f"a question is a text, or a mapping with the key 'question', got {one!r}")
 
 
 def _in_order(outcomes: Iterator[RowOutcome]) -> Iterator[RowOutcome]:

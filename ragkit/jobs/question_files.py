@@ -127,14 +127,28 @@ def _fetch(url: str, target: BinaryIO) -> None:
 
 
 def _jsonl(questions: QuestionFile) -> Iterator[Record]:
-    path = questions.path
+    path, read = questions.path, 0
     with open_text(path, detect_file(path), newline="\n") as stream:
         for number, line in numbered_lines(stream.file):
             if line is None:
                 yield Record(number, None, "the line is too long to be read")
             elif line.strip():
-                yield _json_record(number, line)
+                record = _json_record(number, line)
+                if not read and record.problem and line.lstrip().startswith("["):
+                    _refuse_array(questions, line)
+                read += 1
+                yield record
         questions.remarks.extend(remark.message for remark in stream.remarks())
+
+
+def _refuse_array(questions: QuestionFile, line: str) -> None:
+    """Raise `UsageError` where the first line begins an array that goes on below it."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        raise UsageError(
+            f"{questions.name} looks like one JSON array; give JSON Lines, one object a line, as `jq -c '.[]'` makes them"
+        ) from None
 
 
 def _json_record(number: int, line: str) -> Record:

@@ -24,6 +24,8 @@ class RowReader:
     Attributes:
         unknown: how often each column came that means nothing here.
         questionless: how many rows have nothing under `question`.
+        unreadable: how many rows could not be read at all, and
+        first_problem: why the first of them could not.
         other_models: how often OpenAI lines asked for each model.
     """
 
@@ -31,6 +33,8 @@ class RowReader:
         self._defaults = defaults or QuestionChanges()
         self.unknown: Counter[str] = Counter()
         self.questionless = 0
+        self.unreadable = 0
+        self.first_problem = ""
         self.other_models: Counter[str] = Counter()
 
     def rows(self, records: Iterable[Record]) -> Iterator[QuestionRow]:
@@ -46,6 +50,8 @@ class RowReader:
     def _row(self, number: int, record: Record) -> QuestionRow:
         made = f"row-{record.line}"
         if record.values is None:
+            self.unreadable += 1
+            self.first_problem = self.first_problem or record.problem
             return QuestionRow(number, made, "", error=RowError("corrupt", record.problem))
         shape = RowShape.OPENAI if is_openai(record.values) else RowShape.PLAIN
         row = QuestionRow(number, made, "", shape=shape)

@@ -62,6 +62,8 @@ def spooled_rows(source: str, defaults: QuestionChanges, limit: int | None, kind
                 openai += row.shape is RowShape.OPENAI
         if not hashes:
             raise UsageError(f"{questions.name} holds no rows")
+        if reader.unreadable and reader.questionless + reader.unreadable == len(hashes):
+            raise UsageError(f"no row of {questions.name} holds a question: {reader.first_problem}")
         if reader.questionless == len(hashes):
             columns = named_columns(reader.unknown, KNOWN_COLUMNS) or "none that means anything"
             raise UsageError(f"no row of {questions.name} has a column 'question'; other columns: {columns}")

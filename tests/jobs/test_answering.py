@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 from batch_world import FULL, load_engine, open_world, questions, write_world
@@ -187,6 +188,44 @@ def test_a_row_that_fails_while_it_generates_stops_no_other(pipeline: Pipeline) 
     assert outcomes["long"].error is not None
     assert outcomes["long"].error.code == "generation"
     assert all(outcomes[name].answer is not None for name in ("q0", "q1", "q2"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"seed": 2**64},
+            r"generation.seed must be a whole number from -2^63 up to 2^64 - 1, got 18446744073709551616",
+        ),
+        ({"question": "Where is \ud83d?"}, r"the question has '\ud83d' at character 9"),
+        ({"system_prompt": "\udc00"}, r"system_prompt has '\udc00' at character 0"),
+        ({"document": "a\udc00"}, r"document has '\udc00' at character 1"),
+        ({"filter": {"uri": "\udc00"}}, r"the filter 'uri' has '\udc00' at character 3"),
+    ],
+)
+def test_what_no_generator_or_text_can_hold_is_the_error_of_its_row(
+    pipeline: Pipeline, row: dict[str, object], message: str
+) -> None:
+    good, *_ = questions(1)
+    bad, after = pipeline.query_many([{**good, "temperature": 1.0, **row}, good])
+    assert bad.error is not None
+    assert bad.error.code in ("config", "usage")
+    assert message in bad.error.message
+    assert after.answer is not None
+
+
+def test_more_chunks_than_there_are_may_be_asked_for(pipeline: Pipeline) -> None:
+    question = questions(1)[0]["question"]
+    most, all_of_them = pipeline.query_many([{"question": question, "k": k} for k in (10**30, 1000)])
+    assert essence(most.answer) == essence(all_of_them.answer)
+
+
+def test_what_is_no_row_is_an_error_of_its_own(pipeline: Pipeline) -> None:
+    asked: list[Any] = [7, None, questions(1)[0]]
+    outcomes = list(pipeline.query_many(asked))
+    assert [one.error and one.error.code for one in outcomes] == ["corrupt", "corrupt", None]
+    assert outcomes[0].error is not None
+    assert outcomes[0].error.message.endswith("got 7")
 
 
 def test_a_question_that_cannot_be_embedded_spoils_no_neighbour(

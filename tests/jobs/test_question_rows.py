@@ -166,3 +166,25 @@ def test_json_lines_in_which_no_row_has_a_question_are_refused_as_a_table_is(tmp
     write_jsonl(path, [{"prompt": "a"}, {"question": "b"}])
     with spooled_rows(str(path), QuestionChanges(), None, "jsonl") as rows:
         assert [row.error is None for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not JSON\n\nnor this\n", "no row of .* holds a question: line 1 is not JSON"),
+        ('{\n"question": "a"\n}\n', "no row of .* holds a question: line 1 is not JSON"),
+        ('[{"question": "a"}]', "no row of .* holds a question: line 1 must hold an object with a question, got list"),
+        ('\n[\n{"question": "a"},\n{"question": "b"}\n]\n', "looks like one JSON array; give JSON Lines"),
+        ('[{"question": "a"},\n{"question": "b"}]\n', "looks like one JSON array; give JSON Lines"),
+    ],
+)
+def test_json_that_is_no_json_lines_is_refused_as_a_whole(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "q.json"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message), spooled_rows(str(path), QuestionChanges(), None, "jsonl"):
+        pass
+
+
+def test_a_list_among_lines_is_an_error_of_its_own(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "q.jsonl", ["[1, 2]", {"question": "a"}, "["])
+    assert [row.error is None for row in read(path)[0]] == [False, True, False]
