@@ -18,7 +18,7 @@ def at_least(name: str, value: int, low: int) -> None:
 
 
 def random_seed(name: str, value: int) -> None:
-    """Raise `ConfigError` unless `value` is a whole number that torch's generators take: 64 bits, with a sign or not."""
+    """Raise `ConfigError` unless `value` is a whole number of 64 bits, with a sign or without."""
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
         raise ConfigError(f"{name} must be a whole number from -2^63 up to 2^64 - 1, got {value!r}")
 

@@ -11,16 +11,18 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
-from ragkit.answers.options import QuestionChanges
+from ragkit.answers.options import QuestionChanges, document_uri
+from ragkit.draft_config import DRAFTERS
 from ragkit.errors import JobError, UsageError
 from ragkit.jobs.answer_rows import output_kind, row_bytes, write_rows
 from ragkit.jobs.batch_manifest import differences, manifest_of, read_manifest, row_differences
 from ragkit.jobs.batch_report import BatchReport, Tally
 from ragkit.jobs.job_folder import JobFolder, open_job_folder
-from ragkit.jobs.question_files import lies_elsewhere
+from ragkit.jobs.question_files import STDIN, lies_elsewhere, local_path
 from ragkit.jobs.result_log import ResultLog
 from ragkit.jobs.rows import QuestionRow, RowOutcome
 from ragkit.jobs.spooled_rows import SpooledRows, spooled_rows
@@ -56,10 +58,25 @@ class BatchJob:
     document: str | None = None
 
     def check(self, parts: Parts) -> None:
-        """Raise `OfflineError` where a file of the job would have to be fetched, and fetching is switched off."""
+        """Check what no row can mend, before anything is read or written.
+
+        Raises:
+            OfflineError: a file of the job would have to be fetched, and fetching is switched off.
+            UsageError: the answers would replace the questions, or the store does not hold `document`.
+            ModelError: there is no such model as the one that drafts for every row.
+        """
         if parts.config.offline:
             for name in filter(lies_elsewhere, (self.questions, self.out)):
                 refuse_network(name)
+        if _place(self.questions) == _place(self.out):
+            raise UsageError(f"--out {self.questions!r} is the file of questions; give another")
+        if self.document is not None:
+            document_uri(parts, self.document)
+        drafter = parts.config.draft.drafter
+        if drafter not in DRAFTERS:
+            from ragkit.models import resolve
+
+            resolve(drafter, offline=parts.config.offline)
 
     def rows(self, kind: str) -> contextlib.AbstractContextManager[SpooledRows]:
         """Give the rows, to be answered in an output of this kind; errors as of `spooled_rows`."""
@@ -75,7 +92,8 @@ def run_batch(
     Raises:
         UsageError: the file of questions cannot be read, an id comes twice, an output is there already, or the job that
             was begun has other rows, settings, models or another store.
-        JobError: the job that was begun cannot be read, or a file at a URL cannot be written.
+        ModelError: a model that the settings name cannot be loaded.
+        JobError: the job that was begun cannot be read, or its files cannot be written.
         StoreLockedError: another process works on it.
         StoreSpaceError: the disk is full; what was done is kept.
     """
@@ -114,6 +132,10 @@ def run_batch(
                 interrupted=not finished,
                 warnings=tuple(warnings),
             )
+
+
+def _place(name: str) -> str | Path:
+    return name if name == STDIN or lies_elsewhere(name) else Path(local_path(name)).resolve()
 
 
 def open_answers(parts: Parts, stop: Event) -> AnswerRows:

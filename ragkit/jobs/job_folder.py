@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ragkit.credentials import public_url, safe_cause, without_credentials
-from ragkit.errors import JobError, StoreLockedError, UsageError
+from ragkit.errors import JobError, StoreLockedError, StoreSpaceError, UsageError
 from ragkit.jobs.question_files import lies_elsewhere, local_path
-from ragkit.jobs.result_log import ResultLog
+from ragkit.jobs.result_log import ResultLog, no_room
 from ragkit.object_stores import appears_whole, make_folder
 from ragkit.readers.file_systems import move_file, open_file_system
 from ragkit.store.files import TEMPORARY_PREFIX, sync_folder, write_file_atomically
@@ -88,16 +88,19 @@ class _LocalJobFolder:
     def __init__(self, out: str) -> None:
         self.out = out
         self._target = Path(local_path(out)).absolute()
-        if self._target.is_dir():
-            raise UsageError(f"--out {out} is a folder; name a file")
+        with self._writing():
+            if self._target.is_dir():
+                raise UsageError(f"--out {out} is a folder; name a file")
         self._folder = self._target.with_name(self._target.name + SUFFIX)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        lock = self._lock()
+        with self._writing():
+            lock = self._lock()
         try:
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
+            with self._writing():
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
             try:
                 yield
             finally:
@@ -105,6 +108,22 @@ class _LocalJobFolder:
                     self._remove()
         finally:
             os.close(lock)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say of which job a file cannot be written, and why."""
+        try:
+            yield
+        except OSError as error:
+            if full := no_room(error):
+                raise StoreSpaceError(
+                    f"{self.out} cannot be written: {full}; make room and run the same command: what is done is kept"
+                ) from error
+            place = "" if error.filename is None else f": {error.filename}"
+            raise JobError(
+                f"{self.out} cannot be written: {error.strerror or error}{place}; give an --out in a folder that takes "
+                "files"
+            ) from error
 
     def _lock(self) -> int:
         """Return the descriptor of the lock, which nobody else has."""
@@ -143,27 +162,30 @@ class _LocalJobFolder:
         return path.read_bytes() if path.exists() else None
 
     def start(self, rows: Path, manifest: bytes) -> None:
-        for name in (_MANIFEST, _RESULTS, _ROWS):
-            (self._folder / name).unlink(missing_ok=True)
-        sync_folder(self._folder)
-        write_file_atomically(self._folder / _ROWS, lambda path: _copy(rows, path))
-        write_file_atomically(self._folder / _MANIFEST, lambda path: _write(path, manifest))
+        with self._writing():
+            for name in (_MANIFEST, _RESULTS, _ROWS):
+                (self._folder / name).unlink(missing_ok=True)
+            sync_folder(self._folder)
+            write_file_atomically(self._folder / _ROWS, lambda path: _copy(rows, path))
+            write_file_atomically(self._folder / _MANIFEST, lambda path: _write(path, manifest))
 
     @contextlib.contextmanager
     def rows(self) -> Iterator[Path]:
         yield self._folder / _ROWS
 
     def open_log(self, total: int) -> ResultLog:
-        log = ResultLog(self._folder / _RESULTS, total)
-        sync_folder(self._folder)
+        with self._writing():
+            log = ResultLog(self._folder / _RESULTS, total)
+            sync_folder(self._folder)
         return log
 
     def append(self, log: ResultLog, rows: list[tuple[int, bytes]]) -> None:
         log.append(rows)
 
     def publish(self, write: Callable[[Path], None]) -> None:
-        write_file_atomically(self._target, write)
-        self._remove()
+        with self._writing():
+            write_file_atomically(self._target, write)
+            self._remove()
 
     def _remove(self) -> None:
         # Without the manifest what else is left counts for nothing; while it is there the job is published again.

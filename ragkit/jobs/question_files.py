@@ -147,7 +147,7 @@ def _refuse_array(questions: QuestionFile, line: str) -> None:
         json.loads(line)
     except (ValueError, RecursionError):
         raise UsageError(
-            f"{questions.name} looks like one JSON array; give JSON Lines, one object a line, as `jq -c '.[]'` makes them"
+            f"{questions.name} looks like one JSON array; give JSON Lines, one object a line (`jq -c '.[]'` makes them)"
         ) from None
 
 

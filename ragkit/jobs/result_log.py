@@ -13,7 +13,11 @@ from pathlib import Path
 from ragkit.errors import StoreSpaceError
 from ragkit.store import faults
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "files may not become larger here (`ulimit -f`, or the file system)",
+}
 
 
 class ResultLog:
@@ -63,10 +67,10 @@ class ResultLog:
         except BaseException as error:  # a signal may come while the group is being written, too
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self._size)
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if isinstance(error, OSError) and (full := no_room(error)):
                 raise StoreSpaceError(
-                    f"the disk is full: {len(group):,} bytes of answers could not be written to {self._path.parent}; "
-                    "free some space and run the same command: it goes on with the rest"
+                    f"{full}: {len(group):,} bytes of answers could not be written to {self._path.parent}; "
+                    "make room and run the same command: it goes on with the rest"
                 ) from error
             raise
         self._size += len(group)
@@ -98,6 +102,11 @@ class ResultLog:
                         self._note(number, size + start, len(line) - start - 1)
                     size += len(line)
         return size
+
+
+def no_room(error: OSError) -> str:
+    """Return why there is no more room, where that is what `error` says; else an empty text."""
+    return _FULL.get(error.errno or 0, "")
 
 
 def line_of(number: int, row: bytes) -> bytes:

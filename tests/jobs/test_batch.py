@@ -15,7 +15,7 @@ from batch_world import FULL, load_engine, open_world, questions, read_jsonl, wr
 
 from ragkit import Pipeline
 from ragkit.config import DraftMode
-from ragkit.errors import OfflineError, UsageError
+from ragkit.errors import ModelError, OfflineError, UsageError
 from ragkit.generation.engine import Engine
 from ragkit.jobs import batch, job_folder
 from ragkit.jobs.answering import answer_many
@@ -239,6 +239,31 @@ def test_a_drafter_that_cannot_be_loaded_is_an_error_of_its_row(pipeline: Pipeli
     assert "answer" in written["q0"]
     assert "no-such-model" in written["bad"]["error"]["message"]
     assert "name a drafter" in written["mode"]["error"]["message"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_document_or_drafter_of_the_command_that_is_not_there_is_refused_at_once(
+    world: Path, engine: Engine, tmp_path: Path, overwrite: bool
+) -> None:
+    out = tmp_path / "a.jsonl"
+    job = BatchJob(str(write_jsonl(tmp_path / "q.jsonl", questions(2))), str(out), overwrite=overwrite)
+    drafted = replace(FULL, draft=replace(FULL.draft, drafter="no-such-model"))
+    for run in (run_batch, estimate_batch):
+        with open_world(world, engine) as pipeline, pytest.raises(UsageError, match="holds no document 'absent'"):
+            run(pipeline.parts, replace(job, document="absent"))
+        with open_world(world, engine, drafted) as pipeline, pytest.raises(ModelError, match="no-such-model"):
+            run(pipeline.parts, job)
+    assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+def test_answers_do_not_replace_the_questions(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "q.jsonl", questions(1))
+    before = path.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for out in (path, tmp_path / "link.jsonl", f"file://{path}"):
+        with pytest.raises(UsageError, match="is the file of questions"):
+            run_batch(pipeline.parts, BatchJob(str(path), str(out), overwrite=True))
+    assert path.read_bytes() == before
 
 
 def test_an_id_that_no_parquet_can_hold_is_escaped(pipeline: Pipeline, tmp_path: Path) -> None:
