@@ -11,7 +11,7 @@ from torch import Tensor
 from ragkit.generation.batch_job import BatchJob
 from ragkit.generation.batch_runner import BatchRunner
 from ragkit.generation.batch_stats import BatchStats
-from ragkit.generation.draft_choice import nodes_worth_verifying
+from ragkit.generation.draft_choice import nodes_worth_probing, nodes_worth_verifying
 from ragkit.generation.draft_costs import Costs
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter import DraftBudget
@@ -21,6 +21,8 @@ from ragkit.kernels.backend import next_power_of_2
 
 # Tokens of one pass at most, those that decode included: each takes a row of logits, and a graph keeps room for them.
 _MOST_ROWS = 512
+_PROBES = 0.01  # of all passes that drafts may cost which are not trusted
+_MOST_ALLOWED, _MOST_EARNED = 1.0, 0.5  # plain passes that these may cost at once, and of those what drafts earned
 
 
 class BatchCosts:
@@ -58,6 +60,8 @@ class BatchDrafts:
         self._budgets: dict[BatchJob, DraftBudget] = {}
         self._trees: dict[BatchJob, DraftTree] = {}  # that cost nothing to propose
         self._spent_ms = 0.0
+        self._allowed = 0.0  # plain passes that probes may cost
+        self._probed: dict[BatchJob, float] = {}  # what each is charged with
 
     def wish(self, jobs: Sequence[BatchJob], *, may_begin: bool) -> None:
         """Note in the entry of each of `jobs`, all of which decode, how many rows its drafts would take.
@@ -67,7 +71,7 @@ class BatchDrafts:
             may_begin: whether a model may begin to draft, whose rows take blocks that newcomers might want.
         """
         started = time.perf_counter()
-        self._budgets, self._trees = {}, {}
+        self._budgets, self._trees, self._probed = {}, {}, {}
         requests = len(jobs)
         most = _MOST_ROWS // next_power_of_2(max(1, requests)) - 1
         for job in jobs:
@@ -121,10 +125,14 @@ class BatchDrafts:
             before: tokens that each had written before.
             pass_ms: of the step, without proposing.
         """
+        self._allowed = min(_MOST_ALLOWED, self._allowed + _PROBES)
         for job, tree, context in zip(jobs, trees, before, strict=True):
             if job.drafted is None:
                 continue
             accepted = job.rows.kv.num_tokens - context - 1
+            if len(tree) and job in self._probed:
+                after = self._allowed + accepted / len(jobs) - self._probed[job]
+                self._allowed = min(after, max(self._allowed, _MOST_EARNED))
             self._stats.draft_tokens_verified += len(tree)
             self._stats.draft_tokens_accepted += accepted
             try:
@@ -160,6 +168,7 @@ class BatchDrafts:
 
     def _worth_it(self, trees: Mapping[BatchJob, DraftTree], jobs: Sequence[BatchJob]) -> dict[BatchJob, DraftTree]:
         """Return the parts of `trees` that are worth verifying in a pass over `jobs`."""
+        self._probed = {}
         drafting = [job for job, tree in trees.items() if len(tree)]
         imposed = [one.limits.length or one.transfer for one in (_request(job).drafting for job in drafting)]
         if not drafting or any(imposed):
@@ -169,6 +178,14 @@ class BatchDrafts:
         costs = _request(drafting[0]).costs
         of_nodes = [costs.of_pass(context, nodes, len(jobs)) for nodes in range(max(map(len, chances)) + 1)]
         kept = nodes_worth_verifying(chances, of_nodes, is_padded=self._runner.is_paged)
+        # A model's drafts are dropped, which asks it ever more seldom: a lookup's cost nothing until they are verified.
+        hopes = [_hopes(trees[job]) if job in trees else () for job in jobs]
+        probed, spent = nodes_worth_probing(
+            chances, hopes, kept, of_nodes, self._allowed, is_padded=self._runner.is_paged
+        )
+        self._probed = {jobs[tree]: spent / len(probed) for tree in probed}
+        for tree in probed:
+            kept[tree] = 1
         sizes = dict(zip(jobs, kept, strict=True))
         return {job: tree.cut(sizes[job], tree.depth) for job, tree in trees.items()}
 
@@ -183,6 +200,11 @@ def likeliest_tokens(logits: Sequence[Tensor]) -> list[list[int]]:
 def _holds_rows(request: SpeculativeRequest) -> bool:
     """Return whether a model drafts, whose steps cost something and whose rows lie in blocks."""
     return request.drafting.drafter.has_probabilities
+
+
+def _hopes(tree: DraftTree) -> tuple[float, ...]:
+    """Return the chances that the tree of a lookup tells; nothing of drawn ones, nor where none are told."""
+    return (tree.chances or ()) if tree.probabilities is None else ()
 
 
 def _request(job: BatchJob) -> SpeculativeRequest:

@@ -2,6 +2,9 @@
 
 A pass makes everybody wait for the drafts of each. With `a` the chances that nodes stand, requests R and cost c, drafts
 are worth their place as long as (R + sum of a) / c grows: the rule of one request, of which R = 1.
+
+What fell often is trusted less, and what is not verified cannot win trust back. So first nodes are probed where they
+would pay by their drafter's own chances, as far as a small share of all passes allows.
 """
 
 from __future__ import annotations
@@ -38,6 +41,44 @@ def nodes_worth_verifying(
     for _, _, tree in ordered[:best]:
         kept[tree] += 1
     return kept
+
+
+def nodes_worth_probing(
+    chances: Sequence[Sequence[float]],
+    hopes: Sequence[Sequence[float]],
+    kept: Sequence[int],
+    costs: Sequence[float],
+    allowed: float,
+    *,
+    is_padded: bool,
+) -> tuple[list[int], float]:
+    """Return the trees of which the first node is verified as well, and what that costs in plain passes of all.
+
+    Args:
+        chances: how likely each node stands, as `nodes_worth_verifying` takes them.
+        hopes: the same by what drafters say, whatever became of earlier drafts.
+        kept: what `nodes_worth_verifying` returned.
+        costs: as there.
+        allowed: what may be spent, in plain passes.
+        is_padded: as there.
+    """
+    doubted = [tree for tree, count in enumerate(kept) if count == 0 and hopes[tree]]
+    if not doubted or allowed <= 0:
+        return [], 0.0
+    hoped = [hopes[tree] if tree in doubted else own for tree, own in enumerate(chances)]
+    worth = nodes_worth_verifying(hoped, costs, is_padded=is_padded)
+    probed = sorted((tree for tree in doubted if worth[tree]), key=lambda tree: -chances[tree][0])
+    if is_padded:  # where one has a node there is a place for all
+        spent = (costs[1] - costs[0]) / costs[0] if probed and not any(kept) else 0.0
+        return (sorted(probed), spent) if spent <= allowed else ([], 0.0)
+    requests, nodes = len(kept), sum(kept)
+    before = _between(costs, nodes / requests)
+    spent = 0.0
+    for count in range(len(probed), 0, -1):
+        spent = (_between(costs, (nodes + count) / requests) - before) / costs[0]
+        if spent <= allowed:
+            return sorted(probed[:count]), spent
+    return [], 0.0
 
 
 def _same_for_all(chances: Sequence[Sequence[float]], costs: Sequence[float]) -> list[int]:

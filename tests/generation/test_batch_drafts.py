@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ragkit.config import BatchConfig
 from ragkit.errors import CacheCapacityError
 from ragkit.generation.acceptance import Transfer
+from ragkit.generation.batch_drafts import BatchDrafts
 from ragkit.generation.batch_engine import BatchEngine
 from ragkit.generation.batch_request import BatchRequest
 from ragkit.generation.decode_runner import DecodeRunner
@@ -256,6 +257,62 @@ def test_a_model_whose_drafts_are_not_worth_a_common_pass_is_asked_ever_more_sel
     assert all(one.error is None for one in batch.run(made))
     assert batch.stats.draft_tokens_verified == 0
     assert 0 < len(drafter.trees) <= 7
+
+
+def changing(right, better_after):
+    """Return a lookup that is sure of two tokens, which are wrong for so many tokens of the answer and then right."""
+
+    def draft(session, budget):
+        at = len(session.tokens)
+        tokens = right[at : at + min(2, budget.depth)]
+        if at < better_after:
+            tokens = [(token + 1) % VOCAB for token in tokens]
+        return dataclasses.replace(DraftTree.chain(tokens), chances=(0.9, 0.8)[: len(tokens)])
+
+    return ScriptedDrafter(draft)
+
+
+def answered_by(engine, drafters):
+    """Return the answers to a request a drafter, and what was counted; those of None are not drafted."""
+    config, batch = SamplingConfig(120, ignore_stop_tokens=True), BatchEngine(engine, BatchConfig(4096))
+    made = [
+        BatchRequest(str(at), asked(at).prompt, config, drafting=one and Drafting(one))
+        for at, one in enumerate(drafters)
+    ]
+    results = sorted(batch.run(made), key=lambda one: one.request_id)
+    return [one.finished.token_ids for one in results], batch.stats
+
+
+@pytest.mark.parametrize(("paged", "requests"), [(0, 1), (0, 4), (1, 4)])
+def test_lookups_whose_drafts_fell_are_trusted_again_once_they_stand(engines, monkeypatch, paged, requests):
+    engine = engines[60, paged]
+    monkeypatch.setattr(engine, "draft_costs", NominalCosts())
+    monkeypatch.setattr(NominalCosts, "of_pass", lambda own, context, nodes, requests=1: 1 + 0.08 * nodes)
+    right, plain = answered_by(engine, [None] * requests)
+    tokens, stats = answered_by(engine, [changing(one, 60) for one in right])
+    assert tokens == right
+    assert stats.draft_tokens_accepted > 15 * requests
+    assert stats.steps < plain.steps - 15
+
+
+@pytest.mark.parametrize(("paged", "node"), [(0, 0.08), (1, 0.08), (0, 0.3)])
+def test_probes_of_lookups_that_are_always_wrong_cost_a_hundredth_of_all_passes(engines, monkeypatch, paged, node):
+    engine, lost = engines[60, paged], []
+    monkeypatch.setattr(engine, "draft_costs", NominalCosts())
+    monkeypatch.setattr(NominalCosts, "of_pass", lambda own, context, nodes, requests=1: 1 + node * nodes)
+    observe = BatchDrafts.observe
+
+    def noted(own, jobs, trees, *rest):
+        nodes = [len(tree) for tree in trees]
+        lost.append(node * (max(nodes) if paged else sum(nodes) / len(nodes)))
+        observe(own, jobs, trees, *rest)
+
+    monkeypatch.setattr(BatchDrafts, "observe", noted)
+    right, _ = answered_by(engine, [None] * 4)
+    tokens, stats = answered_by(engine, [changing(one, 1000) for one in right])
+    assert tokens == right
+    assert stats.draft_tokens_accepted == 0
+    assert 0 < sum(lost[80:]) <= 0.01 * len(lost)  # by then nobody trusts them
 
 
 def test_transfer_drafts_in_a_batch_whatever_it_costs(engine, monkeypatch):
