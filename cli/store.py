@@ -67,10 +67,16 @@ def status(session: Session) -> None:
     session.output.result(data, _status_lines(str(settings.store), meta, counts, kv, bad))
 
 
-def gc(session: Session) -> None:
+def gc(
+    session: Session,
+    unused_kv: Annotated[
+        bool,
+        typer.Option("--unused-kv", help="Also remove chunk KV of other settings (model, codec, context)."),
+    ] = False,
+) -> None:
     """Remove files that nothing references any more."""
     with session.open(session.settings()) as pipeline:
-        report = pipeline.gc()
+        report = pipeline.gc(unused_kv=unused_kv)
     lines = [
         f"freed {human_bytes(report.bytes_freed)}: {report.removed_files:,} files removed, "
         f"{report.rewritten_segments:,} segments rewritten"
@@ -119,6 +125,8 @@ def _status_lines(
     yield f"chunk KV    {_kv_line(kv, counts)}"
     yield f"embedder    {meta.embedder_id or '-'}  ({meta.dim:,} dimensions)"
     yield f"chunker     {meta.chunker or '-'}"
+    if kv.other_bytes:
+        yield "`ragkit gc --unused-kv` removes the chunk KV of other settings"
     for record in bad:
         failure = record.failure
         reason = f"({failure.code}): {without_uri(failure.message, record.uri)}" if failure else ""
@@ -130,8 +138,11 @@ def _status_lines(
 def _kv_line(kv: KVStatus, counts: StoreCounts) -> str:
     tiers = ", ".join(f"{human_bytes(count)} on {name}" for name, count in kv.bytes_by_tier.items())
     pages = f", {human_bytes(kv.page_bytes)} of it pages of documents" if kv.page_bytes else ""
-    others = f", {human_bytes(kv.other_bytes)} of it in other codecs" if kv.other_bytes else ""
-    line = f"{kv.chunks:,} of {counts.chunks:,} chunks, {tiers}{pages}{others}"
+    others = f", {human_bytes(kv.other_bytes)} of it of other settings" if kv.other_bytes else ""
+    unknown = f", {human_bytes(kv.unknown_bytes)} of it of unknown use: the generator is not at hand"
+    others = unknown if kv.unknown_bytes else others
+    chunks = "an unknown part" if kv.unknown_bytes else f"{kv.chunks:,}"
+    line = f"{chunks} of {counts.chunks:,} chunks, {tiers}{pages}{others}"
     if kv.estimated_bytes is None:
         return line
     return f"{line}  (all would take about {human_bytes(kv.estimated_bytes)} as {kv.codec})"

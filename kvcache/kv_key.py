@@ -82,6 +82,11 @@ class ChunkContext:
         parts = (_token_digest(token_ids).hexdigest() for token_ids in (prefix_token_ids, neighbour_token_ids))
         return cls(ContextKind.NEIGHBOURS, f"neighbours:{':'.join(parts)}")
 
+    @classmethod
+    def of(cls, kind: ContextKind, prefix_token_ids: Sequence[int], behind: Sequence[int]) -> ChunkContext:
+        """Return the context of a chunk's KV where chunks are computed as `kind` says, this one behind `behind`."""
+        return cls.isolated() if kind is ContextKind.ISOLATED else cls.neighbours(prefix_token_ids, behind)
+
 
 @dataclass(frozen=True, slots=True)
 class KVRecipe:

@@ -164,6 +164,25 @@ def write_record(encoded: EncodedKV) -> bytes:
     return b"".join((front, bytes(-len(front) % RECORD_ALIGNMENT), view, bytes(-len(view) % RECORD_ALIGNMENT)))
 
 
+def record_token_ids(source: ByteSource, name: str) -> tuple[int, ...]:
+    """Return the token ids that a record says it is of; its data is not read.
+
+    Args:
+        source: the record.
+        name: what messages call it.
+
+    Raises:
+        KVMissError: it is none, or its header is damaged.
+    """
+    content, _ = _header_content(source, name)
+    split = 4 + int.from_bytes(content[:4], "little")
+    try:
+        count = int(json.loads(content[4:split])["tokens"])
+        return tuple(np.frombuffer(content, dtype="<i4", count=count, offset=split).tolist())
+    except (KeyError, TypeError, ValueError) as error:
+        raise _miss(MissReason.HEADER, name, f"its header makes no sense ({error})") from error
+
+
 def segment_parts(chunks: Sequence[EncodedKV]) -> tuple[Iterator[bytes], list[KVEntry]]:
     """Return the bytes of a segment of `chunks` and where each lies in it: what `StoreWriter.add_kv` takes."""
     records = [write_record(chunk) for chunk in chunks]
@@ -234,14 +253,9 @@ class RecordReader:
             raise KVMissError(MissReason.CHECKSUM, f"page {first + damaged} of the KV of {self._ref.key} is damaged")
 
     def _read_header(self, num_layers: int) -> RecordHeader:
-        magic, version, length, crc, _ = _PRELUDE.unpack(self._bytes(0, _PRELUDE.size))
-        if magic != _MAGIC or version != KV_FORMAT_VERSION:
-            raise self._miss(MissReason.HEADER, "it is no KV record of this format")
-        content = self._bytes(_PRELUDE.size, length)
-        if zlib.crc32(content) != crc:
-            raise self._miss(MissReason.HEADER, "its header does not match its checksum")
+        content, data_offset = _header_content(self._source, str(self._ref.key))
         try:
-            return self._parse(content, -(-(_PRELUDE.size + length) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT, num_layers)
+            return self._parse(content, data_offset, num_layers)
         except (KeyError, TypeError, ValueError) as error:  # a right checksum over something that ragkit did not write
             raise self._miss(MissReason.HEADER, f"its header makes no sense ({error})") from error
 
@@ -272,16 +286,32 @@ class RecordReader:
             layers = len(settings["extents"])
             raise self._miss(MissReason.OTHER_CODEC, f"it has {layers} layers, encoded by {settings['codec']}")
 
-    def _bytes(self, offset: int, length: int) -> bytes:
-        if offset + length > self._source.size:  # before any memory is asked for
-            raise self._miss(MissReason.SHORT, f"it has {self._source.size} bytes")
-        content = bytearray(length)
-        if self._source.read_into(offset, memoryview(content)) != length:
-            raise self._miss(MissReason.SHORT, "it ends too early")
-        return bytes(content)
-
     def _miss(self, reason: MissReason, message: str) -> KVMissError:
-        return KVMissError(reason, f"the stored KV of {self._ref.key} is not used: {message}")
+        return _miss(reason, str(self._ref.key), message)
+
+
+def _header_content(source: ByteSource, name: str) -> tuple[bytes, int]:
+    """Return what stands between prelude and data, its checksum compared, and where the data begins."""
+    magic, version, length, crc, _ = _PRELUDE.unpack(_header_bytes(source, 0, _PRELUDE.size, name))
+    if magic != _MAGIC or version != KV_FORMAT_VERSION:
+        raise _miss(MissReason.HEADER, name, "it is no KV record of this format")
+    content = _header_bytes(source, _PRELUDE.size, length, name)
+    if zlib.crc32(content) != crc:
+        raise _miss(MissReason.HEADER, name, "its header does not match its checksum")
+    return content, -(-(_PRELUDE.size + length) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+
+
+def _header_bytes(source: ByteSource, offset: int, length: int, name: str) -> bytes:
+    if offset + length > source.size:  # before any memory is asked for
+        raise _miss(MissReason.SHORT, name, f"it has {source.size} bytes")
+    content = bytearray(length)
+    if source.read_into(offset, memoryview(content)) != length:
+        raise _miss(MissReason.SHORT, name, "it ends too early")
+    return bytes(content)
+
+
+def _miss(reason: MissReason, name: str, message: str) -> KVMissError:
+    return KVMissError(reason, f"the stored KV of {name} is not used: {message}")
 
 
 assert PAGE_BYTES % RECORD_ALIGNMENT == 0

@@ -248,14 +248,25 @@ class Pipeline(AsyncQuestions, ManyQuestions):
         return export_store(self.store, target, kind, vectors=vectors)
 
     def kv_status(self) -> KVStatus:
-        """Return how much chunk KV is stored, and how much it would be for all chunks. No model is loaded."""
+        """Return how much chunk KV is stored and used, and how much it would be for all chunks. No model is loaded."""
         from ragkit.jobs.kv_status import read_kv_status
 
-        return read_kv_status(self.store, self.config)
+        return read_kv_status(self.store, self.config, self._loaded_engine())
 
-    def gc(self) -> GcReport:
-        """Remove what nothing references, and rewrite segments that are mostly dead."""
-        return self.store.gc(lock_timeout_s=self.config.ingest.lock_timeout_s)
+    def gc(self, *, unused_kv: bool = False) -> GcReport:
+        """Remove what nothing references, and rewrite segments that are mostly dead.
+
+        `unused_kv` also removes the chunk KV that the present settings do not use (`KVStatus.other_bytes`).
+
+        Raises:
+            UsageError: `unused_kv` is asked for, and the generator is not at hand.
+        """
+        keys: list[str] = []
+        if unused_kv:
+            from ragkit.jobs.kv_status import unused_kv as found
+
+            keys = found(self.store, self.config, self._loaded_engine())
+        return self.store.gc(lock_timeout_s=self.config.ingest.lock_timeout_s, forget_kv=keys)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Check every stored byte. `repair` marks the sources of damaged parts, so that the next ingest reads them.
@@ -307,6 +318,9 @@ class Pipeline(AsyncQuestions, ManyQuestions):
     def retriever(self) -> Retriever:
         """The retriever over the store; raises `EmbedderMismatchError` where another embedder built it."""
         return self.parts.retriever
+
+    def _loaded_engine(self) -> Engine | None:
+        return self.parts.engine if self.parts.is_loaded("engine") else None
 
     def _check_weights(self) -> None:
         """Warn where the weights have other bytes than their size, time and inode said, and remember what they are."""

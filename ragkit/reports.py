@@ -48,12 +48,16 @@ class KVStatus:
     """How much chunk KV is stored.
 
     Attributes:
-        chunks: chunks whose KV lies in the store, as the present codec stores it; chunks of equal text share one.
+        chunks: chunks whose KV on disk the present settings use (model and its type, codec, context); chunks of equal
+            text share one.
         bytes_by_tier: bytes of each tier that outlives a process.
         codec: how KV is stored now.
         estimated_bytes: what the KV of all chunks takes in that codec; None where the generator is not here.
         page_bytes: what of the disk's bytes are pages of documents, and what selectors keep of them.
-        other_bytes: what of the disk's bytes is KV of chunks as another codec stored it, which is not used now.
+        other_bytes: what of the disk's bytes is KV of chunks that the present settings do not use: of another model,
+            type, codec or context, or damaged.
+        unknown_bytes: what of the disk's bytes is KV of chunks that nothing can be said of, because the generator is
+            not at hand; `chunks` and `other_bytes` are 0 then.
     """
 
     chunks: int
@@ -62,6 +66,7 @@ class KVStatus:
     estimated_bytes: int | None
     page_bytes: int = 0
     other_bytes: int = 0
+    unknown_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ class ChunkPrefill:
         self._decoder = decoder
         self._rotary = rotary
         self._neighbours = neighbours if context is ContextKind.NEIGHBOURS else None
-        self._keys_behind = lru_cache(_KEPT_CONTEXTS)(lambda behind: recipe.keys_behind(self._context_of(behind)))
+        context_of = partial(ChunkContext.of, context, self.canonical_prefix)
+        self._keys_behind = lru_cache(_KEPT_CONTEXTS)(lambda behind: recipe.keys_behind(context_of(behind)))
         self._key = lru_cache(_KEPT_KEYS)(lambda token_ids, behind: self._keys_behind(behind)(token_ids))
         self._prefixes: dict[tuple[int, ...], list[LayerKV]] = {}
         self._lock = threading.Lock()
@@ -123,11 +124,6 @@ class ChunkPrefill:
         projected = self._decoder.project(last, activations)  # what follows in the last layer changes no row
         attend.keep_rows(projected.keys, projected.values)
         return attend.kept
-
-    def _context_of(self, behind: Sequence[int]) -> ChunkContext:
-        if self.context is ContextKind.ISOLATED:
-            return ChunkContext.isolated()
-        return ChunkContext.neighbours(self.canonical_prefix, behind)
 
 
 def expected_attention_s(decoder: Decoder, rows: float) -> float:

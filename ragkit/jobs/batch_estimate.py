@@ -13,7 +13,7 @@ from ragkit.errors import RagkitError
 from ragkit.jobs.answer_rows import output_kind
 from ragkit.jobs.answering import BatchGenerator, batch_generator
 from ragkit.jobs.batch import BatchJob
-from ragkit.jobs.kv_status import read_kv_status
+from ragkit.jobs.kv_status import estimated_bytes
 from ragkit.jobs.retrieved_rows import FoundRow, PagedRow, RowRetrieval
 from ragkit.jobs.rows import QuestionRow, RowOutcome
 from ragkit.jobs.spooled_rows import SpooledRows
@@ -168,6 +168,6 @@ def _stored_kv_bytes(parts: Parts, prepared: Sequence[PreparedQuestion], scale: 
     """Return about how much chunk KV the blended rows make, at most that of all chunks."""
     blended = [one for one in prepared if one.strategy is Strategy.BLEND]
     chunks = {hit.chunk.chunk_id for one in blended for hit in one.hits}
-    status, counts = read_kv_status(parts.store, parts.config), parts.store.counts()
-    whole = status.estimated_bytes
+    counts = parts.store.counts()
+    whole = estimated_bytes(counts, parts.config)
     return 0 if whole is None or not counts.chunks else round(whole * min(1.0, scale * len(chunks) / counts.chunks))

@@ -1,39 +1,102 @@
-"""How much chunk KV a store holds, and what all of it would take. Loads neither torch nor a model."""
+"""How much chunk KV a store holds, what of it the present settings use, and what all of it would take."""
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ragkit.config import KVConfig, PipelineConfig
-from ragkit.errors import ModelError, RagkitError
+from ragkit.errors import ModelError, RagkitError, UsageError
 from ragkit.reports import KVStatus
 from ragkit.store import Store
 from ragkit.store.base import StoreCounts
 from ragkit.store.records import KVEntry, is_document_owner
 
+if TYPE_CHECKING:
+    from ragkit.generation.engine import Engine
+
 _DISK = "disk"
-_PRELUDE_BYTES = 24  # of a `.kv` record; the length of its settings follows, then the settings (kvcache/kv_segment.py)
-_MOST_SETTINGS_BYTES = 1 << 20
+
+_Place = tuple[Path, KVEntry]
 
 logger = logging.getLogger(__name__)
 
 
-def read_kv_status(store: Store, config: PipelineConfig) -> KVStatus:
-    """Return how much chunk KV is stored; a tier that cannot be asked is left out, with a warning."""
+def read_kv_status(store: Store, config: PipelineConfig, engine: Engine | None = None) -> KVStatus:
+    """Return how much chunk KV is stored; a tier that cannot be asked is left out, with a warning.
+
+    No model is loaded; torch is, where there is chunk KV.
+
+    Args:
+        store: where it lies.
+        config: the present settings.
+        engine: the generator where it is loaded, else the configured one is looked for.
+    """
     with store.snapshot():
         counts, listing = store.counts(), store.kv_listing()
-    sizes = _file_sizes({path for path, _ in listing})
-    there = [(path, entry) for path, entry in listing if path in sizes]
-    pages = sum(entry.bytes for _, entry in there if is_document_owner(entry.chunk_id))
-    of_chunks = [(path, entry) for path, entry in there if not is_document_owner(entry.chunk_id)]
-    codecs = _codecs(of_chunks)
-    codec = config.kv.codec.value
-    chunk_ids = {entry.chunk_id for _, entry in of_chunks if codecs[entry.key] == codec}
-    others = sum(entry.bytes for _, entry in of_chunks if codecs[entry.key] != codec)
-    bytes_by_tier = {_DISK: sum(sizes.values())} | _remote_bytes(config.kv)
-    return KVStatus(len(chunk_ids), bytes_by_tier, codec, _estimate(counts, config), pages, others)
+        sizes = _file_sizes({path for path, _ in listing})
+        there = [(path, entry) for path, entry in listing if path in sizes]
+        of_chunks = _of_chunks(there)
+        used = _used(store, config, engine, of_chunks)
+    nbytes = sum(entry.bytes for _, entry in of_chunks)
+    return KVStatus(
+        chunks=len({entry.chunk_id for _, entry in used or ()}),
+        bytes_by_tier={_DISK: sum(sizes.values())} | _remote_bytes(config.kv),
+        codec=config.kv.codec.value,
+        estimated_bytes=estimated_bytes(counts, config),
+        page_bytes=sum(entry.bytes for _, entry in there) - nbytes,
+        other_bytes=0 if used is None else nbytes - sum(entry.bytes for _, entry in used),
+        unknown_bytes=nbytes if used is None else 0,
+    )
+
+
+def unused_kv(store: Store, config: PipelineConfig, engine: Engine | None = None) -> list[str]:
+    """Return the keys of the chunk KV that the present settings do not use; pages of documents are none of it.
+
+    Arguments as for `read_kv_status`.
+
+    Raises:
+        UsageError: the generator is not at hand, so that nothing says which they are.
+    """
+    with store.snapshot():
+        of_chunks = _of_chunks(store.kv_listing())
+        used = _used(store, config, engine, of_chunks)
+    if used is None:
+        raise UsageError(
+            f"which chunk KV is of other settings cannot be said without the generator {config.generation.model}, "
+            "which is not at hand: pull it, or name the right one in generation.model"
+        )
+    return sorted({entry.key for _, entry in of_chunks} - {entry.key for _, entry in used})
+
+
+def estimated_bytes(counts: StoreCounts, config: PipelineConfig) -> int | None:
+    """Return about how many bytes the KV of all chunks takes, or None where the generator is not here."""
+    from ragkit.kvcache.kv_size import estimated_kv_bytes
+    from ragkit.models import local_folder
+    from ragkit.models.model_config import load_model_config
+
+    folder = local_folder(config.generation.model)
+    try:
+        model = None if folder is None else load_model_config(folder)
+    except ModelError as error:
+        logger.warning("%s", error)
+        return None
+    return None if model is None else estimated_kv_bytes(config.kv.codec, model, counts.chunks, counts.tokens)
+
+
+def _of_chunks(listing: list[_Place]) -> list[_Place]:
+    return [(path, entry) for path, entry in listing if not is_document_owner(entry.chunk_id)]
+
+
+def _used(store: Store, config: PipelineConfig, engine: Engine | None, of_chunks: list[_Place]) -> list[_Place] | None:
+    """Return the KV that the present settings use, or None where nothing says which that is."""
+    if not of_chunks:
+        return []
+    from ragkit.jobs.present_kv import present_kv
+
+    present = present_kv(store, config, engine)
+    return None if present is None else [place for place in of_chunks if present.uses(*place)]
 
 
 def _file_sizes(paths: set[Path]) -> dict[Path, int]:
@@ -45,33 +108,6 @@ def _file_sizes(paths: set[Path]) -> dict[Path, int]:
         except OSError as error:
             logger.warning("KV is lost and will be computed again: %s", error)
     return sizes
-
-
-def _codecs(listing: list[tuple[Path, KVEntry]]) -> dict[str, str]:
-    """Return the codec's name of each KV key, empty where its record cannot be read."""
-    by_path: dict[Path, list[KVEntry]] = {}
-    for path, entry in listing:
-        by_path.setdefault(path, []).append(entry)
-    names = {entry.key: "" for _, entry in listing}
-    for path, entries in by_path.items():
-        try:
-            with path.open("rb") as file:
-                for entry in entries:
-                    file.seek(entry.offset + _PRELUDE_BYTES)
-                    length = int.from_bytes(file.read(4), "little")
-                    names[entry.key] = _codec_name(file.read(min(length, _MOST_SETTINGS_BYTES)))
-        except OSError as error:
-            logger.warning("KV cannot be read and will be computed again: %s", error)
-    return names
-
-
-def _codec_name(settings: bytes) -> str:
-    """Return how the configuration calls the codec of a record: of `int4-group32+bf16` it is `int4+bf16`."""
-    try:
-        codec_id = str(json.loads(settings)["codec"])
-    except (ValueError, KeyError, TypeError):  # damaged: it is a miss when it is asked for
-        return ""
-    return "+".join(part.partition("-")[0] for part in codec_id.split("+"))
 
 
 def _remote_bytes(kv: KVConfig) -> dict[str, int]:
@@ -86,18 +122,3 @@ def _remote_bytes(kv: KVConfig) -> dict[str, int]:
         logger.warning("%s", error)
         return {}
     return {tier.name: tier.bytes_used}
-
-
-def _estimate(counts: StoreCounts, config: PipelineConfig) -> int | None:
-    """Return about how many bytes the KV of all chunks takes, or None where the generator is not here."""
-    from ragkit.kvcache.kv_size import estimated_kv_bytes
-    from ragkit.models import local_folder
-    from ragkit.models.model_config import load_model_config
-
-    folder = local_folder(config.generation.model)
-    try:
-        model = None if folder is None else load_model_config(folder)
-    except ModelError as error:
-        logger.warning("%s", error)
-        return None
-    return None if model is None else estimated_kv_bytes(config.kv.codec, model, counts.chunks, counts.tokens)

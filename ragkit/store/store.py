@@ -312,13 +312,21 @@ class Store:
         with open_writer(self._folder, lock_timeout_s) as writer:
             yield writer
 
-    def gc(self, lock_timeout_s: float = LOCK_TIMEOUT_S, reader_timeout_s: float = 2.0) -> GcReport:
+    def gc(
+        self,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+        reader_timeout_s: float = 2.0,
+        *,
+        forget_kv: Sequence[str] = (),
+    ) -> GcReport:
         """Remove what nothing references, rewrite segments under 50% live rows, and return what that freed.
+
+        The KV of the keys `forget_kv` is forgotten before.
 
         Files stay (`pending_files`) while any reader of any process has a generation pinned.
         """
         with self.writer(lock_timeout_s) as writer:
-            return writer.collect(reader_timeout_s)
+            return writer.collect(reader_timeout_s, forget_kv)
 
     def verify(self, *, repair: bool = False, lock_timeout_s: float = LOCK_TIMEOUT_S) -> VerifyReport:
         """Read every byte of the store and return what is damaged; damage itself never raises.

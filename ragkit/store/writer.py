@@ -249,8 +249,11 @@ class Writer:
             derived.drop_kv(changes, keys)
         cleaning.remove_unreferenced(self._folder, self._connection, timeout_s=0.0)
 
-    def collect(self, reader_timeout_s: float) -> GcReport:
-        """Rewrite sparse segments and remove what nothing references: `Store.gc`."""
+    def collect(self, reader_timeout_s: float, forget_kv: Sequence[str] = ()) -> GcReport:
+        """Forget some KV, rewrite sparse segments and remove what nothing references: `Store.gc`."""
+        if forget_kv:
+            with self._transactions.open(same_generation=True) as changes:
+                derived.drop_kv(changes, forget_kv)
         waiting = self._staging.bytes_on_disk
         self._staging.drop()
         report = cleaning.collect(self._folder, self._connection, self._transactions, reader_timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ragkit.reports import KVStatus
 from ragkit.store.base import Problem
 
 
@@ -82,11 +83,28 @@ def test_status_json_holds_counts_and_failed_sources(run):
         "estimated_bytes": 3_100_000_000,
         "page_bytes": 0,
         "other_bytes": 0,
+        "unknown_bytes": 0,
     }
     assert [source["uri"] for source in data["failed_sources"]] == ["/docs/broken.pdf"]
 
 
-def test_gc_says_what_it_freed(run):
+def test_status_says_how_much_kv_is_of_other_settings_and_what_removes_it(run, world):
+    world.kv_status = KVStatus(400, {"disk": 2_500_000_000}, "bf16", None, other_bytes=1_500_000_000)
+    lines = run("status").out.splitlines()
+    assert "chunk KV    400 of 1,234 chunks, 2.5 GB on disk, 1.5 GB of it of other settings" in lines
+    assert "`ragkit gc --unused-kv` removes the chunk KV of other settings" in lines
+
+
+def test_status_counts_no_kv_where_the_generator_is_not_at_hand(run, world):
+    world.kv_status = KVStatus(0, {"disk": 2_500_000_000}, "bf16", None, unknown_bytes=2_500_000_000)
+    [line] = [line for line in run("status").out.splitlines() if line.startswith("chunk KV")]
+    assert line == (
+        "chunk KV    an unknown part of 1,234 chunks, 2.5 GB on disk, "
+        "2.5 GB of it of unknown use: the generator is not at hand"
+    )
+
+
+def test_gc_says_what_it_freed(run, world):
     assert run("gc").out == "freed 1.5 MB: 3 files removed, 1 segments rewritten\n"
     assert run("gc", "--json").json == {
         "bytes_freed": 1_500_000,
@@ -94,6 +112,12 @@ def test_gc_says_what_it_freed(run):
         "rewritten_segments": 1,
         "pending_files": 0,
     }
+    assert run("gc", "--unused-kv").code == 0
+    assert [arguments for _, arguments in world.calls] == [
+        {"unused_kv": False},
+        {"unused_kv": False},
+        {"unused_kv": True},
+    ]
 
 
 def test_verify_of_a_sound_store_says_how_much_it_checked(run, world):

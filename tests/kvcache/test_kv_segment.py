@@ -16,6 +16,7 @@ from ragkit.kvcache.kv_segment import (
     MemorySource,
     MissReason,
     RecordReader,
+    record_token_ids,
     segment_parts,
     write_record,
 )
@@ -54,6 +55,20 @@ def test_a_record_gives_back_the_draft_of_a_chunk():
     assert loaded.draft_extents == ((0, 100), (128, 198))
     assert loaded.extents == ((256, 9256), (9280, 9344))
     assert torch.equal(loaded.data, encoded.data)
+
+
+def test_a_record_says_of_which_tokens_it_is():
+    encoded = sample()
+    assert record_token_ids(MemorySource(write_record(encoded)), "a") == encoded.ref.token_ids != ()
+
+
+@pytest.mark.parametrize("place", [0, 9, 30, 200])
+def test_a_damaged_header_says_of_no_tokens(place):
+    record = bytearray(write_record(sample()))
+    record[place] ^= 1
+    with pytest.raises(KVMissError, match="the stored KV of a is not used") as caught:
+        record_token_ids(MemorySource(bytes(record)), "a")
+    assert caught.value.reason is MissReason.HEADER
 
 
 @pytest.mark.parametrize("layer_bytes", [(), (0,), (1,), (PAGE_BYTES,), (PAGE_BYTES - 1, 1)])

@@ -90,6 +90,7 @@ class World:
     hits: tuple[Hit, ...] = (Hit(1, 0.0312, "/docs/tower.pdf", 3, 100, 400, f"A tower.\n{QUOTE}", "c" * 32),)
     records: list[SourceRecord] = field(default_factory=lambda: [BROKEN, RECORD])
     problems: tuple[Problem, ...] = ()
+    kv_status: KVStatus = field(default_factory=lambda: KVStatus(1000, {"disk": 2_500_000_000}, "bf16", 3_100_000_000))
     store_exists: bool = True
     error: BaseException | None = None
     on_ingest: Callable[..., None] | None = None
@@ -172,9 +173,10 @@ class FakePipeline:
         return ExportReport(target, kind, 40, 12_345, 7)
 
     def kv_status(self) -> KVStatus:
-        return KVStatus(1000, {"disk": 2_500_000_000}, "bf16", 3_100_000_000)
+        return self.world.kv_status
 
-    def gc(self) -> GcReport:
+    def gc(self, *, unused_kv: bool) -> GcReport:
+        self.world.note("gc", {"unused_kv": unused_kv})
         return GcReport(1_500_000, 3, 1, 0)
 
     def verify(self, *, repair: bool) -> VerifyReport:
