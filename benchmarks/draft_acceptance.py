@@ -29,10 +29,9 @@ def drafter_of(name: str, engine: Engine, context_tokens: int) -> Drafter:
         return LookupDrafter()
     if name == "self":
         return self_drafter(engine, context_tokens=context_tokens)
-    from ragkit.generation.draft_model import DraftModel
-    from ragkit.generation.drafter_model import ModelDrafter
+    from ragkit.generation.drafter_model import model_drafter
 
-    return ModelDrafter(name, DraftModel.of(Engine.load(name, offline=True)), engine)
+    return model_drafter(name, Engine.load(name, offline=True), engine)
 
 
 def main() -> None:

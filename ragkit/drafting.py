@@ -108,15 +108,14 @@ def make_drafter(parts: Parts, config: DraftConfig, *, blended: bool, prompt: Pr
         return LookupDrafter()
     if config.drafter == "self":
         return _self_drafter(parts, config, blended, prompt)
-    from ragkit.generation.draft_model import DraftModel
-    from ragkit.generation.drafter_model import ModelDrafter
+    from ragkit.generation.drafter_model import model_drafter
 
     try:
         engine = parts.draft_engine(config.drafter)
     except ModelError as error:
         known = ", ".join(DRAFTERS)
         raise ModelError(f"cannot draft with {config.drafter!r} (a drafter is {known} or a model): {error}") from error
-    return ModelDrafter(config.drafter, DraftModel.of(engine), parts.engine)
+    return model_drafter(config.drafter, engine, parts.engine)
 
 
 def options_key(config: DraftConfig, *, blended: bool) -> tuple[object, ...]:

@@ -19,6 +19,7 @@ from ragkit.generation.draft_times import DraftTime, StepTimes
 from ragkit.generation.draft_tree import DraftTree, joined
 from ragkit.generation.drafter import DraftBudget, DraftContext, DraftPrice, DraftSession
 from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.known_ids import KnownIdsDecoder
 from ragkit.generation.model_session import DraftPrompts, ModelSession
 from ragkit.types import Prompt
 
@@ -39,14 +40,15 @@ class ModelDrafter:
         width: most prompts.
 
     Raises:
-        ConfigError: the two tokenizers differ.
+        ConfigError: the two tokenizers differ, or the model may draft ids that the target does not have (see
+            `model_drafter`).
     """
 
     def __init__(
         self, name: str, model: DraftModel, target: Engine, prompts: DraftPrompts = lambda prompt: [prompt],
         width: int = 1,
     ) -> None:  # fmt: skip
-        _check_vocabulary(name, model.engine, target)
+        _check_vocabulary(name, model, target)
         self._name = name
         self._model = model
         self._target = target
@@ -142,12 +144,35 @@ class ModelDrafter:
         return DraftTree(chain.token_ids, chain.parents, padded)
 
 
-def _check_vocabulary(name: str, engine: Engine, target: Engine) -> None:
-    if engine.tokenizer.tokenizer_id != target.tokenizer.tokenizer_id:
+def model_drafter(name: str, engine: Engine, target: Engine) -> ModelDrafter:
+    """Return the drafter that another model is, over those ids that the target has as well.
+
+    Args:
+        name: the name that `--draft` takes.
+        engine: the model.
+        target: the engine that verifies.
+
+    Raises:
+        ConfigError: the two tokenizers differ.
+    """
+    _check_tokenizer(name, engine, target)
+    known = target.decoder.config.vocab_size
+    narrowed = KnownIdsDecoder(engine.decoder, known) if engine.decoder.config.vocab_size > known else None
+    return ModelDrafter(name, DraftModel.of(engine, narrowed), target)
+
+
+def _check_vocabulary(name: str, model: DraftModel, target: Engine) -> None:
+    _check_tokenizer(name, model.engine, target)
+    own, theirs = model.decoder.config.vocab_size, target.decoder.config.vocab_size
+    if own > theirs:
+        raise ConfigError(
+            f"{name} may draft {own} token ids, of which {target.model_name} has {theirs}: draft by a KnownIdsDecoder"
+        )
+
+
+def _check_tokenizer(name: str, engine: Engine, target: Engine) -> None:
+    if not engine.tokenizer.agrees_with(target.tokenizer):
         raise ConfigError(
             f"{name} cannot draft for {target.model_name}: their tokenizers differ, and a draft is made of token ids; "
             "take a model of the same family, or draft with self or lookup"
         )
-    own, theirs = engine.decoder.config.vocab_size, target.decoder.config.vocab_size
-    if own > theirs:
-        raise ConfigError(f"{name} has {own} token ids and {target.model_name} {theirs}: it may draft unknown ones")

@@ -47,6 +47,21 @@ class ModelTokenizer:
         size: int = self._template.get_vocab_size(with_added_tokens=True)
         return size
 
+    def agrees_with(self, other: ModelTokenizer) -> bool:
+        """Return whether every id that both have is the same token, and what only one has are added tokens.
+
+        The files need not be equal: another format of the same model says the same in other words, and models of a
+        family may have added tokens of their own.
+        """
+        if self._digest == other._digest:
+            return True
+        both = [tokenizer._template.get_vocab(with_added_tokens=True) for tokenizer in (self, other)]
+        own, others = ({index: token for token, index in vocabulary.items()} for vocabulary in both)
+        if any(others.get(index, token) != token for index, token in own.items()):
+            return False
+        added = {*self._template.get_added_tokens_decoder(), *other._template.get_added_tokens_decoder()}
+        return own.keys() ^ others.keys() <= added
+
     @cached_property
     def control_ids(self) -> frozenset[int]:
         """Ids of the tokens that document text never yields."""

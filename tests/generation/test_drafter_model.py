@@ -16,7 +16,7 @@ from ragkit.generation.draft_control import DraftLimits
 from ragkit.generation.draft_model import DraftModel, graph_runner
 from ragkit.generation.draft_tree import DraftTree
 from ragkit.generation.drafter import DraftBudget, DraftContext
-from ragkit.generation.drafter_model import ModelDrafter
+from ragkit.generation.drafter_model import ModelDrafter, model_drafter
 from ragkit.generation.drafter_self import (
     AttentionDroppingDecoder,
     redundant_attention,
@@ -24,12 +24,14 @@ from ragkit.generation.drafter_self import (
     short_prompts,
 )
 from ragkit.generation.engine import Engine
+from ragkit.generation.known_ids import KnownIdsDecoder
 from ragkit.generation.sampling import SamplingConfig, distribution
 from ragkit.generation.speculative_decode import Drafting
 from ragkit.types import Prompt, Segment
 
 from .conftest import hf_model, write_tokenizer
 
+PADDED = {"more ids": 320, "fewer ids": 280}  # than the target, which has 300
 FIXED = DraftLimits(depth=5, nodes=20, length=5)
 PROMPT = Prompt(
     (
@@ -57,6 +59,29 @@ def smaller(tmp_path_factory):
     hf_model("llama", num_hidden_layers=2, vocab_size=290).save_pretrained(folder)
     write_tokenizer(folder)
     return Engine.load(folder, device="cpu", dtype="float32")
+
+
+def padded_pair(folder, vocab_size, noise=0.0):
+    """Return the target's model with another number of ids, those that the target lacks the likeliest by far."""
+    model, other = hf_model("llama"), hf_model("llama", vocab_size=vocab_size)
+    state, shared = other.state_dict(), min(vocab_size, 300)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.shape == state[name].shape:
+                state[name].copy_(tensor + torch.randn_like(tensor) * noise)
+            else:  # one row an id
+                state[name][:shared].copy_(tensor[:shared] + torch.randn_like(tensor[:shared]) * noise)
+                state[name][shared:].mul_(8)
+    other.load_state_dict(state)
+    other.save_pretrained(folder)
+    write_tokenizer(folder)
+    return Engine.load(folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory):
+    """A pair's drafter: the target, beside whose ids it has 20 that it would rather say."""
+    return padded_pair(tmp_path_factory.mktemp("wider"), 320)
 
 
 def everything(engine, **options):
@@ -102,6 +127,46 @@ def test_drawn_drafts_have_the_distributions_that_they_were_drawn_from(engine, s
             assert not tree.probabilities[node, 290:].any()
             tokens.append(tree.token_ids[node])
     session.close()
+
+
+def test_ids_that_the_target_lacks_are_left_out_of_what_is_drafted_and_of_its_distribution(engine, wider):
+    drafter, said = model_drafter("wider", wider, engine), []
+    for temperature in (0.0, 0.7):
+        session = drafter.begin(DraftContext(PROMPT, sampling(temperature=temperature, seed=3)))
+        session.accept([33, 44])
+        (tree,) = drafter.propose([session], [DraftBudget(5, 20)])
+        session.close()
+        tokens = [*PROMPT.token_ids, 33, 44]
+        for node, token in enumerate(tree.token_ids):
+            logits = wider.forward(tokens).logits
+            said.append(int(logits.argmax()))
+            if temperature == 0:
+                assert token == logits[:300].argmax()
+            else:
+                shares = (logits / 0.7).softmax(-1)[:300]
+                torch.testing.assert_close(tree.probabilities[node], shares / shares.sum(), rtol=0, atol=1e-5)
+                assert token < 300
+            tokens.append(token)
+    assert len(said) == 10
+    assert max(said) >= 300  # it would have
+
+
+@pytest.mark.parametrize("on_graphs", [False, True])
+def test_greedy_answers_are_the_targets_whatever_a_model_with_more_ids_drafts(engine, wider, on_graphs):
+    drafter = model_drafter("wider", wider, engine)
+    if on_graphs:
+        wider._runner = DecodeRunner(wider.decoder, wider.pool)  # as on a GPU
+        model = DraftModel.of(wider, KnownIdsDecoder(wider.decoder, 300))
+        drafter = ModelDrafter("wider", replace(model, runner=graph_runner(wider, model.decoder)), engine)
+    for tokens in range(3, 40, 9):
+        prompt = Prompt((Segment(tuple(range(5, 5 + tokens))),))
+        for temperature in (0.0, 0.7):  # which is seen to go through; its distribution is tested below
+            finished = run(engine, sampling(20, temperature=temperature), Drafting(drafter, limits=FIXED), prompt)
+            if temperature == 0:
+                assert finished.token_ids == run(engine, sampling(20), prompt=prompt).token_ids
+                assert finished.draft.accepted == finished.draft.drafted > 10  # but for those ids it is the target
+            else:
+                assert finished.draft.accepted > 10
 
 
 def test_rows_of_drafts_that_stood_are_not_computed_again(smaller, engine):
@@ -172,7 +237,10 @@ def test_equal_seeds_give_equal_answers_though_lengths_adapt(engine):
     assert tokens(3) != tokens(4)
 
 
-@pytest.mark.parametrize(("drafter", "top_p"), [("another model", 0.8), ("two prompts of its own", 1.0)])
+@pytest.mark.parametrize(
+    ("drafter", "top_p"),
+    [("another model", 0.8), ("two prompts of its own", 1.0), ("more ids", 1.0), ("fewer ids", 0.9)],
+)
 def test_sampled_answers_that_a_model_drafts_have_the_distribution_of_the_target(engine, tmp_path, drafter, top_p):
     """Chi-square over the first two tokens, of which the second is drafted: by a pair of models, and as a tree."""
     config, runs, accepted = sampling(3, temperature=0.4, top_p=top_p), 300, 0
@@ -185,6 +253,8 @@ def test_sampled_answers_that_a_model_drafts_have_the_distribution_of_the_target
         other.save_pretrained(tmp_path)
         write_tokenizer(tmp_path)
         chosen = ModelDrafter("other", DraftModel.of(Engine.load(tmp_path, device="cpu", dtype="float32")), engine)
+    elif drafter in PADDED:
+        chosen = model_drafter("other", padded_pair(tmp_path, PADDED[drafter], 0.02), engine)
     law, seen, ids = {}, Counter(), PROMPT.token_ids
     first = distribution(engine.forward(ids).logits, config)
     for token in first.topk(6).indices.tolist():
@@ -446,11 +516,16 @@ def test_models_with_other_tokenizers_are_refused(engine, tmp_path):
     other = Engine.load(tmp_path, device="cpu", dtype="float32")
     with pytest.raises(ConfigError, match=r"other cannot draft for .*: their tokenizers differ"):
         ModelDrafter("other", DraftModel.of(other), engine)
+    with pytest.raises(ConfigError, match=r"other cannot draft for .*: their tokenizers differ"):
+        model_drafter("other", other, engine)
 
 
-def test_models_with_ids_that_the_target_lacks_are_refused(engine, smaller):
-    with pytest.raises(ConfigError, match="engine has 300 token ids"):
-        ModelDrafter("engine", DraftModel.of(engine), smaller)
+def test_models_that_may_draft_ids_that_the_target_lacks_are_refused(engine, wider):
+    with pytest.raises(ConfigError, match=r"wider may draft 320 token ids, of which .* has 300: draft by a Known"):
+        ModelDrafter("wider", DraftModel.of(wider), engine)
+    for count in (0, 301):
+        with pytest.raises(ConfigError, match=f"1 to 300 token ids can be left of a model's, got {count}"):
+            KnownIdsDecoder(engine.decoder, count)
 
 
 def test_an_answer_goes_on_without_drafts_where_there_is_no_room_for_them(engine, tiny_folder):

@@ -138,3 +138,58 @@ def test_tokenising_needs_neither_torch_nor_transformers(tokenizer):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.replace("'", '"')) == []
+
+
+def _changed(folder, change):
+    """Return the tokenizer of `_write` with another file."""
+    _write(folder)
+    file = folder / "tokenizer.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    change(raw)
+    file.write_text(json.dumps(raw, indent=1), encoding="utf-8")
+    return ModelTokenizer(folder)
+
+
+def _add(raw):
+    index = 1 + max(token["id"] for token in raw["added_tokens"])
+    raw["added_tokens"].append({**raw["added_tokens"][0], "id": index, "content": "<|more|>"})
+
+
+def _list_added_tokens_in_the_model(raw):
+    raw["model"]["vocab"] |= {token["content"]: token["id"] for token in raw["added_tokens"]}
+
+
+def _swap(raw):
+    vocab = raw["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.get)[-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+
+
+def _rename(raw):
+    raw["added_tokens"][-1]["content"] = "<|other|>"
+
+
+def _shorten(raw):
+    raw["added_tokens"] = []
+    raw["post_processor"] = None
+    raw["model"]["merges"].pop()
+    vocab = raw["model"]["vocab"]
+    del vocab[max(vocab, key=vocab.get)]
+
+
+@pytest.mark.parametrize(
+    ("change", "agrees"),
+    [
+        (lambda raw: None, True),
+        (_add, True),
+        (_list_added_tokens_in_the_model, True),
+        (_swap, False),
+        (_rename, False),
+        (_shorten, False),
+    ],
+)
+def test_tokenizers_agree_where_ids_that_both_have_are_the_same_tokens(tokenizer, tmp_path, change, agrees):
+    other = _changed(tmp_path, change)
+    assert other.tokenizer_id != tokenizer.tokenizer_id
+    assert other.agrees_with(tokenizer) == tokenizer.agrees_with(other) == agrees
+    assert tokenizer.agrees_with(tokenizer)
