@@ -132,7 +132,7 @@ class EvictionQueue(Generic[Key]):
         self._policy = policy
         self._clock = 0
         self._usage: dict[Key, Usage] = {}
-        self._priority: dict[Key, float] = {}
+        self._last_use: dict[Key, int] = {}  # by the clock: what a heap's item must be of
         self._heap: list[tuple[float, int, Key]] = []  # with outdated items, which `make_room` drops
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ class EvictionQueue(Generic[Key]):
         self._clock += 1
         usage.uses += 1
         priority = self._policy.priority(usage, self._clock)
-        self._priority[key] = priority
+        self._last_use[key] = self._clock
         heapq.heappush(self._heap, (priority, self._clock, key))
         if len(self._heap) > 4 * len(self._usage) + 64:
             self._heap = [item for item in self._heap if self._is_current(item)]
@@ -157,7 +157,7 @@ class EvictionQueue(Generic[Key]):
 
     def remove(self, key: Key) -> None:
         """Forget a chunk that left by itself."""
-        del self._usage[key], self._priority[key]
+        del self._usage[key], self._last_use[key]
 
     def make_room(self, nbytes: int, may_leave: Callable[[Key], bool]) -> list[Key]:
         """Return the chunks that leave so that `nbytes` become free, in their order; they are forgotten.
@@ -183,7 +183,7 @@ class EvictionQueue(Generic[Key]):
         return [key for _, _, key in leaving]
 
     def _is_current(self, item: tuple[float, int, Key]) -> bool:
-        return self._priority.get(item[2]) == item[0]
+        return self._last_use.get(item[2]) == item[1]
 
 
 def _density(usage: Usage) -> float:

@@ -56,6 +56,16 @@ def test_nothing_leaves_where_that_would_not_be_enough():
     assert order(queue) == ["a", "b"]
 
 
+@pytest.mark.parametrize("policy", PolicyName)
+def test_what_was_removed_and_added_again_stands_in_line_once(policy):
+    queue = queue_of(policy, cheap=(10, 1, 1), dear=(10, 9, 3))
+    for _ in range(3):
+        queue.remove("cheap")
+        queue.add("cheap", 10, 1)
+    assert sorted(queue.make_room(15, anything)) == ["cheap", "dear"]
+    assert len(queue) == 0
+
+
 def test_a_use_counts_half_after_a_half_life():
     queue = EvictionQueue(CostTimesFrequency(half_life=100))
     queue.add("old", 1, 1.0)
