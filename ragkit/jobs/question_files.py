@@ -205,5 +205,8 @@ def _parquet(questions: QuestionFile) -> Iterator[Record]:
 
 
 def _check_columns(questions: QuestionFile, columns: list[str]) -> None:
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise UsageError(f"{questions.name} has more than one column {', '.join(map(repr, twice))}: leave one of them")
     if "question" not in columns:
         raise UsageError(f"{questions.name} has no column 'question'; it has {named_columns(columns, ('question',))}")

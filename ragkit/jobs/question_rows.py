@@ -111,13 +111,16 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, given: Any) -> int:
+    value = given
     try:
+        if isinstance(value, str) and "." in value:  # a table with empty cells is often written with numbers like 4.0
+            value = float(value)
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise ValueError
         return int(value)
     except (ValueError, TypeError, OverflowError):
-        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
+        raise UsageError(f"{name} must be a whole number, got {given!r}") from None
 
 
 def _number(name: str, value: Any) -> float:

@@ -188,3 +188,20 @@ def test_json_that_is_no_json_lines_is_refused_as_a_whole(tmp_path: Path, conten
 def test_a_list_among_lines_is_an_error_of_its_own(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "q.jsonl", ["[1, 2]", {"question": "a"}, "["])
     assert [row.error is None for row in read(path)[0]] == [False, True, False]
+
+
+@pytest.mark.parametrize(("cell", "k"), [("4", 4), ("4.0", 4), (" 4 ", 4), ("4.5", None), ("4.0.0", None), (".", None)])
+def test_whole_numbers_of_a_table_may_end_in_point_zero(tmp_path: Path, cell: str, k: int | None) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text(f"question,k\na,{cell}\n")
+    [row] = read(path)[0]
+    assert row.changes.k == k
+    assert (row.error is None) == (k is not None)
+    assert row.error is None or row.error.message == f"k must be a whole number, got {cell!r}"
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "q.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["question", "question"]), path)
+    with pytest.raises(UsageError, match="more than one column 'question'"):
+        read(path)
