@@ -27,6 +27,9 @@ class AsyncQuestions:
 
         Cancelling the task ends the generation after the token at hand and frees its KV.
         """
+        from ragkit.answers.options import require_options
+
+        require_options("aquery", options)
         async with self.astream(question, progress=progress, **options) as stream:
             return await stream.answer()
 

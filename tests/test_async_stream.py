@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blended_pipeline import CONFIG, QUESTIONS, open_blended, write_documents
@@ -232,3 +233,12 @@ def test_what_may_be_asked_is_what_a_stream_takes(name: str):
         return {key: one for key, one in inspect.signature(call).parameters.items() if key != "ahead"}
 
     assert options(getattr(Pipeline, name)) == options(Pipeline.stream)
+
+
+def test_what_may_not_be_asked_is_refused_by_the_name_of_the_call(tmp_path: Path):
+    pipeline = Pipeline.open(tmp_path)
+    unknown: dict[str, Any] = {"nonsense": 1}
+    with pytest.raises(TypeError, match=r"^aquery\(\) got an unexpected keyword argument 'nonsense'"):
+        asyncio.run(pipeline.aquery("a", **unknown))
+    with pytest.raises(TypeError, match=r"^astream\(\) got an unexpected"):
+        pipeline.astream("a", **unknown)

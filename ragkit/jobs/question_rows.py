@@ -35,6 +35,7 @@ class RowReader:
         self.questionless = 0
         self.unreadable = 0
         self.first_problem = ""
+        self._shape = RowShape.PLAIN  # of the last row that could be read: who reads one kind of lines gets one kind
         self.other_models: Counter[str] = Counter()
 
     def rows(self, records: Iterable[Record]) -> Iterator[QuestionRow]:
@@ -52,8 +53,8 @@ class RowReader:
         if record.values is None:
             self.unreadable += 1
             self.first_problem = self.first_problem or record.problem
-            return QuestionRow(number, made, "", error=RowError("corrupt", record.problem))
-        shape = RowShape.OPENAI if is_openai(record.values) else RowShape.PLAIN
+            return QuestionRow(number, made, "", shape=self._shape, error=RowError("corrupt", record.problem))
+        self._shape = shape = RowShape.OPENAI if is_openai(record.values) else RowShape.PLAIN
         row = QuestionRow(number, made, "", shape=shape)
         try:
             given = record.values.get("custom_id" if shape is RowShape.OPENAI else "id")

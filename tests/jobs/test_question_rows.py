@@ -205,3 +205,10 @@ def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["question", "question"]), path)
     with pytest.raises(UsageError, match="more than one column 'question'"):
         read(path)
+
+
+def test_a_line_that_cannot_be_read_is_answered_in_the_shape_of_the_one_before(tmp_path: Path) -> None:
+    openai = {"custom_id": "x", "body": {"messages": [{"role": "user", "content": "a"}]}}
+    rows = read(write_jsonl(tmp_path / "q.jsonl", ["no JSON", openai, "no JSON", {"question": "a"}, "no JSON"]))[0]
+    assert [row.shape for row in rows] == ["plain", "openai", "openai", "plain", "plain"]
+    assert [row.row_id for row in rows] == ["row-1", "x", "row-3", "row-4", "row-5"]
