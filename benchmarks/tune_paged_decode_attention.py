@@ -1,24 +1,35 @@
 """Decode attention over blocks under several ways to cut the work, best first: what `decode_tile` should return.
 
     python benchmarks/tune_paged_decode_attention.py [--requests 1] [--rows 8192 32768 131072] [--bits 0 8 4]
-        [--all | --near]
+        [--all | --near | --graph]
 
 Every way is compared with the first, the one that is chosen today, before it is timed; one that does not fit the device
 says so. 0 bits are plain numbers. Without `--all` only ways that were near the best before are tried, and those that
-add angles; with `--near` the one that is chosen with other numbers of programs.
+add angles; with `--near` the one that is chosen with other numbers of programs, with `--graph` these with other times
+at which the merge is launched, as decoding runs them: 32 layers in one CUDA graph, each over KV of its own, every layer
+of every way compared with torch's answer to queries that came after the recording.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from kernel_inputs import BLOCK_SIZE, empty_pool, kv_rows, model_shape, normal, quantized, rotary_tables
 from kernel_speed import Clock
-from tuning import clock_and_ceiling, report_tiles
+from torch import Tensor
+from tuning import clock_and_ceiling, num_layers, report_tiles, rows_in_graphs
 
-from ragkit.kernels.paged_decode_attention import DecodeTile, decode_tile, launch_paged_decode_attention
+from ragkit.kernels.merge_splits import MergeLaunch
+from ragkit.kernels.paged_decode_attention import (
+    DecodeTile,
+    decode_tile,
+    launch_paged_decode_attention,
+    paged_decode_attention_torch,
+)
 from ragkit.kernels.paged_rows import entry_bases, stored_as
 from ragkit.kernels.testing import assert_matches
 
@@ -41,8 +52,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1)
     parser.add_argument("--rows", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--bits", type=int, nargs="+", default=[0, 8, 4], choices=[0, 8, 4])
-    parser.add_argument("--all", action="store_true", help="try every way")
-    parser.add_argument("--near", action="store_true", help="try other numbers of programs alone")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--all", action="store_true", help="try every way")
+    only.add_argument("--near", action="store_true", help="try other numbers of programs alone")
+    only.add_argument("--graph", action="store_true", help="try other launches of the merge, in graphs of all layers")
     parser.add_argument("--device", default="cuda", help="cpu, with TRITON_INTERPRET=1 and few rows, tries the script")
     arguments = parser.parse_args()
     clock, ceiling = clock_and_ceiling(arguments.device)
@@ -51,30 +64,16 @@ def main() -> None:
             row
             for bits in arguments.bits
             for length in arguments.rows
-            for row in _tune(bits, length, arguments, clock, ceiling)
+            for row in (_tune_in_graphs if arguments.graph else _tune)(bits, length, arguments, clock, ceiling)
         ]
-    name = "tune_paged_decode_attention" + ("_near" if arguments.near else "")
+    name = "tune_paged_decode_attention" + ("_near" if arguments.near else "_graph" if arguments.graph else "")
     report_tiles(name, clock, ceiling, rows, arguments)
 
 
 def _tune(bits: int, rows: int, arguments: argparse.Namespace, clock: Clock, ceiling: float) -> list[dict[str, Any]]:
     """Return a row of the table for each way that fits, the fastest first."""
-    requests = arguments.requests
-    shape, device = model_shape(clock.device), clock.device
-    entries = -(-rows // BLOCK_SIZE)
-    queries = normal(requests, shape.q_heads, shape.head_dim, shape=shape, device=device)
-    plain = [empty_pool(requests * entries * BLOCK_SIZE, shape, device) for _ in range(2)]
-    for pool in plain:
-        pool.copy_(kv_rows(pool.shape[0] * BLOCK_SIZE, shape, device).view(pool.shape))
-    stored = quantized(plain[0], plain[1], bits) if bits else (plain[0], plain[1])
-    positions = torch.arange(entries * BLOCK_SIZE, device=device, dtype=torch.int32).view(1, entries, BLOCK_SIZE)
-    inputs = (
-        queries, *stored, torch.randperm(requests * entries, device=device).int().view(requests, entries),
-        positions.repeat(requests, 1, 1), torch.full((requests,), entries, device=device, dtype=torch.int32),
-        torch.full((requests,), rows - 1, device=device), *rotary_tables(entries * BLOCK_SIZE, shape, device),
-    )  # fmt: skip
-    scale = shape.head_dim**-0.5
-    work = sum(pool.nbytes for pool in stored) + requests * rows * 4 + rows * shape.head_dim * 4
+    inputs, work = _one_layer(bits, rows, arguments.requests, clock.device)
+    queries, stored, scale = inputs[0], inputs[1:3], inputs[0].shape[2] ** -0.5
     chosen, key_group = decode_tile(queries, *stored), stored_as(*stored)[1]
     if arguments.near:
         ways = [chosen._replace(programs=programs) for programs in PROGRAMS]
@@ -82,7 +81,7 @@ def _tune(bits: int, rows: int, arguments: argparse.Namespace, clock: Clock, cei
         cuts = dict.fromkeys((*LIKELY[bits], *(OTHERS if arguments.all else ())))
         ways = [DecodeTile(*cut, adds, programs) for cut in cuts for adds in (False, True) for programs in PROGRAMS]
     tiles = dict.fromkeys([chosen, *ways])
-    fitting = [tile for tile in tiles if tile.rows <= key_group and shape.kv_heads % tile.heads == 0]
+    fitting = [tile for tile in tiles if tile.rows <= key_group and stored[0].shape[2] % tile.heads == 0]
     options = {"bases": entry_bases(inputs[4]), "scale": scale}
     expected = launch_paged_decode_attention(*inputs, **options, tile=chosen).float()
     found: list[dict[str, Any]] = []
@@ -105,6 +104,57 @@ def _tune(bits: int, rows: int, arguments: argparse.Namespace, clock: Clock, cei
     for row in found:
         row["times"] = found[0]["ms"] / row["ms"]  # as fast as the one that is chosen today
     return sorted(found, key=lambda row: row["ms"])
+
+
+def _one_layer(bits: int, rows: int, requests: int, device: torch.device) -> tuple[tuple[Any, ...], float]:
+    """Return a layer's inputs, and the bytes that attending to them reads."""
+    shape = model_shape(device)
+    entries = -(-rows // BLOCK_SIZE)
+    queries = normal(requests, shape.q_heads, shape.head_dim, shape=shape, device=device)
+    plain = [empty_pool(requests * entries * BLOCK_SIZE, shape, device) for _ in range(2)]
+    for pool in plain:
+        pool.copy_(kv_rows(pool.shape[0] * BLOCK_SIZE, shape, device).view(pool.shape))
+    stored = quantized(plain[0], plain[1], bits) if bits else (plain[0], plain[1])
+    positions = torch.arange(entries * BLOCK_SIZE, device=device, dtype=torch.int32).view(1, entries, BLOCK_SIZE)
+    inputs = (
+        queries, *stored, torch.randperm(requests * entries, device=device).int().view(requests, entries),
+        positions.repeat(requests, 1, 1), torch.full((requests,), entries, device=device, dtype=torch.int32),
+        torch.full((requests,), rows - 1, device=device), *rotary_tables(entries * BLOCK_SIZE, shape, device),
+    )  # fmt: skip
+    return inputs, sum(pool.nbytes for pool in stored) + requests * rows * 4 + rows * shape.head_dim * 4
+
+
+def _tune_in_graphs(
+    bits: int, rows: int, arguments: argparse.Namespace, clock: Clock, ceiling: float
+) -> list[dict[str, Any]]:
+    """Return a row of the table for each time at which the merge is launched, the fastest first."""
+    requests = arguments.requests
+    made = [_one_layer(bits, rows, requests, clock.device) for _ in range(num_layers(clock))]
+    layers, work = [inputs for inputs, _ in made], made[0][1]
+    scale = layers[0][0].shape[2] ** -0.5
+    bases = [entry_bases(inputs[4]) for inputs in layers]
+    chosen = decode_tile(*layers[0][:3])
+    tiles = [
+        chosen._replace(programs=programs, merge=merge)
+        for programs, merge in product(dict.fromkeys((chosen.programs, *PROGRAMS)), MergeLaunch)
+    ]
+    ways = [
+        ({"bits": bits, "length": rows, **tile._asdict(), "chosen": "yes" if tile == chosen else ""},
+         [partial(launch_paged_decode_attention, *inputs, bases=base, scale=scale, tile=tile)
+          for inputs, base in zip(layers, bases, strict=True)])
+        for tile in tiles
+    ]  # fmt: skip
+    definitions = [partial(_definition, inputs, scale) for inputs in layers]
+    found = rows_in_graphs(ways, definitions, [inputs[0] for inputs in layers], clock)
+    for row in found:
+        row |= {"gb_per_s": work / row["us"] / 1e3, "percent": 100 * work / row["us"] / 1e3 / ceiling}
+        print(row, flush=True)
+    return sorted(found, key=lambda row: row["us"])
+
+
+def _definition(inputs: tuple[Any, ...], scale: float) -> Tensor:
+    wide = [part.float() if isinstance(part, Tensor) and part.is_floating_point() else part for part in inputs]
+    return paged_decode_attention_torch(*wide, scale=scale)
 
 
 if __name__ == "__main__":

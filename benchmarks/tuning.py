@@ -1,14 +1,24 @@
-"""What the scripts share that compare ways to cut a kernel's work: the clock, the ceiling, the table at the end."""
+"""What the scripts share that compare ways to cut a kernel's work: the clock, the ceiling, the table at the end.
+
+A way is timed alone with caches flushed (`Clock`), or as decoding runs it: `LayersInGraph`, a launch a layer and all
+layers in one CUDA graph, each over KV of its own, which together do not fit the cache.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from kernel_speed import COPY_BYTES, Clock, copy_rate
-from report import markdown_table, write_result
+from kernel_speed import COPY_BYTES, Clock, copy_rate, wall_milliseconds
+from report import markdown_table, percentiles, write_result
+from torch import Tensor
+
+from ragkit.kernels.testing import assert_matches
+
+LAYERS = 32  # of Llama 3 8B
+ROUNDS = 30  # of replays
 
 
 def clock_and_ceiling(device: str) -> tuple[Clock, float]:
@@ -17,6 +27,112 @@ def clock_and_ceiling(device: str) -> tuple[Clock, float]:
     ceiling = copy_rate(clock, (1 << 20) if clock.tiny else COPY_BYTES)
     print(f"a copy moves {ceiling:.0f} GB/s, read and written", flush=True)
     return clock, ceiling
+
+
+def num_layers(clock: Clock) -> int:
+    """Return how many layers one graph holds."""
+    return 2 if clock.tiny else LAYERS
+
+
+class LayersInGraph:
+    """A CUDA graph of one launch a layer; on a CPU they run one after the other.
+
+    Args:
+        launches: one a layer; their inputs are read anew by every replay.
+        device: where they run.
+    """
+
+    def __init__(self, launches: Sequence[Callable[[], Tensor]], device: torch.device) -> None:
+        self._launches = launches
+        self.outputs: list[Tensor] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._run()  # compiles
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._run()
+
+    def _run(self) -> None:
+        self.outputs = [launch() for launch in self._launches]
+
+    def replay(self) -> None:
+        """Run all layers; `outputs` are theirs."""
+        if self._graph is None:
+            self._run()
+        else:
+            self._graph.replay()
+
+    def milliseconds(self) -> float:
+        """Return what one replay takes."""
+        if self._graph is None:
+            return wall_milliseconds(self._run)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self._launches)
+
+
+def microseconds_a_layer(graphs: Sequence[LayersInGraph], clock: Clock) -> list[float]:
+    """Return the median of each graph over its layers; they take turns, so that all see the same clocks."""
+    rounds: list[list[float]] = [[] for _ in graphs]
+    for number in range(2 if clock.tiny else ROUNDS + 3):
+        for graph, found in zip(graphs, rounds, strict=True):
+            spent = graph.milliseconds()
+            if number >= 3 or clock.tiny:
+                found.append(spent)
+    return [1e3 * percentiles(found)["p50"] / graph.layers for graph, found in zip(graphs, rounds, strict=True)]
+
+
+def rows_in_graphs(
+    ways: Sequence[tuple[dict[str, Any], Sequence[Callable[[], Tensor]]]],
+    definitions: Sequence[Callable[[], Tensor]],
+    queries: Sequence[Tensor],
+    clock: Clock,
+) -> list[dict[str, Any]]:
+    """Return the row of each way that gives what is defined, with `us`, the microseconds of a layer; others say why.
+
+    Args:
+        ways: a row of the table, and a launch for each layer.
+        definitions: of each layer's result.
+        queries: of each layer, which get other numbers when all graphs are recorded: what a replay reads too early
+            makes another result.
+        clock: of the device.
+    """
+    recorded = []
+    for row, launches in ways:
+        try:
+            recorded.append((LayersInGraph(launches, clock.device), row))
+        except Exception as error:  # too much shared memory, or a launch that no graph takes
+            print(f"{row}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+    for part in queries:
+        part.copy_(torch.randn(part.shape, device=part.device))
+    expected = [definition() for definition in definitions]
+    right = [(graph, row) for graph, row in recorded if _is_right(graph, expected, row)]
+    spent = microseconds_a_layer([graph for graph, _ in right], clock)
+    return [row | {"us": us} for (_, row), us in zip(right, spent, strict=True)]
+
+
+def _is_right(graph: LayersInGraph, expected: Sequence[Tensor], row: dict[str, Any]) -> bool:
+    """Return whether several replays give what is expected; says so where not."""
+    for _ in range(3):
+        for out in graph.outputs:
+            out.zero_()
+        graph.replay()
+        try:
+            for out, wanted in zip(graph.outputs, expected, strict=True):
+                assert_matches(out, wanted, reduced=4)
+        except AssertionError as error:
+            print(f"{row}: {error}", flush=True)
+            return False
+    return True
 
 
 def report_tiles(

@@ -63,6 +63,17 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def can_launch_early(device: torch.device) -> bool:
+    """Return whether a kernel can be launched on a device before the one ahead of it has ended.
+
+    This is programmatic dependent launch, which NVIDIA's GPUs have from compute capability 9.0 on. Such a kernel waits
+    itself until what the one ahead has written is there (`griddepcontrol.wait`); the one ahead says when it may come
+    (`griddepcontrol.launch_dependents`). CUDA graphs keep it, as an edge of the graph.
+    """
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def next_power_of_2(number: int) -> int:
     """Return the smallest power of two that is at least `number`, 1 for 0."""
     return 1 << max(number - 1, 0).bit_length()

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202 (Triton reads the annotations of kernels, and pointers have none)
+# ruff: noqa: ANN001, ANN201, ANN202 (Triton reads the annotations of kernels, and pointers have none)
 # mypy: disable-error-code="no-untyped-def"
 """Merge attention over parts of the keys into attention over all of them.
 
@@ -6,18 +6,36 @@
 
 A part in which a query saw nothing has w_s = -inf and counts for nothing; with no other part the result is zero.
 
+Over few keys it takes longer to begin than to run. Where a GPU can, it may be launched while the parts are computed:
+its programs then stand ready, and wait until all parts lie in memory.
+
 Source: the reduction of FlashDecoding; online softmax of FlashAttention, arXiv 2205.14135, section 3.1.
 Cost: reads every part once; bandwidth bound.
 """
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, can_launch_early, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.launched import launched
+
+
+class MergeLaunch(StrEnum):
+    """When the merge is launched: after the kernel of the parts, or early, once all programs of that kernel say so."""
+
+    AFTER = "after"
+    AT_START = "at start"  # they say so first of all
+    AT_END = "at end"  # before they store their parts
+
+
+def merge_launch(wanted: MergeLaunch, device: torch.device) -> MergeLaunch:
+    """Return when the merge is launched on a device: as wanted, or after the parts where nothing launches early."""
+    return wanted if can_launch_early(device) else MergeLaunch.AFTER
 
 
 def merge_splits(
@@ -26,6 +44,7 @@ def merge_splits(
     out: Tensor,
     log_sums: Tensor | None = None,
     *,
+    launch: MergeLaunch = MergeLaunch.AFTER,
     backend: Backend | None = None,
 ) -> None:
     """Write the attention over all parts into `out` (tokens, q_heads, head_dim), contiguous, of any float type.
@@ -35,6 +54,8 @@ def merge_splits(
         weights: (tokens, q_heads, splits) fp32, base-2 log-sum-exp of each part's scores, contiguous.
         out: where the result goes.
         log_sums: (tokens, q_heads) fp32, contiguous; the weights merged over all parts go there.
+        launch: early only behind the kernel that computes the parts, launched just before on the same stream; what
+            `merge_launch` gives.
         backend: an implementation to insist on.
 
     Raises:
@@ -56,10 +77,12 @@ def merge_splits(
     tokens, q_heads, splits, head_dim = partial.shape
     if out.numel() == 0:
         return
+    early = launch is not MergeLaunch.AFTER
     _merge_splits_kernel[(tokens, q_heads)](
         partial, weights, out, out if log_sums is None else log_sums, splits,
         HEAD_DIM=head_dim, DIM_PADDED=max(16, next_power_of_2(head_dim)),
         SPLITS_PADDED=next_power_of_2(splits), WITH_LOG_SUMS=log_sums is not None,
+        WAITS=early, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 
@@ -69,15 +92,31 @@ def merge_splits_torch(partial: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("ths,thsd->thd", share, partial)
 
 
+@jit
+def call_merge(NOW: tl.constexpr):
+    """Have the merge come, if NOW, when all programs of the kernel that calls have come here or ended."""
+    if NOW:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def await_kernel_ahead(WAITS: tl.constexpr):
+    """Wait, if WAITS, until the kernel ahead has ended and what it wrote is there: it may just have been launched."""
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
+
+
 @launched(do_not_specialize=("splits",))
 def _merge_splits_kernel(
     partial_ptr, weight_ptr, out_ptr, log_sum_ptr, splits,
     HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr, WITH_LOG_SUMS: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     # This program merges the parts of one head of one token.
     head = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     split = tl.arange(0, SPLITS_PADDED)
     dim = tl.arange(0, DIM_PADDED)
+    await_kernel_ahead(WAITS)
     weight = tl.load(weight_ptr + head * splits + split, mask=split < splits, other=float("-inf"))
     highest = tl.max(weight, axis=0)
     share = tl.exp2(weight - tl.where(highest == float("-inf"), 0.0, highest))

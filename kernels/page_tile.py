@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ragkit.kernels.backend import ceil_div, num_processors
+from ragkit.kernels.merge_splits import MergeLaunch
 from ragkit.kernels.paged_rows import Blocks, stored_as
 
 _MOST_SPLITS = 128  # parts that are merged
@@ -24,6 +25,9 @@ class PageTile(NamedTuple):
         warps, stages: of the program; `stages` tiles of keys and values are under way.
         programs: for each multiprocessor.
         turns_queries: back by where a tile stands, in the place of its rows forth by the same, where they are fewer.
+        merge: when the kernel that merges the parts is launched, where the device leaves a choice.
+        looks_ahead: a tile's page is looked up while the tile before it is loaded.
+        starts_early: before the kernel ahead has ended, where the device can.
     """
 
     rows: int
@@ -31,6 +35,9 @@ class PageTile(NamedTuple):
     stages: int
     programs: int
     turns_queries: bool
+    merge: MergeLaunch = MergeLaunch.AFTER
+    looks_ahead: bool = False
+    starts_early: bool = False
 
 
 def page_tile(

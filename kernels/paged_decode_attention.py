@@ -22,7 +22,7 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.launched import launched
-from ragkit.kernels.merge_splits import merge_splits
+from ragkit.kernels.merge_splits import MergeLaunch, call_merge, merge_launch, merge_splits
 from ragkit.kernels.paged_rows import (
     FIELD_ROWS,
     HIDDEN,
@@ -64,6 +64,7 @@ class DecodeTile(NamedTuple):
         stages: of the pipeline that loads rows ahead.
         adds_angles: those of rows behind a row to its own, where `bases` says that they stand so.
         programs: for each multiprocessor.
+        merge: when the kernel that merges the parts is launched, where the device leaves a choice.
     """
 
     heads: int
@@ -72,6 +73,7 @@ class DecodeTile(NamedTuple):
     stages: int
     adds_angles: bool = False
     programs: int = 4
+    merge: MergeLaunch = MergeLaunch.AFTER
 
 
 def paged_decode_attention(
@@ -161,6 +163,7 @@ def launch_paged_decode_attention(
     splits = num_splits(requests * kv_heads // tile.heads, max_entries, queries.device, tile.programs)
     partial = torch.empty((requests, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
     weights = torch.empty((requests, q_heads, splits), dtype=torch.float32, device=queries.device)
+    merge = merge_launch(tile.merge, queries.device)
     _paged_decode_attention_kernel[(requests, kv_heads // tile.heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, num_entries,
         query_positions, cos, sin, num_entries if bases is None else bases,
@@ -172,10 +175,11 @@ def launch_paged_decode_attention(
         HEADS=tile.heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF_PADDED=max(16, next_power_of_2(head_dim // 2)),
         BLOCK_SIZE=block_size, FIELD_ROWS=FIELD_ROWS, ROWS=tile.rows, SPLITS=splits, BITS=bits, KEY_GROUP=key_group,
         HAS_FIELD=key_field is not None, ADDS_ANGLES=tile.adds_angles and bases is not None,
+        MERGE_AT_START=merge is MergeLaunch.AT_START, MERGE_AT_END=merge is MergeLaunch.AT_END,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    merge_splits(partial, weights, out, backend=Backend.TRITON)
+    merge_splits(partial, weights, out, launch=merge, backend=Backend.TRITON)
     return out
 
 
@@ -254,11 +258,13 @@ def _paged_decode_attention_kernel(
     GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     FIELD_ROWS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BITS: tl.constexpr, KEY_GROUP: tl.constexpr,
-    HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_FIELD: tl.constexpr, ADDS_ANGLES: tl.constexpr, MERGE_AT_START: tl.constexpr, MERGE_AT_END: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with the query heads of HEADS key heads over one part of one request's blocks. A query head
     # stands in VALUE_GROUPS rows, one for each group of channels of the values: with the group's scale in the weights,
     # a row's product with the codes is right in the channels of its own group.
+    call_merge(MERGE_AT_START)
     request, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     first_head = tl.program_id(1) * HEADS
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -345,6 +351,7 @@ def _paged_decode_attention_kernel(
                 summed = tl.dot(own.to(value.dtype), value, acc=summed, input_precision="ieee")
         highest = new_highest
 
+    call_merge(MERGE_AT_END)
     out_at = (request * KV_HEADS * GROUP + head) * SPLITS + split
     safe = tl.where(total > 0, total, 1.0)
     is_first = is_pair & (value_group == 0)

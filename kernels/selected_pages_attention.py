@@ -26,10 +26,16 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, can_launch_early, ceil_div, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.gather_pages import PageLists, check_page_lists, gather_pages, gather_pages_torch, list_strides
 from ragkit.kernels.launched import launched
-from ragkit.kernels.merge_splits import merge_splits
+from ragkit.kernels.merge_splits import (
+    MergeLaunch,
+    await_kernel_ahead,
+    call_merge,
+    merge_launch,
+    merge_splits,
+)
 from ragkit.kernels.page_tile import PageTile, num_splits, page_tile
 from ragkit.kernels.paged_rows import (
     Blocks,
@@ -132,6 +138,8 @@ def launch_few_queries(
     weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
     is_turned = len(cos) == 1  # all pages stand at 0 then
     turns_queries = tile.turns_queries and pairs <= tile.rows
+    merge = merge_launch(tile.merge, queries.device)
+    starts_early = tile.starts_early and can_launch_early(queries.device)
     _few_queries_kernel[(tiles, kv_heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), lists.pages, lists.positions,
         lists.pages if lists.blocks is None else lists.blocks, last_rows, cos, sin, partial, weights,
@@ -140,11 +148,12 @@ def launch_few_queries(
         HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), BLOCK_SIZE=block_size, ROWS=tile.rows, BITS=bits,
         KEY_GROUP=key_group, HAS_BLOCKS=lists.blocks is not None,
         TURNS_KEYS=not (is_turned or turns_queries), TURNS_QUERIES=turns_queries and not is_turned,
-        STAGES=tile.stages,
+        STAGES=tile.stages, LOOKS_AHEAD=tile.looks_ahead, WAITS=starts_early,
+        MERGE_AT_START=merge is MergeLaunch.AT_START, MERGE_AT_END=merge is MergeLaunch.AT_END,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
-        UPCAST=not queries.is_cuda, num_warps=tile.warps,
+        UPCAST=not queries.is_cuda, num_warps=tile.warps, **({"launch_pdl": True} if starts_early else {}),
     )  # fmt: skip
-    merge_splits(partial, weights, out, backend=Backend.TRITON)
+    merge_splits(partial, weights, out, launch=merge, backend=Backend.TRITON)
     return out
 
 
@@ -189,7 +198,8 @@ def _few_queries_kernel(
     GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, PAIRS: tl.constexpr, KV_HEADS: tl.constexpr,
     HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     KEY_GROUP: tl.constexpr, HAS_BLOCKS: tl.constexpr, TURNS_KEYS: tl.constexpr, TURNS_QUERIES: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, LOOKS_AHEAD: tl.constexpr, WAITS: tl.constexpr, MERGE_AT_START: tl.constexpr,
+    MERGE_AT_END: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # This program attends with PAIRS queries (heads within tokens) of one key head over one part of its pages. A query
     # stands in VALUE_GROUPS rows, one for each group of channels in a half of the values: with the group's scale in the
@@ -200,6 +210,8 @@ def _few_queries_kernel(
     PARTS: tl.constexpr = BLOCK_SIZE // ROWS
     CODES: tl.constexpr = HALF if BITS == 4 else HEAD_DIM  # entries of a row of one head in the pools
     SCALES: tl.constexpr = 2 * VALUE_GROUPS
+    call_merge(MERGE_AT_START)
+    await_kernel_ahead(WAITS)
     pair = tile * PAIRS + tl.arange(0, PAIRS)
     value_group, query = pair % VALUE_GROUPS, pair // VALUE_GROUPS
     is_pair = query < packed
@@ -238,11 +250,21 @@ def _few_queries_kernel(
     summed_second = tl.zeros((PAIRS, HALF_PADDED), tl.float32)
     zero_first = tl.zeros((PAIRS,), tl.float32)  # what the zeros of all values add to each channel of a group
     zero_second = tl.zeros((PAIRS,), tl.float32)
+    if LOOKS_AHEAD:
+        next_block, next_start = _place(
+            page_ptr + list_at, block_ptr, page_position_ptr + position_at, first_entry, last_entry, listed, HAS_BLOCKS,
+            TURNS_KEYS or TURNS_QUERIES,
+        )  # fmt: skip
     for step in tl.range(first_entry * PARTS, last_entry * PARTS, num_stages=STAGES):
         entry = step // PARTS
-        block = tl.load(page_ptr + list_at + entry)
-        if HAS_BLOCKS:
-            block = tl.load(block_ptr + block)
+        if LOOKS_AHEAD:
+            block, start = next_block, next_start
+            next_block, next_start = _place(
+                page_ptr + list_at, block_ptr, page_position_ptr + position_at, (step + 1) // PARTS, last_entry, listed,
+                HAS_BLOCKS, TURNS_KEYS or TURNS_QUERIES,
+            )  # fmt: skip
+        else:
+            block = _block(page_ptr + list_at + entry, block_ptr, HAS_BLOCKS)
         first_row = step % PARTS * ROWS
         row = first_row + tl.arange(0, ROWS)
         seen = entry * BLOCK_SIZE + row <= last
@@ -277,7 +299,8 @@ def _few_queries_kernel(
             key_first, key_second = load_value_halves(key_ptr + head_at * CODES, row_at, seen, half, HALF, 0, NUMBER)
         if TURNS_KEYS or TURNS_QUERIES:
             # A page of negative position stands at 0 with all rows.
-            start = tl.load(page_position_ptr + position_at + entry)
+            if not LOOKS_AHEAD:
+                start = tl.load(page_position_ptr + position_at + entry)
             turned_first, turned_second, key_first, key_second = _turned(
                 query_first, query_second, key_first, key_second, start, first_row, near_cos, near_sin,
                 cos_ptr, sin_ptr, half, HALF, TURNS_QUERIES,
@@ -310,6 +333,7 @@ def _few_queries_kernel(
         summed_second = tl.dot(share_second, value_second, acc=summed_second * shrink, input_precision="ieee")
         highest = new_highest
 
+    call_merge(MERGE_AT_END)
     out_at = (token * (KV_HEADS * GROUP) + head) * splits + split
     safe = tl.where(total > 0, total, 1.0)
     is_first = is_pair & (value_group == 0)
@@ -319,6 +343,28 @@ def _few_queries_kernel(
     partial_at = partial_ptr + out_at[:, None] * HEAD_DIM + half[None, :]
     tl.store(partial_at, (summed_first + zero_first[:, None]) / safe[:, None], mask=out_mask)
     tl.store(partial_at + HALF, (summed_second + zero_second[:, None]) / safe[:, None], mask=out_mask)
+
+
+@jit
+def _block(page_ptr, block_ptr, HAS_BLOCKS: tl.constexpr):
+    block = tl.load(page_ptr)
+    if HAS_BLOCKS:
+        block = tl.load(block_ptr + block)
+    return block
+
+
+@jit
+def _place(page_ptr, block_ptr, position_ptr, entry, last_entry, listed, HAS_BLOCKS: tl.constexpr, TURNS: tl.constexpr):
+    # Where a page lies and stands. The list is read within its ends for any entry, and before it is known how many are
+    # seen; what an entry that nobody sees says of blocks is not followed.
+    within = tl.minimum(entry, listed - 1)
+    block = tl.load(page_ptr + within)
+    if HAS_BLOCKS:
+        block = tl.load(block_ptr + block, mask=entry < last_entry, other=0)
+    start = 0
+    if TURNS:
+        start = tl.load(position_ptr + within)
+    return block, start
 
 
 @jit

@@ -6,7 +6,7 @@ import torch
 
 from ragkit.errors import KernelUnavailableError
 from ragkit.kernels import backend as installed
-from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, resolve_backend
+from ragkit.kernels.backend import Backend, can_launch_early, ceil_div, next_power_of_2, resolve_backend
 
 
 def test_a_cpu_tensor_takes_torch_unless_told_otherwise():
@@ -37,6 +37,19 @@ def test_kernels_are_defined_without_triton_too(monkeypatch):
     assert not module.TRITON_INSTALLED
     assert module.jit(kernel) is kernel
     assert module.jit(do_not_specialize=("size",))(kernel) is kernel
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "capability", "expected"),
+    [
+        ("cuda", None, (9, 0), True), ("cuda", None, (12, 0), True), ("cuda", None, (8, 9), False),
+        ("cuda", "6.4", (9, 4), False), ("cpu", None, (9, 0), False),
+    ],
+)  # fmt: skip
+def test_kernels_are_launched_early_from_compute_capability_9_on(device, hip, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert can_launch_early.__wrapped__(torch.device(device)) is expected
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])

@@ -10,6 +10,24 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_what_is_launched_early_waits_before_it_reads_and_is_called_by_the_kernel_ahead(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    script = ROOT / "tests" / "support" / "compile_early_launches.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.splitlines()) == {
+        "_few_queries_kernel:after:False:ld,st",
+        "_few_queries_kernel:at start:True:launch_dependents,wait,ld,st",
+        "_few_queries_kernel:at end:False:ld,launch_dependents,st",
+        "_paged_decode_attention_kernel:after:False:ld,st",
+        "_paged_decode_attention_kernel:at start:False:launch_dependents,ld,st",
+        "_paged_decode_attention_kernel:at end:False:ld,launch_dependents,st",
+        "_merge_splits_kernel:after:False:ld,st",
+        "_merge_splits_kernel:at start:True:wait,ld,st",
+        "_merge_splits_kernel:at end:True:wait,ld,st",
+    }
+
+
 def test_every_kernel_that_is_measured_compiles_for_a_gpu(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     script = ROOT / "tests" / "support" / "compile_kernels.py"

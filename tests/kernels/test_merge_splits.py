@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ragkit.errors import KernelInputError
+from ragkit.kernels import merge_splits as module
 from ragkit.kernels.backend import Backend
-from ragkit.kernels.merge_splits import merge_splits, merge_splits_torch
+from ragkit.kernels.merge_splits import MergeLaunch, merge_launch, merge_splits, merge_splits_torch
 from ragkit.kernels.testing import assert_matches, canaried, guarded
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +59,13 @@ def test_log_sums_are_those_of_all_parts(backend, device, rng):
     merge_splits(partial, weights, torch.empty(3, 2, 16, device=device), log_sums, backend=backend)
     check()
     assert_matches(log_sums, weights.double().exp2().sum(-1).log2())
+
+
+@pytest.mark.parametrize("wanted", list(MergeLaunch))
+def test_where_nothing_launches_early_the_merge_comes_after_the_parts(wanted, monkeypatch):
+    assert merge_launch(wanted, torch.device("cpu")) is MergeLaunch.AFTER
+    monkeypatch.setattr(module, "can_launch_early", lambda device: True)
+    assert merge_launch(wanted, torch.device("cuda")) is wanted
 
 
 def test_shapes_that_do_not_fit_are_refused(device, rng):

@@ -5,6 +5,8 @@ import torch
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
+from ragkit.kernels.launched import LaunchedKernel
+from ragkit.kernels.merge_splits import MergeLaunch
 from ragkit.kernels.paged_decode_attention import (
     HIDDEN,
     DecodeTile,
@@ -175,6 +177,25 @@ def test_angles_that_are_added_are_those_of_the_table(head_dim, factor, device, 
     tile = DecodeTile(1, 32, 4, 2, adds_angles=True)
     got = launch_paged_decode_attention(*inputs, bases=bases, scale=0.2, tile=tile)
     assert_matches(got, paged_decode_attention_torch(*inputs, scale=0.2), reduced=4)
+
+
+@pytest.mark.parametrize("merge", list(MergeLaunch))
+def test_whenever_the_merge_is_launched_it_merges_all_parts(merge, device, rng):
+    inputs = _inputs((129,), 4, 2, 32, torch.float32, device, rng)
+    got = launch_paged_decode_attention(*inputs, scale=0.2, tile=DecodeTile(1, 32, 4, 2, merge=merge))
+    assert_matches(got, paged_decode_attention_torch(*inputs, scale=0.2), reduced=4)
+
+
+@pytest.mark.parametrize("merge", list(MergeLaunch))
+def test_a_merge_that_is_launched_early_waits(merge, device, rng, monkeypatch):
+    launches = []
+    monkeypatch.setattr("ragkit.kernels.merge_splits.can_launch_early", lambda device: True)
+    monkeypatch.setattr(LaunchedKernel, "_launch", lambda self, grid, *given, **constants: launches.append(constants))
+    inputs = _inputs((300, 129), 4, 2, 32, torch.float32, device, rng)
+    launch_paged_decode_attention(*inputs, scale=0.2, tile=DecodeTile(1, 32, 4, 2, merge=merge))
+    parts, merging = launches
+    assert (parts["MERGE_AT_START"], parts["MERGE_AT_END"]) == (merge == "at start", merge == "at end")
+    assert (merging["WAITS"], merging.get("launch_pdl", False)) == (merge != "after", merge != "after")
 
 
 def test_bases_of_another_shape_are_refused(device, rng):

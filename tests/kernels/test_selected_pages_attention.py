@@ -6,6 +6,8 @@ import torch
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.gather_pages import PageLists
+from ragkit.kernels.launched import LaunchedKernel
+from ragkit.kernels.merge_splits import MergeLaunch
 from ragkit.kernels.page_scores import Pooling, page_scores
 from ragkit.kernels.page_tile import page_tile
 from ragkit.kernels.page_top_k import page_top_k
@@ -127,6 +129,58 @@ def test_queries_turned_back_are_keys_turned_forth(dtype, bits, device, rng):
     assert_matches(both[0].to(dtype), both[1], reduced=4)
 
 
+def _tiled(inputs, **changes):
+    """What the kernel of few queries gives, and what is defined."""
+    is_turned = len(inputs[5]) == 1
+    tile = page_tile(*inputs[1:3], inputs[0].dtype, inputs[0].device, is_turned=is_turned)._replace(**changes)
+    wide = [part.float() if isinstance(part, torch.Tensor) and part.is_floating_point() else part for part in inputs]
+    got = launch_few_queries(*inputs, scale=0.2, tile=tile)
+    return got, selected_pages_attention_torch(*wide, scale=0.2)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("bits", "per_head"), [(0, True), (0, False), (4, True)])
+def test_pages_that_are_looked_up_ahead_are_those_attended_to(bits, per_head, mapped, device, rng):
+    spare = 0 if bits else 5
+    inputs = _inputs(2, 7, 4, 2, 32, torch.float32, device, rng, per_head=per_head, mapped=mapped, spare=spare)
+    if bits:
+        inputs[1:3] = _as_codes(inputs[1:3], bits)
+    assert_matches(*_tiled(inputs, looks_ahead=True), reduced=4)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_the_list_says_behind_the_last_row_is_not_followed(mapped, device, rng):
+    inputs = _inputs(1, 6, 4, 2, 32, torch.float32, device, rng, mapped=mapped, spare=0)
+    inputs[4] = inputs[4] - 3 * BLOCK
+    expected = _tiled(inputs)[1]
+    pages = inputs[3].pages.clone()
+    pages[:, 3:] = 1 << 30
+    inputs[3] = inputs[3]._replace(pages=guarded(pages, fill=1 << 30))
+    tile = page_tile(*inputs[1:3], torch.float32, device, is_turned=False)._replace(looks_ahead=True)
+    assert_matches(launch_few_queries(*inputs, scale=0.2, tile=tile), expected, reduced=4)
+
+
+@pytest.mark.parametrize("starts_early", [False, True])
+@pytest.mark.parametrize("merge", list(MergeLaunch))
+def test_whenever_the_merge_is_launched_it_merges_all_parts(merge, starts_early, device, rng):
+    inputs = _inputs(1, 7, 6, 2, 32, torch.float32, device, rng)
+    assert_matches(*_tiled(inputs, merge=merge, starts_early=starts_early), reduced=4)
+
+
+@pytest.mark.parametrize("starts_early", [False, True])
+@pytest.mark.parametrize("merge", list(MergeLaunch))
+def test_kernels_that_are_launched_early_wait_and_no_others(merge, starts_early, device, rng, monkeypatch):
+    launches = []
+    for module in ("merge_splits", "selected_pages_attention"):
+        monkeypatch.setattr(f"ragkit.kernels.{module}.can_launch_early", lambda device: True)
+    monkeypatch.setattr(LaunchedKernel, "_launch", lambda self, grid, *given, **constants: launches.append(constants))
+    _tiled(_inputs(1, 7, 6, 2, 32, torch.float32, device, rng), merge=merge, starts_early=starts_early)
+    parts, merging = launches
+    assert (parts["WAITS"], parts.get("launch_pdl", False)) == (starts_early, starts_early)
+    assert (parts["MERGE_AT_START"], parts["MERGE_AT_END"]) == (merge == "at start", merge == "at end")
+    assert (merging["WAITS"], merging.get("launch_pdl", False)) == (merge != "after", merge != "after")
+
+
 @pytest.mark.parametrize("bits", [0, 8, 4])
 @pytest.mark.parametrize("factor", [1.0, 1.3])
 def test_rows_that_are_turned_already_need_a_table_of_one_row(factor, bits, device, rng):
@@ -237,6 +291,25 @@ def test_scoring_choosing_and_attending_is_the_same_on_both_backends(device, rng
     queries = torch.randn(1, 4, 32, device=device, generator=rng)
     arguments = (queries, summaries, _int32([1, 9, 11], device), pools, blocks, _int32([7], device), tables)
     assert_matches(_retrieve(*arguments, Backend.TRITON), _retrieve(*arguments, Backend.TORCH), reduced=4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("merge", list(MergeLaunch))
+def test_a_graph_keeps_early_launches_behind_what_they_wait_for(merge, device, rng):
+    layers = [_inputs(1, 12, 8, 2, 64, torch.bfloat16, device, rng, spare=0) for _ in range(8)]
+    changes = {"merge": merge, "starts_early": merge is MergeLaunch.AT_START, "looks_ahead": True}
+    for inputs in layers:
+        _tiled(inputs, **changes)
+    graph = torch.cuda.CUDAGraph()
+    tile = page_tile(*layers[0][1:3], torch.bfloat16, device, is_turned=False)._replace(**changes)
+    with torch.cuda.graph(graph):
+        outs = [launch_few_queries(*inputs, scale=0.2, tile=tile) for inputs in layers]
+    for _ in range(5):
+        for inputs in layers:
+            inputs[0].copy_(torch.randn(inputs[0].shape, device=device, generator=rng))
+        graph.replay()
+        for inputs, out in zip(layers, outs, strict=True):
+            assert_matches(out, _tiled(inputs)[1], reduced=4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
