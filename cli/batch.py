@@ -96,7 +96,8 @@ def batch(
     check_ratio(ratio, settings)
     from ragkit.jobs.batch import BatchJob
 
-    job = BatchJob(questions, out, limit, overwrite, chosen, document)
+    given = None if ratio is None else settings.config.blend.ratio  # an answer says where it had no part
+    job = BatchJob(questions, out, limit, overwrite, chosen, document, given)
     with session.open(settings) as pipeline:
         if dry_run:
             _estimate(session.output, pipeline.parts, job)

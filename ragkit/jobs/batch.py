@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ragkit.answers.options import QuestionChanges, document_uri
 from ragkit.draft_config import DRAFTERS
@@ -47,7 +47,8 @@ class BatchJob:
         out: the output: a path or an fsspec URL that ends in .jsonl or .parquet.
         limit: only the first rows; None for all.
         overwrite: replace an output that is there, and a job that was begun with other rows or settings.
-        filter, document: hold for every row that does not say otherwise.
+        filter, document, ratio: hold for every row that does not say otherwise; a ratio where a row is or may be
+            blended, and answers say where it had no part.
     """
 
     questions: str
@@ -56,6 +57,7 @@ class BatchJob:
     overwrite: bool = False
     filter: Mapping[str, MetadataValue] | None = None
     document: str | None = None
+    ratio: float | Literal["auto"] | None = None
 
     def check(self, parts: Parts) -> None:
         """Check what no row can mend, before anything is read or written.
@@ -80,7 +82,7 @@ class BatchJob:
 
     def rows(self, kind: str) -> contextlib.AbstractContextManager[SpooledRows]:
         """Give the rows, to be answered in an output of this kind; errors as of `spooled_rows`."""
-        defaults = QuestionChanges(filter=self.filter, document=self.document)
+        defaults = QuestionChanges(filter=self.filter, document=self.document, ratio=self.ratio)
         return spooled_rows(self.questions, defaults, self.limit, kind)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ragkit.answers.options import QuestionChanges
-from ragkit.config import AUTO
+from ragkit.config import AUTO, Strategy
 from ragkit.errors import UsageError
 from ragkit.jobs.column_hints import named_columns
 from ragkit.jobs.openai_batch import is_openai, openai_question
@@ -80,6 +80,8 @@ class RowReader:
     def _merged(self, changes: dict[str, Any]) -> QuestionChanges:
         if self._defaults.filter is not None:
             changes["filter"] = {**self._defaults.filter, **changes.get("filter", {})}
+        if changes.get("strategy", Strategy.AUTO) not in (Strategy.AUTO, Strategy.BLEND):
+            changes.setdefault("ratio", None)  # the ratio of all rows is not of one that recomputes no part
         return replace(self._defaults, **changes)
 
 

@@ -81,9 +81,9 @@ def test_options_reach_the_settings_and_the_job(run, batches, world):
     run(
         "batch", "q.csv", "--out", "a.parquet", "--limit", "5", "--overwrite", "--filter", "year=2023", "--document",
         "d.pdf", "-k", "3", "--strategy", "blend", "--temperature", "0.5", "--engine", "ray", "--draft", "self",
-        "--transfer",
+        "--transfer", "--ratio", "0.3",
     )  # fmt: skip
-    assert batches.jobs == [BatchJob("q.csv", "a.parquet", 5, True, {"year": "2023"}, "d.pdf")]
+    assert batches.jobs == [BatchJob("q.csv", "a.parquet", 5, True, {"year": "2023"}, "d.pdf", 0.3)]
     [config] = world.configs
     assert (config.retrieval.k, config.generation.strategy, config.generation.temperature) == (3, Strategy.BLEND, 0.5)
     assert config.jobs.engine is ExecutorName.RAY

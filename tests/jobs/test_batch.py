@@ -14,7 +14,7 @@ import pytest
 from batch_world import FULL, load_engine, open_world, questions, read_jsonl, write_jsonl, write_world
 
 from ragkit import Pipeline
-from ragkit.config import DraftMode
+from ragkit.config import DraftMode, Strategy
 from ragkit.errors import ModelError, OfflineError, UsageError
 from ragkit.generation.engine import Engine
 from ragkit.jobs import batch, job_folder
@@ -254,6 +254,28 @@ def test_a_document_or_drafter_of_the_command_that_is_not_there_is_refused_at_on
         with open_world(world, engine, drafted) as pipeline, pytest.raises(ModelError, match="no-such-model"):
             run(pipeline.parts, job)
     assert [path.name for path in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+def test_the_ratio_of_the_command_is_said_where_it_had_no_part_and_is_not_that_of_other_strategies(
+    world: Path, engine: Engine, tmp_path: Path
+) -> None:
+    question = questions(1)[0]["question"]
+    rows = [{"id": "auto", "question": question}, {"id": "full", "question": question, "strategy": "full"},
+            {"id": "own", "question": question, "strategy": "full", "ratio": 0.2},
+            {"id": "blend", "question": question, "strategy": "blend"}]  # fmt: skip
+    job = BatchJob(str(write_jsonl(tmp_path / "q.jsonl", rows)), str(tmp_path / "a.jsonl"), ratio=0.3)
+    auto = replace(
+        FULL,
+        generation=replace(FULL.generation, strategy=Strategy.AUTO),
+        blend=replace(FULL.blend, ratio=0.3, min_tokens=2048),
+    )
+    with open_world(world, engine, auto) as pipeline:
+        run_batch(pipeline.parts, job)
+        alone = pipeline.query(question, ratio=0.3)
+    written = {row["id"]: row for row in read_jsonl(tmp_path / "a.jsonl")}
+    assert written["auto"]["warnings"] == list(alone.warnings) == ["the ratio 0.3 had no part: the strategy was full"]
+    assert written["full"]["warnings"] == written["blend"]["warnings"] == []
+    assert "leave the ratio out" in written["own"]["error"]["message"]
 
 
 def test_answers_do_not_replace_the_questions(pipeline: Pipeline, tmp_path: Path) -> None:
