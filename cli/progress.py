@@ -62,6 +62,8 @@ class Meter:
             parts.append(f"{self.bytes / 1e6 / seconds:.2f} MB/s")
         if self.unit == "rows" and self.documents:
             parts.append(f"{self.documents / seconds:,.1f} rows/s")
+        if self.tokens and not self.documents:  # small documents are counted when their group is committed
+            parts.append(f"{self.tokens:,} tokens")
         if self.tokens:
             parts.append(f"{self.tokens / seconds:,.0f} tokens/s")
         if self.hits or self.misses:

@@ -27,6 +27,15 @@ def test_documents_rates_and_time_to_go_are_shown():
     assert meter.fraction == 0.25
 
 
+def test_before_any_document_is_committed_the_tokens_show_that_it_goes_on():
+    clock = Clock()
+    meter = Meter(clock)
+    meter.start(35, 600_000)
+    clock.now += 10
+    meter.add(0, 0, 22_000)
+    assert str(meter) == "0/35 documents, 22,000 tokens, 2,200 tokens/s"
+
+
 def test_other_units_are_named_and_their_bytes_counted():
     clock = Clock()
     meter = Meter(clock)
