@@ -31,7 +31,7 @@ from ragkit.kernels.backend import Backend, ceil_div, next_power_of_2, resolve_b
 from ragkit.kernels.host_copy import to_device
 from ragkit.kernels.launched import launched
 from ragkit.kernels.paged_rows import FIELD_ROWS
-from ragkit.kernels.propagation_plan import TILE_ROWS, PropagationPlan
+from ragkit.kernels.propagation_plan import TILE_ROWS, PropagationPlan, strengths_alike
 
 _Block = tuple[slice, slice, Tensor]  # cells, entries of the recomputed rows, and (cells, entries) fp32 weights
 
@@ -112,6 +112,7 @@ def change_field(
     *,
     key_strength: float | Tensor,
     value_strength: float | Tensor,
+    places: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
     """Write the field of one layer; what no chunk's cell is, is left alone.
@@ -124,38 +125,37 @@ def change_field(
         key_field, value_field: (entries, block_size / FIELD_ROWS, kv_heads, head_dim), contiguous, of any float type;
             at least the chunks' entries.
         key_strength, value_strength: a number, or (kv_heads,) fp32.
+        places: (n,) int64, where each recomputed row is among the cached ones, which are then any number, those of a
+            pool for one; without it they are the rows themselves.
         backend: an implementation to insist on.
 
     Raises:
         KernelInputError: shapes do not fit.
     """
-    _check_inputs(cached_keys, cached_values, fresh_keys, fresh_values, plan, (key_field, value_field))
+    _check_inputs(cached_keys, cached_values, fresh_keys, fresh_values, plan, (key_field, value_field), places)
     _check_strengths(cached_keys.shape[1], (key_strength, value_strength))
     if resolve_backend(key_field, backend) is Backend.TORCH:
         change_field_torch(
             cached_keys, cached_values, fresh_keys, fresh_values, plan, key_field, value_field,
-            key_strength=key_strength, value_strength=value_strength,
+            key_strength=key_strength, value_strength=value_strength, places=places,
         )  # fmt: skip
         return
     change, (kv_heads, head_dim) = plan.change, cached_keys.shape[1:]
     if len(change.tiles) == 0 or kv_heads * head_dim == 0:
         return
-    for cached, fresh, strength, field in (
-        (cached_keys, fresh_keys, key_strength, key_field),
-        (cached_values, fresh_values, value_strength, value_field),
-    ):
-        by_head = isinstance(strength, Tensor)
-        _change_field_kernel[(len(change.tiles), kv_heads)](
-            cached, fresh, change.selected, change.voices, change.shares, change.entry_of_row, change.tiles,
-            plan.cells.of_tiles, strength if by_head else cached, field,
-            cached.stride(0), fresh.stride(0), 1.0 if by_head else float(strength),
-            -0.5 * 1.4426950408889634 / change.sigma**2,  # the kernel works with powers of two
-            change.reach,
-            KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM_PADDED=max(16, next_power_of_2(head_dim)), ROWS=TILE_ROWS,
-            FIELD_ROWS=FIELD_ROWS, ENTRIES=32, BY_HEAD=by_head,
-            # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
-            UPCAST=not field.is_cuda, num_warps=8, num_stages=2,
-        )  # fmt: skip
+    strengths, by_head = strengths_alike(key_strength, value_strength, cached_keys)
+    _change_field_kernel[(len(change.tiles), kv_heads, 2)](
+        cached_keys, cached_values, fresh_keys, fresh_values, change.selected if places is None else places,
+        change.selected, change.voices, change.shares, change.entry_of_row, change.tiles, plan.cells.of_tiles,
+        *(by_head or (key_field, key_field)), key_field, value_field,
+        cached_keys.stride(0), cached_values.stride(0), fresh_keys.stride(0), fresh_values.stride(0), *strengths,
+        -0.5 * 1.4426950408889634 / change.sigma**2,  # the kernel works with powers of two
+        change.reach,
+        KV_HEADS=kv_heads, HEAD_DIM=head_dim, DIM_PADDED=max(16, next_power_of_2(head_dim)), ROWS=TILE_ROWS,
+        FIELD_ROWS=FIELD_ROWS, ENTRIES=32, BY_HEAD=by_head is not None, HAS_PLACES=places is not None,
+        # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
+        UPCAST=not key_field.is_cuda, num_warps=8, num_stages=2,
+    )  # fmt: skip
 
 
 def change_field_torch(
@@ -169,8 +169,11 @@ def change_field_torch(
     *,
     key_strength: float | Tensor,
     value_strength: float | Tensor,
+    places: Tensor | None = None,
 ) -> None:
     """Do what `change_field` does: the definition, in fp32."""
+    if places is not None:
+        cached_keys, cached_values = cached_keys[places], cached_values[places]
     for cached, fresh, strength, field in (
         (cached_keys, fresh_keys, key_strength, key_field),
         (cached_values, fresh_values, value_strength, value_field),
@@ -189,6 +192,7 @@ def _check_inputs(
     fresh_values: Tensor,
     plan: FieldPlan,
     fields: tuple[Tensor, Tensor],
+    places: Tensor | None,
 ) -> None:
     if cached_keys.dim() != 3:
         raise KernelInputError(f"cached_keys must be (rows, kv_heads, head_dim), got {tuple(cached_keys.shape)}")
@@ -196,14 +200,17 @@ def _check_inputs(
         raise KernelInputError("the cells are those of other chunks than the plan's")
     kv_heads, head_dim = cached_keys.shape[1:]
     expected = (len(plan.change.selected), kv_heads, head_dim)
-    for name, heads in (
-        ("cached_keys", cached_keys),
-        ("cached_values", cached_values),
-        ("fresh_keys", fresh_keys),
-        ("fresh_values", fresh_values),
+    if places is not None and (places.shape != expected[:1] or not places.is_contiguous()):
+        raise KernelInputError(f"places must be ({expected[0]},), got {tuple(places.shape)}")
+    lying = expected if places is None else (len(cached_keys), kv_heads, head_dim)
+    for name, heads, shape in (
+        ("cached_keys", cached_keys, lying),
+        ("cached_values", cached_values, lying),
+        ("fresh_keys", fresh_keys, expected),
+        ("fresh_values", fresh_values, expected),
     ):
-        if heads.shape != expected:
-            raise KernelInputError(f"{name} must be {expected}, got {tuple(heads.shape)}")
+        if heads.shape != shape:
+            raise KernelInputError(f"{name} must be {shape}, got {tuple(heads.shape)}")
         if heads.numel() and heads.stride()[1:] != (head_dim, 1):
             raise KernelInputError(f"the heads of one row of {name} must be contiguous, got strides {heads.stride()}")
     if cached_keys.dtype != fresh_keys.dtype or cached_values.dtype != fresh_values.dtype:
@@ -228,13 +235,20 @@ def _check_strengths(kv_heads: int, strengths: tuple[float | Tensor, float | Ten
 
 @launched
 def _change_field_kernel(
-    cached_ptr, fresh_ptr, selected_ptr, voice_ptr, share_ptr, entry_ptr, tile_ptr, cell_ptr, strength_ptr, field_ptr,
-    stride_cr, stride_fr, strength, exponent, reach,
+    cached_key_ptr, cached_value_ptr, fresh_key_ptr, fresh_value_ptr, place_ptr, selected_ptr, voice_ptr, share_ptr,
+    entry_ptr, tile_ptr, cell_ptr, key_strength_ptr, value_strength_ptr, key_field_ptr, value_field_ptr,
+    stride_ck, stride_cv, stride_fk, stride_fv, key_strength, value_strength, exponent, reach,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
-    FIELD_ROWS: tl.constexpr, ENTRIES: tl.constexpr, BY_HEAD: tl.constexpr, UPCAST: tl.constexpr,
+    FIELD_ROWS: tl.constexpr, ENTRIES: tl.constexpr, BY_HEAD: tl.constexpr, HAS_PLACES: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # This program moves the rows of one tile for one head, and writes the means of its cells.
-    tile, head = tl.program_id(0), tl.program_id(1)
+    # This program moves the keys or the values of one tile for one head, and writes the means of its cells.
+    tile, head, is_value = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cached_ptr = cached_value_ptr if is_value else cached_key_ptr
+    fresh_ptr = fresh_value_ptr if is_value else fresh_key_ptr
+    field_ptr = value_field_ptr if is_value else key_field_ptr
+    stride_cr = stride_cv if is_value else stride_ck
+    stride_fr = stride_fv if is_value else stride_fk
     CELLS: tl.constexpr = ROWS // FIELD_ROWS
     first_row, end_row = tl.load(tile_ptr + tile * 4), tl.load(tile_ptr + tile * 4 + 1)
     first_entry, end_entry = tl.load(tile_ptr + tile * 4 + 2), tl.load(tile_ptr + tile * 4 + 3)
@@ -253,17 +267,20 @@ def _change_field_kernel(
         step = distance.to(tl.float32)
         voice = tl.load(voice_ptr + entry, mask=is_entry, other=0.0)
         weight = tl.where(near, tl.exp2(step * step * exponent + voice[None, :]), 0.0)
-        at, mask = entry.to(tl.int64)[:, None], is_entry[:, None] & (column < HEAD_DIM)
-        was = tl.load(cached_ptr + at * stride_cr + channel, mask=mask, other=0.0)
-        now = tl.load(fresh_ptr + at * stride_fr + channel, mask=mask, other=0.0)
+        source, mask = entry.to(tl.int64), is_entry[:, None] & (column < HEAD_DIM)
+        now = tl.load(fresh_ptr + source[:, None] * stride_fr + channel, mask=mask, other=0.0)
+        if HAS_PLACES:
+            source = tl.load(place_ptr + entry, mask=is_entry, other=0)
+        was = tl.load(cached_ptr + source[:, None] * stride_cr + channel, mask=mask, other=0.0)
         change = (now.to(tl.float32) - was.to(tl.float32)).to(now.dtype)
         weight = weight.to(now.dtype)
         if UPCAST:
             weight, change = weight.to(tl.float32), change.to(tl.float32)
         moved = tl.dot(weight, change, acc=moved, input_precision="ieee")
 
+    strength = value_strength if is_value else key_strength
     if BY_HEAD:
-        strength = tl.load(strength_ptr + head)
+        strength = tl.load((value_strength_ptr if is_value else key_strength_ptr) + head)
     share = strength * tl.load(share_ptr + row, mask=row < end_row, other=0.0)
     kept = tl.sum(tl.reshape(is_kept.to(tl.float32), (CELLS, FIELD_ROWS)), axis=1)
     summed = tl.sum(tl.reshape(moved * share[:, None], (CELLS, FIELD_ROWS, DIM_PADDED)), axis=1)

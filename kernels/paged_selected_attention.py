@@ -53,6 +53,7 @@ def paged_selected_attention(
     *,
     key_field: Tensor | None = None,
     value_field: Tensor | None = None,
+    order: tuple[Tensor, Tensor] | None = None,
     scale: float,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -69,6 +70,7 @@ def paged_selected_attention(
         cos, sin: (positions, head_dim / 2) fp32.
         key_field, value_field: (requests, max_entries, block_size / FIELD_ROWS, kv_heads, head_dim), contiguous, added
             to the rows of each entry, to keys before they are rotated.
+        order: what `ordered_entries` gives for these tables, the same for all layers; None finds it anew.
         scale: factor on the scores.
         backend: an implementation to insist on.
 
@@ -80,6 +82,8 @@ def paged_selected_attention(
         queries, requests, key_pool, value_pool, block_tables, row_positions, num_entries, cos, sin,
         key_field, value_field,
     )  # fmt: skip
+    if order is not None and any(part.shape != block_tables.shape or not part.is_contiguous() for part in order):
+        raise KernelInputError(f"order must be two of {tuple(block_tables.shape)}, contiguous")
     if resolve_backend(queries, backend) is Backend.TORCH:
         return paged_selected_attention_torch(
             queries, key_pool, value_pool, block_tables, row_positions, num_entries, positions, cu_queries, cos, sin,
@@ -101,9 +105,9 @@ def paged_selected_attention(
         partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)
         weights = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=queries.device)
     bits, key_group, channel_group = stored_as(key_pool, value_pool)
-    lowest, order = _ordered_entries(row_positions, num_entries)
+    lowest, entries = ordered_entries(row_positions, num_entries) if order is None else order
     _paged_selected_attention_kernel[(programs * splits,)](
-        queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, lowest, order, positions,
+        queries, *parts_of(key_pool), *parts_of(value_pool), block_tables, row_positions, lowest, entries, positions,
         cu_queries, cos, sin,
         queries if key_field is None else key_field, queries if value_field is None else value_field,
         partial, weights, scale * _LOG2_E, requests, max_entries, splits, queries.stride(0),
@@ -169,8 +173,14 @@ def paged_tile(head_dim: int, dtype: torch.dtype, device: torch.device, *, has_f
     return AttentionTile(128, 64, 8, 2)
 
 
-def _ordered_entries(row_positions: Tensor, num_entries: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each request's smallest positions of its entries, ascending, and which entries those are, both int32."""
+def ordered_entries(row_positions: Tensor, num_entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each request's smallest positions of its entries, ascending, and which entries those are.
+
+    Both are (requests, max_entries) int32, and of one request for all layers.
+
+    Args:
+        row_positions, num_entries: as `paged_selected_attention` takes them.
+    """
     lowest = row_positions.amin(dim=-1)
     entry = torch.arange(lowest.shape[1], device=lowest.device)
     lowest.masked_fill_(entry >= num_entries.unsqueeze(1), HIDDEN)

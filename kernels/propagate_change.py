@@ -21,7 +21,7 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.launched import launched
-from ragkit.kernels.propagation_plan import TILE_ROWS, PropagationPlan
+from ragkit.kernels.propagation_plan import TILE_ROWS, PropagationPlan, strengths_alike
 from ragkit.kernels.rotation import rotate_into
 
 
@@ -81,24 +81,21 @@ def propagate_change(
     if cached_keys.numel() == 0:
         return
     half = head_dim // 2
-    for rotate, cached, fresh, strength, pool, copy in (
-        (True, cached_keys, fresh_keys, key_strength, key_pool, rotated_keys),
-        (False, cached_values, fresh_values, value_strength, value_pool, plain_values),
-    ):
-        by_head = isinstance(strength, Tensor)
-        _propagate_change_kernel[(len(plan.tiles), kv_heads)](
-            cached, fresh, plan.selected if places is None else places, plan.selected, plan.voices, plan.shares,
-            plan.entry_of_row, plan.tiles, slots,
-            strength if by_head else cached, cached if cos is None else cos, cached if sin is None else sin,
-            pool, pool if copy is None else copy,
-            cached.stride(0), fresh.stride(0), 1.0 if by_head else float(strength),
-            -0.5 * 1.4426950408889634 / plan.sigma**2,  # the kernel works with powers of two
-            plan.reach, first_position,
-            KV_HEADS=kv_heads, HALF=half, HALF_PADDED=max(16, next_power_of_2(half)), ROWS=TILE_ROWS, ENTRIES=32,
-            BY_HEAD=by_head, COPY=copy is not None, ROTATE=rotate, HAS_PLACES=places is not None,
-            # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
-            UPCAST=not cached.is_cuda, num_warps=8, num_stages=2,
-        )  # fmt: skip
+    alike, by_head = strengths_alike(key_strength, value_strength, cached_keys)
+    copies = (key_pool, value_pool) if rotated_keys is None or plain_values is None else (rotated_keys, plain_values)
+    _propagate_change_kernel[(len(plan.tiles), kv_heads, 2)](
+        cached_keys, cached_values, fresh_keys, fresh_values, plan.selected if places is None else places,
+        plan.selected, plan.voices, plan.shares, plan.entry_of_row, plan.tiles, slots,
+        *(by_head or (plan.shares, plan.shares)), plan.shares if cos is None else cos,
+        plan.shares if sin is None else sin, key_pool, value_pool, *copies,
+        cached_keys.stride(0), cached_values.stride(0), fresh_keys.stride(0), fresh_values.stride(0), *alike,
+        -0.5 * 1.4426950408889634 / plan.sigma**2,  # the kernel works with powers of two
+        plan.reach, first_position,
+        KV_HEADS=kv_heads, HALF=half, HALF_PADDED=max(16, next_power_of_2(half)), ROWS=TILE_ROWS, ENTRIES=32,
+        BY_HEAD=by_head is not None, COPY=rotated_keys is not None, HAS_PLACES=places is not None,
+        # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
+        UPCAST=not cached_keys.is_cuda, num_warps=8, num_stages=2,
+    )  # fmt: skip
 
 
 def propagate_change_torch(
@@ -226,15 +223,21 @@ def _check_copies(
 
 @launched(do_not_specialize=("first_position",))  # no request waits for another compilation
 def _propagate_change_kernel(
-    cached_ptr, fresh_ptr, place_ptr, selected_ptr, voice_ptr, share_ptr, entry_ptr, tile_ptr, slot_ptr, strength_ptr,
-    cos_ptr, sin_ptr, pool_ptr, copy_ptr,
-    stride_cr, stride_fr, strength, exponent, reach, first_position,
+    cached_key_ptr, cached_value_ptr, fresh_key_ptr, fresh_value_ptr, place_ptr, selected_ptr, voice_ptr, share_ptr,
+    entry_ptr, tile_ptr, slot_ptr, key_strength_ptr, value_strength_ptr, cos_ptr, sin_ptr, key_pool_ptr,
+    value_pool_ptr, key_copy_ptr, value_copy_ptr,
+    stride_ck, stride_cv, stride_fk, stride_fv, key_strength, value_strength, exponent, reach, first_position,
     KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
-    BY_HEAD: tl.constexpr, COPY: tl.constexpr, ROTATE: tl.constexpr, HAS_PLACES: tl.constexpr,
-    UPCAST: tl.constexpr,
+    BY_HEAD: tl.constexpr, COPY: tl.constexpr, HAS_PLACES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # This program blends the rows of one tile for one head, as two halves of HALF channels each.
-    tile, head = tl.program_id(0), tl.program_id(1)
+    # This program blends keys or values of one tile for one head, as two halves of HALF channels each.
+    tile, head, is_value = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    cached_ptr = cached_value_ptr if is_value else cached_key_ptr
+    fresh_ptr = fresh_value_ptr if is_value else fresh_key_ptr
+    pool_ptr = value_pool_ptr if is_value else key_pool_ptr
+    copy_ptr = value_copy_ptr if is_value else key_copy_ptr
+    stride_cr = stride_cv if is_value else stride_ck
+    stride_fr = stride_fv if is_value else stride_fk
     end_row = tl.load(tile_ptr + tile * 4 + 1)
     first_entry, end_entry = tl.load(tile_ptr + tile * 4 + 2), tl.load(tile_ptr + tile * 4 + 3)
     row = tl.load(tile_ptr + tile * 4) + tl.arange(0, ROWS)
@@ -283,8 +286,9 @@ def _propagate_change_kernel(
         moved_first = tl.dot(weight, change_first, acc=moved_first, input_precision="ieee")
         moved_second = tl.dot(weight, change_second, acc=moved_second, input_precision="ieee")
 
+    strength = value_strength if is_value else key_strength
     if BY_HEAD:
-        strength = tl.load(strength_ptr + head)
+        strength = tl.load((value_strength_ptr if is_value else key_strength_ptr) + head)
     share = (strength * tl.load(share_ptr + row, mask=is_row, other=0.0))[:, None]
     out_type = pool_ptr.dtype.element_ty
     first = (first.to(tl.float32) + share * moved_first).to(out_type)
@@ -295,7 +299,7 @@ def _propagate_change_kernel(
     if COPY:
         position = (first_position + row).to(tl.int64)[:, None]
         copy_at = copy_ptr + position * (KV_HEADS * 2 * HALF) + channel
-        if ROTATE:
+        if is_value == 0:
             cos = tl.load(cos_ptr + position * HALF + column, mask=mask, other=0.0)
             sin = tl.load(sin_ptr + position * HALF + column, mask=mask, other=0.0)
             left, right = first.to(tl.float32), second.to(tl.float32)

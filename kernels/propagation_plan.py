@@ -112,6 +112,7 @@ class ChunkTiles:
 
     Attributes:
         cu_rows: as above.
+        cuts: (chunks + 1,) int64, the same on the device.
 
     Raises:
         KernelInputError: the chunks contradict each other, or sigma is too small.
@@ -128,7 +129,7 @@ class ChunkTiles:
         rows, bounds = _cut(self.cu_rows, self._reach, TILE_ROWS)
         whole = to_device(torch.cat((rows.flatten(), bounds.flatten(), torch.tensor(self.cu_rows))), device)
         self._rows, self._bounds = whole[: 4 * len(rows)].view(2, -1, 2)
-        self._cuts = whole[4 * len(rows) :]
+        self.cuts = whole[4 * len(rows) :]
 
     def plan(self, selected: Tensor) -> PropagationPlan:
         """Return the plan for the recomputed rows `selected` (n,) int64, distinct and ascending, on the device.
@@ -144,8 +145,8 @@ class ChunkTiles:
 
     def _stands_for(self, selected: Tensor) -> Tensor:
         """Return (n,) fp32: how many rows lie between the middles of the gaps before and behind each recomputed row."""
-        behind = torch.searchsorted(self._cuts, selected, right=True)
-        start, stop = self._cuts[behind - 1], self._cuts[behind]
+        behind = torch.searchsorted(self.cuts, selected, right=True)
+        start, stop = self.cuts[behind - 1], self.cuts[behind]
         ends = selected.new_full((1,), -1), selected.new_full((1,), self.cu_rows[-1])
         before, after = torch.cat((ends[0], selected[:-1])), torch.cat((selected[1:], ends[1]))
         # In halves of a row; at a chunk's ends the edge of its outermost row stands in for the middle of a gap.
@@ -176,6 +177,24 @@ def plan_propagation(selected: Tensor, cu_rows: Tensor, cu_selected: Tensor, sig
     tiles = ChunkTiles(cu_rows.tolist(), sigma, selected.device)
     _check_indices(selected.cpu().long(), cu_rows.cpu().long(), cu_selected.cpu().long())
     return tiles.plan(selected.long())
+
+
+def strengths_alike(
+    keys: float | Tensor, values: float | Tensor, like: Tensor
+) -> tuple[tuple[float, float], tuple[Tensor, Tensor] | None]:
+    """Return two strengths as one launch takes them: numbers, or numbers that mean nothing and both by head.
+
+    Args:
+        keys, values: a number, or (kv_heads,) fp32.
+        like: (..., kv_heads, head_dim), on whose device they are wanted.
+    """
+    if not isinstance(keys, Tensor) and not isinstance(values, Tensor):
+        return (float(keys), float(values)), None
+    by_head = [
+        one if isinstance(one, Tensor) else torch.full((like.shape[-2],), one, dtype=torch.float32, device=like.device)
+        for one in (keys, values)
+    ]
+    return (1.0, 1.0), (by_head[0], by_head[1])
 
 
 def _check_indices(selected: Tensor, cu_rows: Tensor, cu_selected: Tensor) -> None:

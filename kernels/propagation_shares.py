@@ -60,7 +60,7 @@ def propagation_shares(
         _propagation_shares_kernel[(len(tiles),)](
             selected, stands_for, tiles, shares, exponent, reach, ROWS=tile_rows, ENTRIES=32, num_warps=4,
         )  # fmt: skip
-        shares[selected] = 0.0
+        shares.index_fill_(0, selected, 0.0)  # an assignment would have the host wait for a GPU
     return shares
 
 
@@ -75,7 +75,7 @@ def propagation_shares_torch(
         weights = (distance.square() * (-0.5 / sigma**2)).exp().masked_fill(distance.abs() > reach, 0.0)
         total = (weights * stands_for[first_entry:end_entry]).sum(1)
         shares[first:end] = weights.sum(1).clamp_max(1.0) / total.clamp_min(_LEAST)
-    shares[selected] = 0.0
+    shares.index_fill_(0, selected, 0.0)
     return shares
 
 

@@ -176,7 +176,9 @@ def _row_mass(
 ) -> Tensor:
     tokens, q_heads, head_dim = queries.shape
     rows, kv_heads = len(keys if places is None else places), keys.shape[1]
-    mass = torch.zeros(rows, dtype=torch.float32, device=queries.device)
+    is_whole = rows == first_position + tokens  # then the kernel writes every row
+    make = torch.empty if is_whole and tokens * q_heads else torch.zeros
+    mass = make(rows, dtype=torch.float32, device=queries.device)
     if tokens * q_heads == 0:
         return mass
     packed = tokens * (q_heads // kv_heads)

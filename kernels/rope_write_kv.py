@@ -32,9 +32,13 @@ def rope_write_kv(
     value_pool: Tensor,
     *,
     rotate_keys: bool,
+    rotated_keys: Tensor | None = None,
+    plain_values: Tensor | None = None,
     backend: Backend | None = None,
 ) -> None:
     """Write `keys` and `values` into their slots, then rotate `queries` in place, and `keys` if `rotate_keys`.
+
+    With `rotated_keys` and `plain_values` the rows are written there as well, for attention that reads them so.
 
     Args:
         queries: (tokens, q_heads, head_dim), rotated in place; heads contiguous, tokens at any stride.
@@ -44,16 +48,19 @@ def rope_write_kv(
         cos, sin: (positions, head_dim / 2) fp32.
         key_pool, value_pool: (blocks, block_size, kv_heads, head_dim), contiguous.
         rotate_keys: whether `keys` leave rotated.
+        rotated_keys, plain_values: (rows, kv_heads, head_dim), contiguous; a token's row is its position.
         backend: an implementation to insist on.
 
     Raises:
         KernelInputError: shapes do not fit.
     """
     _check_inputs(queries, keys, values, positions, slots, cos, sin, key_pool, value_pool)
+    _check_copies(key_pool, rotated_keys, plain_values)
     if resolve_backend(queries, backend) is Backend.TORCH:
         rope_write_kv_torch(
-            queries, keys, values, positions, slots, cos, sin, key_pool, value_pool, rotate_keys=rotate_keys
-        )
+            queries, keys, values, positions, slots, cos, sin, key_pool, value_pool, rotate_keys=rotate_keys,
+            rotated_keys=rotated_keys, plain_values=plain_values,
+        )  # fmt: skip
         return
     tokens, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
@@ -61,10 +68,12 @@ def rope_write_kv(
         return
     _rope_write_kv_kernel[(tokens,)](
         queries, keys, values, positions, slots, cos, sin, key_pool, value_pool,
+        key_pool if rotated_keys is None else rotated_keys, value_pool if plain_values is None else plain_values,
         queries.stride(0), keys.stride(0), values.stride(0),
         Q_HEADS=q_heads, Q_HEADS_PADDED=next_power_of_2(q_heads),
         KV_HEADS=kv_heads, KV_HEADS_PADDED=next_power_of_2(kv_heads),
         HALF=head_dim // 2, HALF_PADDED=next_power_of_2(head_dim // 2), ROTATE_KEYS=rotate_keys,
+        COPY=rotated_keys is not None,
     )  # fmt: skip
 
 
@@ -80,11 +89,17 @@ def rope_write_kv_torch(
     value_pool: Tensor,
     *,
     rotate_keys: bool,
+    rotated_keys: Tensor | None = None,
+    plain_values: Tensor | None = None,
 ) -> None:
     """Do what `rope_write_kv` does: the definition."""
     key_pool.flatten(0, 1)[slots] = keys
     value_pool.flatten(0, 1)[slots] = values
     cos, sin = cos[positions], sin[positions]
+    if rotated_keys is not None and plain_values is not None:
+        turned = torch.empty_like(keys)
+        rotate_into(turned, keys, cos, sin)
+        rotated_keys[positions], plain_values[positions] = turned.to(rotated_keys.dtype), values.to(plain_values.dtype)
     for heads in (queries, keys) if rotate_keys else (queries,):
         turned = torch.empty_like(heads)
         rotate_into(turned, heads, cos, sin)
@@ -121,12 +136,22 @@ def _check_inputs(
             )
 
 
+def _check_copies(key_pool: Tensor, rotated_keys: Tensor | None, plain_values: Tensor | None) -> None:
+    if (rotated_keys is None) != (plain_values is None):
+        raise KernelInputError("rotated_keys and plain_values are given together or not at all")
+    for name, copy in (("rotated_keys", rotated_keys), ("plain_values", plain_values)):
+        if copy is not None and (copy.dim() != 3 or copy.shape[1:] != key_pool.shape[2:] or not copy.is_contiguous()):
+            raise KernelInputError(
+                f"{name} must be (rows, {key_pool.shape[2]}, {key_pool.shape[3]}) contiguous, got {tuple(copy.shape)}"
+            )
+
+
 @launched
 def _rope_write_kv_kernel(
     query_ptr, key_ptr, value_ptr, position_ptr, slot_ptr, cos_ptr, sin_ptr, key_pool_ptr, value_pool_ptr,
-    stride_qt, stride_kt, stride_vt,
+    key_copy_ptr, value_copy_ptr, stride_qt, stride_kt, stride_vt,
     Q_HEADS: tl.constexpr, Q_HEADS_PADDED: tl.constexpr, KV_HEADS: tl.constexpr, KV_HEADS_PADDED: tl.constexpr,
-    HALF: tl.constexpr, HALF_PADDED: tl.constexpr, ROTATE_KEYS: tl.constexpr,
+    HALF: tl.constexpr, HALF_PADDED: tl.constexpr, ROTATE_KEYS: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     # This program treats all heads of one token, as two halves of (heads, HALF) each.
     token = tl.program_id(0).to(tl.int64)
@@ -147,13 +172,21 @@ def _rope_write_kv_kernel(
     tl.store(key_pool_ptr + pool_at, first, mask=kv_mask)
     tl.store(key_pool_ptr + pool_at + HALF, second, mask=kv_mask)
     value_row = value_ptr + token * stride_vt + kv_at
-    tl.store(value_pool_ptr + pool_at, tl.load(value_row, mask=kv_mask), mask=kv_mask)
-    tl.store(value_pool_ptr + pool_at + HALF, tl.load(value_row + HALF, mask=kv_mask), mask=kv_mask)
-    if ROTATE_KEYS:
-        turned = first.to(tl.float32) * cos - second.to(tl.float32) * sin
-        tl.store(key_row, turned.to(first.dtype), mask=kv_mask)
-        turned = second.to(tl.float32) * cos + first.to(tl.float32) * sin
-        tl.store(key_row + HALF, turned.to(first.dtype), mask=kv_mask)
+    value_first, value_second = tl.load(value_row, mask=kv_mask), tl.load(value_row + HALF, mask=kv_mask)
+    tl.store(value_pool_ptr + pool_at, value_first, mask=kv_mask)
+    tl.store(value_pool_ptr + pool_at + HALF, value_second, mask=kv_mask)
+    if ROTATE_KEYS or COPY:
+        turned_first = (first.to(tl.float32) * cos - second.to(tl.float32) * sin).to(first.dtype)
+        turned_second = (second.to(tl.float32) * cos + first.to(tl.float32) * sin).to(first.dtype)
+        if ROTATE_KEYS:
+            tl.store(key_row, turned_first, mask=kv_mask)
+            tl.store(key_row + HALF, turned_second, mask=kv_mask)
+        if COPY:
+            copy_at = position * (KV_HEADS * 2 * HALF) + kv_at
+            tl.store(key_copy_ptr + copy_at, turned_first, mask=kv_mask)
+            tl.store(key_copy_ptr + copy_at + HALF, turned_second, mask=kv_mask)
+            tl.store(value_copy_ptr + copy_at, value_first, mask=kv_mask)
+            tl.store(value_copy_ptr + copy_at + HALF, value_second, mask=kv_mask)
 
     q_head = tl.arange(0, Q_HEADS_PADDED)[:, None]
     q_mask = (q_head < Q_HEADS) & inside[None, :]

@@ -28,9 +28,10 @@ class Case:
     fields: list = field(default_factory=list)
     checks: list = field(default_factory=list)
     strengths: tuple = (0.5, 1.0)
+    places: object = None
 
     def run(self, backend=None):
-        options = dict(zip(("key_strength", "value_strength"), self.strengths, strict=True))
+        options = dict(zip(("key_strength", "value_strength"), self.strengths, strict=True)) | {"places": self.places}
         arguments = (*self.cached, *self.fresh, self.plan, *self.fields)
         if backend is None:
             change_field_torch(*arguments, **options)
@@ -43,7 +44,7 @@ class Case:
         """The same inputs in fp32, and outputs of their own."""
         fields = [torch.full_like(one, CANARY, dtype=torch.float32) for one in self.fields]
         cached, fresh = ([rows.float() for rows in part] for part in (self.cached, self.fresh))
-        return Case(self.chunks, cached, fresh, self.plan, fields, [], self.strengths)
+        return Case(self.chunks, cached, fresh, self.plan, fields, [], self.strengths, self.places)
 
     def cells(self):
         """(cell, rows of its chunk) of every cell that holds rows: rows counted over all chunks."""
@@ -110,6 +111,31 @@ def _compare(case):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_the_definition(chunks, dtype, device, rng):
     _compare(_case(chunks, device, rng, dtype=dtype))
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("strengths", [(0.5, 1.0), "by head", "values by head"])
+def test_cached_rows_are_found_where_they_lie(chunks, strengths, device, rng):
+    case = _case(chunks, device, rng)
+    case.strengths = strengths
+    if isinstance(strengths, str):
+        by_head = [torch.rand(2, device=device, generator=rng) for _ in range(2)]
+        case.strengths = (by_head[0] if strengths == "by head" else 0.5, by_head[1])
+    case.run(Backend.TRITON)
+    expected = [part.clone() for part in case.fields]
+    count = len(case.plan.change.selected)
+    case.places = torch.randperm(count + 9, device=device, generator=rng)[:count]
+    lying = []
+    for cached in case.cached:
+        pool = guarded(torch.full((count + 9, 2, 16), math.nan, device=device))
+        pool[case.places] = cached
+        lying.append(pool)
+    case.cached = lying
+    for part in case.fields:
+        part.fill_(CANARY)
+    _compare(case)
+    for got, same in zip(case.fields, expected, strict=True):
+        assert torch.equal(got, same)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
@@ -237,6 +263,10 @@ def test_shapes_that_do_not_fit_are_refused(device, rng):
     with pytest.raises(KernelInputError, match=r"strength must be a number or \(2,\) fp32"):
         case.run(Backend.TORCH)
     case.strengths = (1.0, 1.0)
+    case.places = torch.zeros(2, dtype=torch.int64, device=device)
+    with pytest.raises(KernelInputError, match=r"places must be \(1,\), got \(2,\)"):
+        case.run(Backend.TORCH)
+    case.places = None
     case.plan = FieldPlan(case.plan.change, ChunkCells((0, 19), BLOCK_SIZE, device))
     with pytest.raises(KernelInputError, match="other chunks than the plan's"):
         case.run(Backend.TORCH)

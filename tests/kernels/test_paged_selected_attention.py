@@ -7,7 +7,11 @@ from torch.nn import functional
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.paged_rows import FIELD_ROWS, HIDDEN
-from ragkit.kernels.paged_selected_attention import paged_selected_attention, paged_selected_attention_torch
+from ragkit.kernels.paged_selected_attention import (
+    ordered_entries,
+    paged_selected_attention,
+    paged_selected_attention_torch,
+)
 from ragkit.kernels.testing import assert_matches, guarded
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -149,6 +153,14 @@ def test_blocks_in_any_order_give_the_same_result(device, rng):
     for name in ("block_tables", "row_positions"):
         inputs[name] = inputs[name][:, order].contiguous()
     assert_matches(_attend(inputs), straight, reduced=4)
+
+
+def test_an_order_that_was_found_before_gives_the_same_bits(device, rng):
+    inputs = _inputs([(200, 9), (130, 7)], 4, 2, 32, torch.float32, device, rng)
+    order = ordered_entries(inputs["row_positions"], inputs["num_entries"])
+    assert torch.equal(_attend(inputs | {"order": order}), _attend(inputs))
+    with pytest.raises(KernelInputError, match=r"order must be two of \(2, 6\), contiguous"):
+        _attend(inputs | {"order": (order[0], order[1][:1])})
 
 
 def test_private_blocks_hold_rows_of_arbitrary_positions(device, rng):

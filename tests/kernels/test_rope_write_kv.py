@@ -33,6 +33,31 @@ def test_matches_the_definition(tokens, dtype, rotate_keys, device, rng):
             assert_matches(got, reference.float())
 
 
+@pytest.mark.parametrize("tokens", EDGE_TOKENS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotate_keys", [False, True])
+def test_rows_go_to_their_positions_as_well_with_the_keys_rotated(tokens, dtype, rotate_keys, device, rng):
+    inputs = _inputs(tokens, 6, 2, 24, dtype, device, rng)
+    copies = [torch.full((200, 2, 24), CANARY, device=device, dtype=dtype) for _ in range(2)]
+    cos, sin = inputs[5][inputs[3]], inputs[6][inputs[3]]
+    first, second = inputs[1].float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]), -1)
+    expected = [torch.full_like(one, CANARY, dtype=torch.float32) for one in copies]
+    expected[0][inputs[3]], expected[1][inputs[3]] = turned, inputs[2].float()
+    others = [tensor.clone() for tensor in inputs]
+    for made, backend in ((inputs, Backend.TRITON), (others, Backend.TORCH)):
+        for copy in copies:
+            copy.fill_(CANARY)
+        rope_write_kv(
+            *made, rotate_keys=rotate_keys, rotated_keys=copies[0], plain_values=copies[1], backend=backend
+        )  # fmt: skip
+        for got, reference in zip(copies, expected, strict=True):
+            assert_matches(got, reference)
+    for got, reference in zip(inputs, others, strict=True):
+        if got.is_floating_point():
+            assert_matches(got, reference.float())
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(9, 3), (4, 4), (8, 1)])
 def test_matches_the_definition_for_every_head_size(head_dim, q_heads, kv_heads, device, rng):
@@ -79,3 +104,12 @@ def test_a_pool_of_another_shape_is_refused(device, rng):
     inputs[7] = inputs[7][..., :8]
     with pytest.raises(KernelInputError, match="pools must be"):
         rope_write_kv(*inputs, rotate_keys=False)
+
+
+def test_copies_that_do_not_fit_are_refused(device, rng):
+    inputs = _inputs(3, 4, 2, 24, torch.float32, device, rng)
+    copy = torch.zeros((200, 2, 24), device=device)
+    with pytest.raises(KernelInputError, match="together or not at all"):
+        rope_write_kv(*inputs, rotate_keys=False, rotated_keys=copy)
+    with pytest.raises(KernelInputError, match=r"plain_values must be \(rows, 2, 24\) contiguous, got \(200, 1, 24\)"):
+        rope_write_kv(*inputs, rotate_keys=False, rotated_keys=copy, plain_values=copy[:, :1])
