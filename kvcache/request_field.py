@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,12 +34,18 @@ class RequestField:
         if pool.block_size % FIELD_ROWS:
             raise KVCacheError(f"blocks must hold a multiple of {FIELD_ROWS} rows, got {pool.block_size}")
         self.entries = entries
+        shapes = [
+            (2, entries, pool.block_size // FIELD_ROWS, spec.num_kv_heads, spec.head_dim)
+            for spec in pool.layout.layers[FIRST_LAYER:]
+        ]
+        # In one run of memory: on a GPU every tensor of zeros is a launch.
+        sizes = [math.prod(shape) for shape in shapes]
+        whole = torch.zeros(sum(sizes), dtype=pool.layout.dtype, device=pool.device)
         self._layers: list[LayerKV] = []
-        for spec in pool.layout.layers[FIRST_LAYER:]:
-            shape = (2, entries, pool.block_size // FIELD_ROWS, spec.num_kv_heads, spec.head_dim)
-            keys, values = torch.zeros(shape, dtype=pool.layout.dtype, device=pool.device).unbind(0)
+        for part, shape in zip(whole.split(sizes), shapes, strict=True):
+            keys, values = part.view(shape).unbind(0)
             self._layers.append((keys, values))
-        self.nbytes = sum(part.numel() * part.element_size() for layer in self._layers for part in layer)
+        self.nbytes = whole.nbytes
 
     def layer(self, index: int) -> LayerKV | None:
         """Return what is added to keys, before they are rotated, and to values of a layer; None where nothing is.
@@ -45,6 +53,10 @@ class RequestField:
         Both are (entries, block_size / FIELD_ROWS, kv_heads, head_dim), contiguous, to be written as well.
         """
         return self._layers[index - FIRST_LAYER] if index >= FIRST_LAYER else None
+
+    def parts(self) -> list[Tensor]:
+        """Return keys' and values' parts of all layers that have a field, as `layer` gives them."""
+        return [part for layer in self._layers for part in layer]
 
     def of_requests(self, index: int, requests: int) -> tuple[Tensor | None, Tensor | None]:
         """Return keys' and values' part of a layer as paged attention takes it, the entries divided among requests.

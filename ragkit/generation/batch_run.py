@@ -25,7 +25,7 @@ from ragkit.generation.engine import Engine
 from ragkit.generation.packed_pass import PackedPiece, PackedRequest
 from ragkit.generation.pool_supply import PoolSupply
 from ragkit.generation.steps import FinishReason
-from ragkit.generation.strategy import PrefillRequest, PrefillResult
+from ragkit.generation.strategy import LaunchedPrefill, PrefillRequest, PrefillResult, launch
 from ragkit.kvcache.request_kv import RequestKV
 
 _MOST_RETRIES = 8  # of a request that finds the pool taken by somebody else
@@ -55,6 +55,7 @@ class BatchRun:
         self._packed: dict[SharedEntry, PackedRequest] = {}
         self._begun: set[Entry] = set()
         self._gave_up: list[BatchResult] = []  # of requests that found the pool taken too often
+        self._launched: list[tuple[BatchJob, LaunchedPrefill]] = []  # by strategies, in this step
         self._recomputed: dict[str, float] = {}  # part of the prompt that a strategy computed last
         self._supply = supply = PoolSupply(engine, self._release, self._give_back)
         self._scheduler = BatchScheduler(supply, config.token_budget, config.max_running)
@@ -101,13 +102,19 @@ class BatchRun:
         # A GPU computes the pass while the host prepares what strategies launch; the tokens are taken after both.
         is_ahead = bool(step.by_strategy) and bool(decodes or step.pieces) and not any(job.drafted for job in decodes)
         rows = self._rows(decodes, step) if is_ahead else None
-        for entry in step.by_strategy:
-            results += self._prefill(self._jobs[entry])
-        if step.started or step.by_strategy:
-            self._count_bytes()
-        self._supply.settle()
-        if decodes or step.pieces:
-            results += self._compute(decodes, step, rows)
+        try:
+            for entry in step.by_strategy:
+                results += self._launch(self._jobs[entry])
+            if step.started or step.by_strategy:
+                self._count_bytes()
+            self._supply.settle()
+            if not is_ahead:  # what drafted passes take is measured, without waiting for prefills
+                results += self._first_tokens()
+            if decodes or step.pieces:
+                results += self._compute(decodes, step, rows)
+            results += self._first_tokens()
+        finally:
+            self._let_go()
         results += self._gave_up
         self._gave_up = []
         self._stats.steps += 1
@@ -218,38 +225,64 @@ class BatchRun:
             capacity = len(job.token_ids) + job.sampling.max_new_tokens
             job.packed = self._runner.open(above, entry.rows_at_start, capacity=capacity)
 
-    def _prefill(self, job: BatchJob) -> list[BatchResult]:
-        """Have a strategy prefill the whole prompt."""
-        assert job.strategy is not None
+    def _launch(self, job: BatchJob) -> list[BatchResult]:
+        """Have a strategy launch the prefill of the whole prompt; return the result of a job that fails."""
         job.start()
-        kv, entry = RequestKV(self._engine.pool), job.entry
+        kv = RequestKV(self._engine.pool)
         try:
-            answer = job.sampling.max_new_tokens
-            request = PrefillRequest(job.prompt, kv, self._rotary, job.request.ratio, answer)
-            job.prefilled = job.strategy.prefill(self._engine.decoder, request)
-            kv.reserve(entry.rows)
-            job.packed = self._runner.adopt(kv, len(job.token_ids) + answer)
-            if job.prefilled.afterwards is not None:  # nobody waits for this very token
-                job.prefilled.afterwards()
+            self._launch_into(kv, job)
         except CacheCapacityError as error:
             kv.release()
             self._wait_again(job, error)
-            return []
         except (RagkitError, torch.OutOfMemoryError) as error:
             kv.release()
             return [self._failed(job, error)]
         except BaseException:  # it ends the run, which knows nothing of these rows yet
             kv.release()
             raise
-        self._count_prefilled(job, job.prefilled)
-        blocks = kv.num_reserved // self._engine.pool.block_size
+        return []
+
+    def _launch_into(self, kv: RequestKV, job: BatchJob) -> None:
+        assert job.strategy is not None
+        answer = job.sampling.max_new_tokens
+        request = PrefillRequest(job.prompt, kv, self._rotary, job.request.ratio, answer)
+        launched = launch(job.strategy, self._engine.decoder, request)
+        try:
+            kv.reserve(job.entry.rows)
+            job.packed = self._runner.adopt(kv, len(job.token_ids) + answer)
+        except BaseException:
+            launched.finish()  # it lets go of what it holds
+            raise
+        self._launched.append((job, launched))
+
+    def _first_tokens(self) -> list[BatchResult]:
+        """Take the first tokens of what strategies prefilled; the host waits once for all of them."""
+        if not self._launched:
+            return []
+        likeliest = torch.stack([launched.logits for _, launched in self._launched]).argmax(dim=-1).tolist()
+        return [result for token in likeliest for result in self._first_token(*self._launched.pop(0), token)]
+
+    def _first_token(self, job: BatchJob, launched: LaunchedPrefill, likeliest: int) -> list[BatchResult]:
+        entry = job.entry
+        try:
+            prefilled = job.prefilled = launched.finish()
+            if prefilled.afterwards is not None:  # nobody waits for this very token
+                prefilled.afterwards()
+        except (RagkitError, torch.OutOfMemoryError) as error:
+            return [self._failed(job, error)]
+        self._count_prefilled(job, prefilled)
+        blocks = job.rows.kv.num_reserved // self._engine.pool.block_size
         if entry.replayed:
             self._scheduler.prefilled_by_strategy(entry, blocks)
             return []
-        logits = job.prefilled.logits
-        results = self._taken(job, job.take(logits.unsqueeze(0), [int(logits.argmax())], None, None))
+        results = self._taken(job, job.take(prefilled.logits.unsqueeze(0), [likeliest], None, None))
         entry.blocks = blocks
         return results
+
+    def _let_go(self) -> None:
+        """Let go of what prefills hold of which nothing was taken, because of an error."""
+        while self._launched:
+            self._launched.pop()[1].finish()
 
     def _reserve(self, job: BatchJob, step: BatchStep) -> bool:
         """Return whether there are rows for the job's next token, and for its drafts; else it waits again."""

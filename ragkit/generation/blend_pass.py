@@ -67,13 +67,10 @@ class BlendInputs:
     tiles: ChunkTiles
 
     @classmethod
-    def of(
-        cls, request: PrefillRequest, spans: Sequence[ChunkSpan], sigma: float, slots: Tensor | None = None
-    ) -> BlendInputs:
-        """Return those of `request`, whose rows are reserved; `slots` on the host where not all are in its tail."""
+    def of(cls, request: PrefillRequest, spans: Sequence[ChunkSpan], sigma: float, slots: Tensor) -> BlendInputs:
+        """Return those of `request`, whose rows are `slots` on the host."""
         device = request.kv.pool.device
-        token_ids = request.token_ids()
-        slots = to_device(request.kv.slots(0, len(token_ids)) if slots is None else slots, device)
+        token_ids, slots = request.token_ids(), to_device(slots, device)
         # The prefix counts as one more chunk, of which nothing is recomputed: it is copied with the others.
         cu_rows = (0, *(span.start for span in spans), spans[-1].stop)
         return cls(request.kv.pool, token_ids, slots, ChunkTiles(cu_rows, sigma, device))
@@ -220,6 +217,7 @@ class BlendPass:
             queries, residual = projected.queries, projected.residual
             self.row_layers += len(active.chosen)
             if keep is not None:
+                # The host waits here: how many tokens stay is a shape. The default selector narrows nothing.
                 rows = torch.cat((keep.nonzero().squeeze(1), torch.arange(len(keep), len(queries), device=keep.device)))
                 queries, residual = queries[rows], residual[rows]
                 active = self._activate(active.chosen[keep], target.slots)
@@ -235,7 +233,8 @@ class BlendPass:
         active = ActiveTokens(chosen, positions, positions.to(torch.int32), slots[positions], self._tiles.plan(chosen))
         propagation = self._propagation
         if propagation.by_evidence and not propagation.is_off and len(chosen):
-            cu_selected = torch.searchsorted(chosen, torch.tensor(self._tiles.cu_rows, device=chosen.device))
+            # The host waits here: how many tokens were chosen in each chunk is a shape. By default none is asked.
+            cu_selected = torch.searchsorted(chosen, self._tiles.cuts)
             active.strength = ChangeStrength(chosen, cu_selected.tolist(), propagation.sigma, active.plan.stands_for)
         return active
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -28,7 +29,7 @@ from ragkit.generation.question_pass import question_mass
 from ragkit.generation.request_rows import RequestRows
 from ragkit.generation.reused_rows import BlendLayout, ReusedRows, RowSource
 from ragkit.generation.step_clock import StepClock
-from ragkit.generation.strategy import PrefillRequest, PrefillResult
+from ragkit.generation.strategy import LaunchedPrefill, PrefillRequest, PrefillResult, done
 from ragkit.generation.streamed_rows import StreamedChunks
 from ragkit.kvcache.chunk_kv import EncodedKV
 from ragkit.kvcache.codec import LayerKV
@@ -96,20 +97,34 @@ class BlendPrefill:
             CacheCapacityError: the pool has too few free blocks.
             ConfigError: the request's ratio is not from 0 to 1, or is a coverage that the selector cannot meet.
         """
+        return self.launch(decoder, request).finish()
+
+    def launch(self, decoder: Decoder, request: PrefillRequest) -> LaunchedPrefill:
+        """Do what `prefill` does without waiting for a GPU, whose work for others goes on below the launches.
+
+        Host memory that chunks are copied from is held until `finish`, but no blocks of the pool: whoever gets them
+        writes behind this prefill, in the same stream. The host waits for the device where chunks must be computed,
+        where the ratio is a coverage, which settles a shape, where a selector narrows its choice between layers, and
+        where change is propagated by evidence.
+        """
         layout = BlendLayout(request.prompt)
         if not layout.chunks:
-            return FullPrefill().prefill(decoder, request)
+            return done(FullPrefill().prefill(decoder, request))
         if has_own_frequencies(decoder.config.rope, layout.num_tokens):
             # What lies behind un-rotated keys was computed with other frequencies: no row would be exact.
-            return replace(FullPrefill().prefill(decoder, request), warnings=(_OWN_FREQUENCIES,))
+            return done(replace(FullPrefill().prefill(decoder, request), warnings=(_OWN_FREQUENCIES,)))
+        return self._launch(decoder, request, layout)
+
+    def _launch(self, decoder: Decoder, request: PrefillRequest, layout: BlendLayout) -> LaunchedPrefill:
         options = self.options
         ratio = options.ratio if request.ratio is None else require_ratio(request.ratio, options.selector)
         clock = StepClock(decoder.device)
         refs = [self.chunks.ref(segment) for segment in layout.chunks]
         spans = layout.spans(self.chunks.is_exact_behind(layout.prefix, refs[0]))
-        own = RequestRows(request, spans, options.propagation, options.rows)
-        with self.kv_store.fetch(refs, self.chunks.compute) as fetched:
-            prefix = self.chunks.prefix_kv(layout.prefix)
+        prefix = self.chunks.prefix_kv(layout.prefix)
+        own = RequestRows(request, prefix, spans, options.propagation, options.rows)
+        with ExitStack() as holding:
+            fetched = holding.enter_context(self.kv_store.fetch(refs, self.chunks.compute))
             rows, streamed = self._load(decoder, layout, prefix, fetched.chunks)
             inputs = own.settle(layout, refs, fetched.chunks, streamed, self.kv_store.pool)
             scene = BlendScene(decoder, request.rotary, inputs, rows, spans, ratio, options.propagation)
@@ -119,21 +134,30 @@ class BlendPrefill:
                 streamed.tokens_are_chosen()
             clock.lap("select")
             blend = scene.blend_pass()
-            logits = blend.run(chosen, own.target(prefix, chosen), options.selector)
+            logits = blend.run(chosen, own.target(chosen), options.selector)
             clock.lap("blend")
-            # Waits for the copies as well, before the chunks may leave their tiers.
-            timings = clock.finish(None if streamed is None else streamed.queue)
+            if self.kv_store.pool is not None:
+                self.kv_store.pool.release_all([one for one in fetched.chunks if isinstance(one, PinnedBlocks)])
+            held = holding.pop_all()
         request.kv.num_tokens = layout.num_tokens
         recomputed = round(blend.row_layers / decoder.config.num_layers) + layout.num_tokens - layout.stop
-        return PrefillResult(
-            logits,
-            reused=layout.num_tokens - recomputed,
-            recomputed=recomputed,
-            timings_ms=with_computing(timings, fetched.report),
-            kv=kv_use(fetched.report),
-            afterwards=None if own.are_shared else self._afterwards(streamed),
-            warnings=self._warnings(own.refusal),
-        )
+        arrival = None if streamed is None else streamed.queue.last_arrival()
+        afterwards = None if own.are_shared else self._afterwards(streamed)
+
+        def finish() -> PrefillResult:
+            with held:  # the copies have to be there before the chunks may leave their tiers
+                timings = clock.finish(arrival)
+            return PrefillResult(
+                logits,
+                reused=layout.num_tokens - recomputed,
+                recomputed=recomputed,
+                timings_ms=with_computing(timings, fetched.report),
+                kv=kv_use(fetched.report),
+                afterwards=afterwards,
+                warnings=self._warnings(own.refusal),
+            )
+
+        return LaunchedPrefill(logits, finish)
 
     def _load(
         self,

@@ -93,12 +93,10 @@ class PrivateLayers:
         )  # fmt: skip
 
     def _write_fresh(self, layer: int, active: ActiveTokens, projected: Projected) -> None:
-        """Rotate the queries, and write the ending's rows; the chosen ones' are in place already."""
+        """Rotate the queries, and write the ending's rows; the chosen ones' have these numbers already."""
         rotary, (keys, values) = self._scope.rotary, projected[1:3]
-        key_pool, value_pool = self._sink.layers[layer]
         rope_write_kv(
             projected.queries, keys, values, active.positions, active.slots,
-            rotary.cos, rotary.sin, key_pool, value_pool, rotate_keys=True,
+            rotary.cos, rotary.sin, *self._sink.layers[layer], rotate_keys=False,
+            rotated_keys=self._scratch[0], plain_values=self._scratch[1],
         )  # fmt: skip
-        behind, stop = len(active.chosen), self._scope.stop
-        self._scratch[0][stop:], self._scratch[1][stop:] = keys[behind:], values[behind:]

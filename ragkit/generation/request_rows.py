@@ -10,6 +10,7 @@ from torch import Tensor
 from ragkit.config import BlendRows
 from ragkit.errors import CacheCapacityError
 from ragkit.generation.blend_pass import BlendInputs, Propagation, RowTarget
+from ragkit.generation.prefix_rows import write_prefix
 from ragkit.generation.private_rows import RowSink
 from ragkit.generation.reused_rows import BlendLayout
 from ragkit.generation.shared_chunks import list_chunks
@@ -30,6 +31,7 @@ class RequestRows:
 
     Args:
         request: whose rows are empty.
+        prefix: keys and values of the prompt's first tokens, a pair a layer; written once there are rows.
         spans: where its chunks stand.
         propagation: how the change of recomputed tokens moves the others.
         wanted: which rows are configured.
@@ -43,9 +45,15 @@ class RequestRows:
     """
 
     def __init__(
-        self, request: PrefillRequest, spans: Sequence[ChunkSpan], propagation: Propagation, wanted: BlendRows
+        self,
+        request: PrefillRequest,
+        prefix: Sequence[LayerKV],
+        spans: Sequence[ChunkSpan],
+        propagation: Propagation,
+        wanted: BlendRows,
     ) -> None:
         self._request = request
+        self._prefix = prefix
         self._spans = spans
         self._propagation = propagation
         self.are_shared = False
@@ -81,11 +89,10 @@ class RequestRows:
             self._inputs = self._shared() if self.are_shared else self._private()
         return self._inputs
 
-    def target(self, prefix: Sequence[LayerKV], chosen: Tensor) -> RowTarget:
+    def target(self, chosen: Tensor) -> RowTarget:
         """Return where the pass writes: private rows also where the recomputed ones find no room beside shared ones.
 
         Args:
-            prefix: keys and values of the prompt's first tokens, a pair a layer.
             chosen: (tokens,) int64 ascending positions that the pass computes from its first layer on.
 
         Raises:
@@ -95,7 +102,7 @@ class RequestRows:
         assert inputs is not None, "`settle` is called before"
         if self.are_shared:
             try:
-                return SharedRows(kv, inputs, prefix, chosen, self._propagation)
+                return SharedRows(kv, inputs, chosen, self._propagation)
             except (CacheCapacityError, torch.OutOfMemoryError) as error:
                 kv.release()
                 self.refusal, self.are_shared = str(error), False
@@ -105,8 +112,11 @@ class RequestRows:
     def _private(self) -> BlendInputs:
         request = self._request
         request.kv.reserve(len(request.prompt))
-        return BlendInputs.of(request, self._spans, self._propagation.sigma)
+        return self._inputs_over(request.kv.slots(0, len(request.prompt)))
 
     def _shared(self) -> BlendInputs:
-        slots = shared_slots(self._request.kv, len(self._request.prompt))
+        return self._inputs_over(shared_slots(self._request.kv, len(self._request.prompt)))
+
+    def _inputs_over(self, slots: Tensor) -> BlendInputs:
+        write_prefix(self._request.kv.pool, slots[: self._spans[0].start], self._prefix)
         return BlendInputs.of(self._request, self._spans, self._propagation.sigma, slots)

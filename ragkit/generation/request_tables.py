@@ -11,6 +11,7 @@ from torch import Tensor
 from ragkit.errors import GenerationError
 from ragkit.generation.decode_state import DecodeState
 from ragkit.kernels.backend import next_power_of_2
+from ragkit.kernels.host_copy import to_device
 from ragkit.kernels.paged_rows import entry_bases
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.request_field import RequestField
@@ -94,8 +95,10 @@ class RequestTables:
 
     def _load_table(self, index: int, state: DecodeState) -> None:
         entries = len(state.kv.block_ids)
-        self.block_tables[index, :entries] = torch.tensor(state.kv.block_ids, dtype=torch.int32)
-        self.row_positions[index, :entries] = state.kv.row_positions.to(self._pool.device)
+        device = self._pool.device
+        blocks = to_device(torch.tensor(state.kv.block_ids, dtype=torch.int32), device)
+        self.block_tables[index, :entries] = blocks
+        self.row_positions[index, :entries] = to_device(state.kv.row_positions, device)
         self.bases[index, :entries] = entry_bases(self.row_positions[index : index + 1, :entries])[0]
         self.num_entries[index] = entries
         self._owners[index] = (state, state.kv.version)
@@ -103,14 +106,16 @@ class RequestTables:
     def _load_field(self, index: int, field: RequestField | None) -> None:
         if self._field is None:
             return
-        entries = self.block_tables.shape[1]
-        for layer in range(self._pool.layout.num_layers):
-            own, theirs = self._field.layer(layer), None if field is None else field.layer(layer)
-            for target, source in zip(own or (), theirs or own or (), strict=True):
-                place = target[index * entries : (index + 1) * entries]
-                count = 0 if theirs is None else len(source)
-                place[:count] = source[:count]
-                place[count:] = 0
+        first, stop = index * self.block_tables.shape[1], (index + 1) * self.block_tables.shape[1]
+        written = first if field is None else first + field.entries
+        own = self._field.parts()
+        if not own:
+            return
+        # All layers at once: one by one they are more than a hundred launches, for which the GPU stands still.
+        if field is not None:
+            torch._foreach_copy_([part[first:written] for part in own], field.parts())
+        if written < stop:
+            torch._foreach_zero_([part[written:stop] for part in own])
 
     def _use_rotary(self, states: Sequence[DecodeState]) -> None:
         rotary = states[0].rotary

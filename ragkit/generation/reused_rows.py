@@ -80,7 +80,7 @@ class RowSource(Protocol):
         Args:
             index: which layer.
             pool: what the request's rows are written to; None for another place.
-            slots: (positions,) int64, the rows of the pool that they go to. Those of the prefix may be written here.
+            slots: (positions,) int64, the rows of the pool that they go to; those of the prefix are written already.
         """
         ...
 

@@ -7,8 +7,6 @@ decoding step after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -17,9 +15,8 @@ from ragkit.generation.decoder import Projected
 from ragkit.kernels.change_field import ChunkCells, FieldPlan, change_field
 from ragkit.kernels.host_copy import to_device
 from ragkit.kernels.paged_rows import FIELD_ROWS
-from ragkit.kernels.paged_selected_attention import paged_selected_attention
+from ragkit.kernels.paged_selected_attention import ordered_entries, paged_selected_attention
 from ragkit.kernels.rope_write_kv import rope_write_kv
-from ragkit.kvcache.codec import LayerKV
 from ragkit.kvcache.request_field import RequestField
 from ragkit.kvcache.request_kv import RequestKV
 
@@ -33,9 +30,8 @@ class SharedRows:
     """The `RowTarget` of a request that lists its chunks, for one pass.
 
     Args:
-        kv: the request, with a row for every position.
+        kv: the request, with a row for every position; those of the prompt's first tokens are written.
         inputs: what the pass works on; its slots are those of `shared_slots`.
-        prefix: keys and values of the prompt's first tokens, a pair a layer.
         chosen: (tokens,) int64 ascending positions that the pass computes from its first layer on.
         propagation: how their change moves the others.
 
@@ -50,13 +46,11 @@ class SharedRows:
         self,
         kv: RequestKV,
         inputs: BlendInputs,
-        prefix: Sequence[LayerKV],
         chosen: Tensor,
         propagation: Propagation,
     ) -> None:
         device = kv.pool.device
         self.kv = kv
-        self.prefix = prefix
         self.chosen = chosen
         self.cached = inputs.slots
         self.slots = inputs.slots.index_copy(0, chosen, to_device(kv.replace_unseen(chosen), device))
@@ -76,7 +70,7 @@ class SharedLayers:
         self._scope = scope
         self._pool = rows.kv.pool
         self._table = rows.kv.on_device()
-        self._prefix_slots = rows.slots[: len(rows.prefix[0][0])]
+        self._order = ordered_entries(self._table.row_positions, self._table.num_entries)
         self._cu_queries: dict[int, Tensor] = {}
         self._active: ActiveTokens | None = None
 
@@ -85,8 +79,6 @@ class SharedLayers:
         if active is not self._active:
             self._follow(active)
         key_pool, value_pool, rotary = self._pool.keys[layer], self._pool.values[layer], self._scope.rotary
-        for target, prefix in zip((key_pool, value_pool), self._rows.prefix[layer], strict=True):
-            target.flatten(0, 1).index_copy_(0, self._prefix_slots, prefix)
         self._write_field(layer, active, projected)
         self._write_dropped(layer)
         rope_write_kv(
@@ -101,7 +93,7 @@ class SharedLayers:
         return paged_selected_attention(
             queries, self._pool.keys[layer], self._pool.values[layer], *self._table,
             positions, self._bounds(len(queries)), self._scope.rotary.cos, self._scope.rotary.sin,
-            key_field=key_field, value_field=value_field, scale=self._scope.decoder.scale,
+            key_field=key_field, value_field=value_field, order=self._order, scale=self._scope.decoder.scale,
         )  # fmt: skip
 
     def _follow(self, active: ActiveTokens) -> None:
@@ -123,13 +115,13 @@ class SharedLayers:
             return
         count = len(active.chosen)
         keys, values = projected.keys[:count], projected.values[:count]
-        old_keys, old_values = self._pool.rows(layer, self._was)
+        old_keys, old_values = self._pool.keys[layer].flatten(0, 1), self._pool.values[layer].flatten(0, 1)
         key_strength, value_strength = active.strengths(
-            self._scope.propagation, layer, lambda: (keys - old_keys, values - old_values)
+            self._scope.propagation, layer, lambda: (keys - old_keys[self._was], values - old_values[self._was])
         )
         change_field(
             old_keys, old_values, keys, values, self._plan, *field,
-            key_strength=key_strength, value_strength=value_strength,
+            key_strength=key_strength, value_strength=value_strength, places=self._was,
         )  # fmt: skip
 
     def _write_dropped(self, layer: int) -> None:

@@ -7,8 +7,6 @@ from itertools import pairwise
 
 import torch
 
-from ragkit.kvcache.copy_queue import CopyQueue
-
 
 class StepClock:
     """Starts when it is made. On a GPU the time of a step is that of its work there.
@@ -29,11 +27,11 @@ class StepClock:
         self._names.append(name)
         self._mark()
 
-    def finish(self, copies: CopyQueue | None = None) -> dict[str, float]:
+    def finish(self, arrival: torch.cuda.Event | None = None) -> dict[str, float]:
         """Wait for the last step and return the milliseconds of each.
 
-        With `copies` they went on beside the steps: the first step, which began them, is given the time until the last
-        one arrived, and `overlapped` says how much of that was spent below the others.
+        With an `arrival` copies went on beside the steps: the first step, which began them, is given the time until the
+        last one arrived, and `overlapped` says how much of that was spent below the others.
         """
         if self._events:
             self._events[-1].synchronize()
@@ -42,7 +40,6 @@ class StepClock:
         else:
             laps = [(stop - start) * 1e3 for start, stop in pairwise(self._times)]
         steps = dict(zip(self._names, laps, strict=True))
-        arrival = copies.last_arrival() if copies is not None else None
         overlapped = 0.0
         if arrival is not None:
             arrival.synchronize()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -70,6 +70,19 @@ class PrefillResult:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedPrefill:
+    """A prefill that a GPU may still be at: the host can launch what comes behind it.
+
+    Attributes:
+        logits: (vocab_size,) after the prompt's last token.
+        finish: waits for it, lets go of what it held, and returns its result. Is called once, whatever happens.
+    """
+
+    logits: Tensor
+    finish: Callable[[], PrefillResult]
+
+
 class PrefillStrategy(Protocol):
     """Brings a prompt's KV rows into the pool and returns the first logits."""
 
@@ -85,3 +98,28 @@ class PrefillStrategy(Protocol):
             CacheCapacityError: the pool has too few free blocks.
         """
         ...
+
+
+@runtime_checkable
+class LaunchingStrategy(Protocol):
+    """A `PrefillStrategy` that need not wait for what it launches."""
+
+    def launch(self, decoder: Decoder, request: PrefillRequest) -> LaunchedPrefill:
+        """Launch what `prefill` does; `request.kv` holds the whole prompt for whatever is launched behind it.
+
+        Raises:
+            CacheCapacityError: the pool has too few free blocks.
+        """
+        ...
+
+
+def launch(strategy: PrefillStrategy, decoder: Decoder, request: PrefillRequest) -> LaunchedPrefill:
+    """Return the launched prefill of a strategy; of one that cannot but wait, it is done already."""
+    if isinstance(strategy, LaunchingStrategy):
+        return strategy.launch(decoder, request)
+    return done(strategy.prefill(decoder, request))
+
+
+def done(prefilled: PrefillResult) -> LaunchedPrefill:
+    """Return a prefill of which nothing is left to be finished."""
+    return LaunchedPrefill(prefilled.logits, lambda: prefilled)

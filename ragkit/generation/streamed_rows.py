@@ -120,13 +120,9 @@ class StreamedRows:
         chunks = self._pooled
         if chunks is None or self._encoded is not None or chunks.pool is not pool:
             return *self.layer(index), None
-        own = slots[: chunks.first]
         if self._in_pool is None or self._in_pool[0] is not slots:  # a request may get other rows than it began with
-            self._in_pool = slots, torch.cat((own, chunks.slots))
-        keys, values = pool.keys[index].flatten(0, 1), pool.values[index].flatten(0, 1)
-        for rows, prefix in zip((keys, values), self._prefix[index], strict=True):
-            rows.index_copy_(0, own, prefix)
-        return keys, values, self._in_pool[1]
+            self._in_pool = slots, torch.cat((slots[: chunks.first], chunks.slots))
+        return pool.keys[index].flatten(0, 1), pool.values[index].flatten(0, 1), self._in_pool[1]
 
 
 class StreamedChunks:

@@ -113,7 +113,7 @@ class Bench:
         request = PrefillRequest(prompt, kv, self.rotary.table(256, len(prompt)))
         spans = layout.spans(first_is_exact)
         kv.reserve(len(prompt))
-        inputs = BlendInputs.of(request, spans, propagation.sigma)
+        inputs = BlendInputs.of(request, spans, propagation.sigma, kv.slots(0, len(prompt)))
         return BlendScene(self.decoder, request.rotary, inputs, rows, spans, ratio, propagation), rows
 
 

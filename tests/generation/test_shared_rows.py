@@ -17,6 +17,7 @@ from ragkit.generation.chunk_prefill import ChunkPrefill
 from ragkit.generation.contiguous_decode import ContiguousDecodeRunner
 from ragkit.generation.decode_runner import DecodeRunner
 from ragkit.generation.full_prefill import FullPrefill
+from ragkit.generation.prefix_rows import write_prefix
 from ragkit.generation.reused_rows import BlendLayout, ReusedRows
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.generation.shared_rows import SharedRows, shared_slots
@@ -254,7 +255,7 @@ def test_shared_rows_are_their_definition(decoder, propagation, block_size):
     chosen = torch.tensor([13, 14, 30, 52, 60, 61, 62, 84, *range(101, 117), 141], device=DEVICE)
     with RequestKV(bench.pool) as kv:
         placed = _listed(bench, kv, propagation)
-        target = SharedRows(kv, placed.inputs, placed.prefix, chosen, propagation)
+        target = SharedRows(kv, placed.inputs, chosen, propagation)
         logits = placed.scene.blend_pass().run(chosen, target)
         kv.num_tokens = len(PROMPT)
         packed = pack_rows([kv]).to(DEVICE)
@@ -286,7 +287,7 @@ def test_tokens_that_are_not_computed_in_upper_layers_move_there_with_their_cell
     dropped = (14, 60, 62, *range(101, 114), 141)
     with RequestKV(bench.pool) as kv:
         placed = _listed(bench, kv, propagation)
-        target = SharedRows(kv, placed.inputs, placed.prefix, chosen, propagation)
+        target = SharedRows(kv, placed.inputs, chosen, propagation)
         logits = placed.scene.blend_pass().run(chosen, target, Dropping(layer, dropped))
         kv.num_tokens = len(PROMPT)
         packed = pack_rows([kv]).to(DEVICE)
@@ -308,16 +309,16 @@ def _listed(bench, kv, propagation):
     kv.reserve(len(PROMPT))
     rows = ReusedRows.unwritten(bench.decoder, len(PROMPT))
     slots = shared_slots(kv, len(PROMPT))
+    write_prefix(bench.pool, slots[: len(PREFIX)], prefix)
     for layer, pair in enumerate(rows.layers):
-        for target, pooled, first in zip(pair, bench.pool.rows(layer, slots.to(DEVICE)), prefix[layer], strict=True):
+        for target, pooled in zip(pair, bench.pool.rows(layer, slots.to(DEVICE)), strict=True):
             target.copy_(pooled)
-            target[: len(PREFIX)] = first
     bench.tier.release_all(pins)
     request = PrefillRequest(PROMPT, kv, bench.rotary.table(256, len(PROMPT)))
     spans = layout.spans(False)
     inputs = BlendInputs.of(request, spans, propagation.sigma, slots)
     scene = BlendScene(bench.decoder, request.rotary, inputs, rows, spans, 0.3, propagation)
-    return SimpleNamespace(scene=scene, inputs=inputs, prefix=prefix, rows=rows)
+    return SimpleNamespace(scene=scene, inputs=inputs, rows=rows)
 
 
 @pytest.mark.parametrize("propagation", [Propagation(7.0, 1.0, 0.5), CHOOSE_ONLY], ids=["moved", "chosen only"])
@@ -331,7 +332,7 @@ def test_decoding_goes_on_as_behind_private_rows_with_the_averaged_change(decode
     runner = contiguous if runner_type == "contiguous" else DecodeRunner(decoder, bench.pool)
     with RequestKV(bench.pool) as kv, RequestKV(bench.pool) as twin:
         placed = _listed(bench, kv, propagation)
-        target = SharedRows(kv, placed.inputs, placed.prefix, chosen, propagation)
+        target = SharedRows(kv, placed.inputs, chosen, propagation)
         logits = placed.scene.blend_pass().run(chosen, target)
         expected, rows = _twin(bench, placed.rows, chosen, propagation)
         twin.reserve(len(PROMPT))
