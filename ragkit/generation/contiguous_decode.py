@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
+from ragkit.generation.host_attention import few_tokens_host_attention, takes_few_tokens
+from ragkit.kernels.row_scores import padded_rows
 from ragkit.kvcache.request_kv import RequestKV, pack_rows
 from ragkit.kvcache.rope import RotaryTable, rotate
 
@@ -32,8 +34,10 @@ class ContiguousDecodeRunner:
         private = []
         for layer in range(kv.pool.layout.num_layers):
             keys, values = kv.rows(layer, packed)
-            room = (keys.shape[1], kv.num_reserved, keys.shape[2])
+            # Whole multiples of rows are attended to: those behind the last are masked, and must be numbers for that.
+            room = (keys.shape[1], padded_rows(kv.num_reserved), keys.shape[2])
             own_keys, own_values = keys.new_empty(room), values.new_empty(room)
+            own_keys[:, count:], own_values[:, count:] = 0, 0
             own_keys[:, :count] = rotary.rotate(keys, packed.positions).transpose(0, 1)
             own_values[:, :count] = values.transpose(0, 1)
             private.append((own_keys, own_values))
@@ -72,10 +76,15 @@ class _ContiguousAttention:
             own_keys, own_values = state.private[layer]
             own_keys[:, position], own_values[:, position] = keys[index], values[index]
             # The query heads of one key head stand as rows of one product: the keys are read once for all of them.
-            grouped = queries[index].unflatten(0, (own_keys.shape[0], -1)).unsqueeze(0)
-            seen_keys, seen_values = own_keys[:, : position + 1], own_values[:, : position + 1]
-            attended = functional.scaled_dot_product_attention(
-                grouped, seen_keys.unsqueeze(0), seen_values.unsqueeze(0), scale=self._scale
-            )
-            out[index] = attended[0].flatten(0, 1)
+            grouped = queries[index].unflatten(0, (own_keys.shape[0], -1))
+            out[index] = self._attended(grouped, own_keys, own_values, position + 1).flatten(0, 1)
         return out
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, seen: int) -> Tensor:
+        if takes_few_tokens(keys, seen):
+            rows = padded_rows(seen)
+            visible = keys.new_zeros((queries.shape[1], rows - seen))
+            return few_tokens_host_attention(queries, keys[:, :rows], values[:, :rows], self._scale, visible)
+        return functional.scaled_dot_product_attention(
+            queries.unsqueeze(0), keys[None, :, :seen], values[None, :, :seen], scale=self._scale
+        )[0]

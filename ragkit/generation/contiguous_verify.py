@@ -12,6 +12,8 @@ from torch.nn import functional
 from ragkit.generation.decode_state import DecodeState
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.draft_tree import DraftTree
+from ragkit.generation.host_attention import few_tokens_host_attention, takes_few_tokens
+from ragkit.kernels.row_scores import padded_rows
 from ragkit.kvcache.rope import rotate
 
 
@@ -65,7 +67,8 @@ class _Span(NamedTuple):
     start: int  # first row of the pass
     rows: int  # last token and nodes
     base: int  # rows before them in the private copies
-    mask: Tensor | None  # added to the scores
+    read: int  # rows that are attended to, masked ones included
+    mask: Tensor | None  # added to the scores; behind many rows what is visible of the last of them
 
 
 class _TreeAttention:
@@ -87,7 +90,10 @@ class _TreeAttention:
             positions = torch.tensor((base, *tree.positions(base + 1))).to(device)
             cos.append(state.rotary.cos[positions])
             sin.append(state.rotary.sin[positions])
-            self._spans.append(_Span(state, start, rows, base, self._mask(tree, base, group)))
+            is_padded = takes_few_tokens(state.private[0][0], base + rows)
+            read = padded_rows(base + rows) if is_padded else base + rows
+            mask = self._tail(tree, read - base, group) if is_padded else self._mask(tree, base, group)
+            self._spans.append(_Span(state, start, rows, base, read, mask))
             start += rows
         self._slots = torch.cat(slots).to(device)
         self._cos, self._sin = torch.cat(cos), torch.cat(sin)
@@ -100,19 +106,22 @@ class _TreeAttention:
         heads = rotate(torch.cat((queries, keys), dim=1), self._cos, self._sin)
         queries, keys = heads.split([queries.shape[1], keys.shape[1]], dim=1)
         out = torch.empty_like(queries)
-        for state, start, rows, base, mask in self._spans:
+        for state, start, rows, base, read, mask in self._spans:
             own_keys, own_values = state.private[layer]
             stop, end = start + rows, base + rows
             own_keys[:, base:end] = keys[start:stop].transpose(0, 1)
             own_values[:, base:end] = values[start:stop].transpose(0, 1)
             # The query heads of one key head stand as rows of one product, for all nodes: the keys are read once.
             grouped = queries[start:stop].unflatten(1, (own_keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)
-            attended = functional.scaled_dot_product_attention(
-                grouped.unsqueeze(0), own_keys[None, :, :end], own_values[None, :, :end],
-                attn_mask=mask, scale=self._scale,
-            )  # fmt: skip
+            seen, content = own_keys[:, :read], own_values[:, :read]
+            if mask is not None and takes_few_tokens(own_keys, end):
+                attended = few_tokens_host_attention(grouped, seen, content, self._scale, mask)
+            else:
+                attended = functional.scaled_dot_product_attention(
+                    grouped.unsqueeze(0), seen.unsqueeze(0), content.unsqueeze(0), attn_mask=mask, scale=self._scale
+                )[0]
             shape = (own_keys.shape[0], -1, rows, queries.shape[2])
-            out[start:stop] = attended[0].reshape(shape).permute(2, 0, 1, 3).flatten(1, 2)
+            out[start:stop] = attended.reshape(shape).permute(2, 0, 1, 3).flatten(1, 2)
         return out
 
     def _mask(self, tree: DraftTree, base: int, group: int) -> Tensor | None:
@@ -125,3 +134,11 @@ class _TreeAttention:
         seen[1:, base + 1 :] = tree.ancestors()
         mask = torch.zeros(seen.shape, dtype=self._pool.layout.dtype).masked_fill_(~seen, -torch.inf)
         return mask.repeat(group, 1).to(self._pool.device)
+
+    def _tail(self, tree: DraftTree, count: int, group: int) -> Tensor:
+        """Return (group * rows, count): 1 where a row sees one of the last, that of the last token first, else 0."""
+        rows = len(tree) + 1
+        visible = torch.zeros((rows, count), dtype=self._pool.layout.dtype)
+        visible[:, 0] = 1
+        visible[1:, 1:rows] = tree.ancestors()
+        return visible.repeat(group, 1)

@@ -1,8 +1,9 @@
-"""Attention of packed passes on a CPU in bf16, scores in fp32: by matrix products of oneDNN instead of torch's SDPA.
+"""Attention on a CPU in bf16, scores in fp32: by matrix products of oneDNN instead of torch's SDPA.
 
 Measured on one AMD core with AVX-512 and no AMX, 9 query heads on 3 key heads of 64: a causal pass takes half of
 SDPA's time with fp32 scores and their softmax (1,600 rows: 25 to 29 ms, and 50), and three quarters of that again where
-the product's own pass takes the exponentials; one token 160 us, 280 by SDPA.
+the product's own pass takes the exponentials; one token 160 us, 280 by SDPA. Behind 7,616 rows one token takes 0.7
+of SDPA's time, five to nine take half of it; behind 2,048 SDPA is no slower for one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ragkit.kernels.row_scores import (
 )
 
 _QUERY_BLOCK = 128  # queries at once: fewer multiply more slowly, more waste work on what is masked
+_MANY_ROWS = 4096  # from which on few queries are faster here
 # Sums of exponentials between which all that counts is exact: what is a 10^8th part of the least sum is still there.
 _LEAST_SUM, _MOST_SUM = math.exp(LEAST_SCORE - SHIFT + 18), math.exp(MOST_SCORE - SHIFT)
 
@@ -82,9 +84,9 @@ def _by_exponentials(queries: Tensor, keys: Tensor, values: Tensor, visible: Ten
 
 def _by_softmax(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Return what `_by_exponentials` returns, in the dtype of `values`, whatever the scores are."""
-    scores = row_scores(queries.float().mul_(scale).flatten(0, 1), keys.float())
+    scores = row_scores((queries.float() * scale).flatten(0, 1), keys.float())
     per_token = scores.view(*queries.shape[:2], len(keys))
-    per_token[:, :, len(keys) - visible.shape[2] :].add_(visible.float().log_())
+    per_token[:, :, len(keys) - visible.shape[2] :].add_(visible.float().log())
     shares = torch.softmax(scores, dim=-1, out=scores).to(values.dtype)
     return (shares @ values).view(queries.shape)
 
@@ -102,6 +104,32 @@ def one_token_host_attention(queries: Tensor, keys: Tensor, values: Tensor, scal
     scores = torch.bmm(grouped, keys.float().transpose(1, 2)).mul_(scale)
     shares = torch.softmax(scores, dim=-1, out=scores).to(values.dtype)
     return torch.bmm(shares, values).flatten(0, 1)
+
+
+def few_tokens_host_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor
+) -> Tensor:  # fmt: skip
+    """Return (kv_heads, queries, head_dim): a few queries of each key head attend to rows, not to all of the last ones.
+
+    Args:
+        queries: (kv_heads, queries, head_dim), rotated.
+        keys, values: (kv_heads, rows, head_dim), keys rotated; the rows of one head behind each other. A multiple of
+            `ROWS_MULTIPLE` of rows meets few shapes; those that nobody sees must be finite.
+        scale: factor on the scores.
+        visible: (queries, last rows), 1 where a query sees one of the last rows, else 0.
+    """
+    seen, out = visible.unsqueeze(1), torch.empty(queries.shape, dtype=values.dtype)
+    for head, asking in enumerate(queries.unsqueeze(2)):
+        attended = _by_exponentials(asking, keys[head], values[head], seen, scale)
+        if attended is None:
+            attended = _by_softmax(asking, keys[head], values[head], seen, scale)
+        out[head] = attended.squeeze(1)
+    return out
+
+
+def takes_few_tokens(rows: Tensor, count: int) -> bool:
+    """Return whether `few_tokens_host_attention` is faster than SDPA behind `count` rows as these."""
+    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and count >= _MANY_ROWS
 
 
 def _head_after_head(rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ragkit.generation import contiguous_decode, contiguous_verify
 from ragkit.generation.contiguous_decode import ContiguousDecodeRunner
 from ragkit.generation.contiguous_verify import ContiguousVerifier
 from ragkit.generation.draft_tree import ROOT, DraftTree
@@ -23,6 +24,13 @@ TREE = DraftTree((5, 6, 8, 9, 7, 3, 4), (ROOT, ROOT, 0, 0, 1, 2, 3))
 @pytest.fixture(params=["llama", "qwen3"])
 def decoder(request):
     return decoder_of(hf_model(request.param))
+
+
+@pytest.fixture(params=["few rows", "many rows"], autouse=True)
+def attention(request, monkeypatch):
+    """Behind many rows a CPU attends in bf16 by other products; here both in fp32."""
+    for module in (contiguous_decode, contiguous_verify):
+        monkeypatch.setattr(module, "takes_few_tokens", lambda rows, count: request.param == "many rows")
 
 
 def begun(decoder, pool, length):
@@ -76,6 +84,14 @@ def test_committed_rows_are_those_that_plain_steps_write(decoder, accepted):
     wanted, _ = stepped(decoder, pool, 50, [77, *(TREE.token_ids[node] for node in accepted)])
     assert state.kv.num_tokens == 51 + len(accepted)
     assert_same_rows(state, wanted)
+
+
+@torch.inference_mode()
+def test_rows_that_nothing_was_written_to_are_numbers(decoder, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda own, shape: own.new_full(shape, torch.nan))
+    state = begun(decoder, KVPool(decoder.layout, 40, decoder.device), 40)
+    (logits,) = ContiguousVerifier(decoder).verify([state], [77], [TREE])
+    assert logits.isfinite().all()
 
 
 @torch.inference_mode()
