@@ -262,6 +262,31 @@ def test_rows_of_a_batch_get_the_answers_that_they_get_here(
         assert (answer.text, answer.citations) == (here[row_id].text, here[row_id].citations)
 
 
+def test_rows_of_a_killed_worker_are_answered_once_and_one_that_kills_every_worker_fails_alone(
+    cluster: Any, tmp_path: Path, docs: Path, models: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(ray_answering.RayAnswerer):
+        """Dies once of the row 1, and whenever it has the row 7."""
+
+        def answer(self, rows: Sequence[QuestionRow]) -> Any:
+            numbers = [row.number for row in rows]
+            once = marks / "died"
+            if 7 in numbers or (1 in numbers and not once.exists()):
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().answer(rows)
+
+    monkeypatch.setattr(ray_answering, "RayAnswerer", Dying)
+    monkeypatch.setattr(ray_answering, "SHARD_ROWS", 3)
+    ingest(tmp_path / "store", docs, models)
+    rows = [QuestionRow(number, f"r{number}", f"Where did the dog run, {number}?") for number in range(9)]
+    with Pipeline.open(tmp_path / "store", config_of(models, cluster.address)) as pipeline:
+        outcomes = list(open_answers(pipeline.parts, threading.Event())(rows))
+    assert (marks / "died").exists()
+    assert sorted(one.row.number for one in outcomes) == list(range(9))
+    assert {one.row.number: one.error.code for one in outcomes if one.error is not None} == {7: "crash"}
+
+
 class Counter:
     """A worker that needs no model."""
 
