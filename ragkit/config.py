@@ -13,7 +13,7 @@ from ragkit.batch_config import BatchConfig
 from ragkit.draft_config import DraftConfig
 from ragkit.errors import ConfigError
 from ragkit.jobs_config import JobsConfig
-from ragkit.setting_checks import AUTO, at_least, multiple, random_seed, share, share_or_auto
+from ragkit.setting_checks import AUTO, at_least, multiple, random_seed, share, share_or_auto, text
 from ragkit.setting_names import (
     BatchOrder,
     BlendRows,
@@ -189,6 +189,7 @@ class GenerationConfig:
         if not (math.isfinite(self.top_p) and 0 < self.top_p <= 1):
             raise ConfigError(f"generation.top_p must lie in (0, 1], got {self.top_p}")
         random_seed("generation.seed", self.seed)
+        text("generation.system_prompt", self.system_prompt)
 
 
 @dataclass(frozen=True, slots=True)

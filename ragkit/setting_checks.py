@@ -23,6 +23,17 @@ def random_seed(name: str, value: int) -> None:
         raise ConfigError(f"{name} must be a whole number from -2^63 up to 2^64 - 1, got {value!r}")
 
 
+def text(name: str, value: str) -> None:
+    """Raise `ConfigError` unless `value` is a text: command lines and JSON can hold half a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name} has {value[error.start]!r} at character {error.start}, which is half a surrogate pair and no "
+            "text: write it in UTF-8"
+        ) from None
+
+
 def multiple(name: str, value: int, of: str, unit: int, *, least: int = 0) -> None:
     """Raise `ConfigError` unless `value` is a multiple of `unit`, which the setting `of` has, from `least` up."""
     at_least(name, value, least)

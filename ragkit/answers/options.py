@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from ragkit import setting_checks
 from ragkit.config import (
     AnswerConfig,
     BlendConfig,
@@ -15,7 +16,7 @@ from ragkit.config import (
     RetrievalConfig,
     Strategy,
 )
-from ragkit.errors import UsageError
+from ragkit.errors import ConfigError, UsageError
 from ragkit.progress import Progress, Silent
 from ragkit.readers.file_systems import is_url, stored_name
 from ragkit.types import MetadataValue
@@ -133,8 +134,7 @@ def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | N
             hold.
     """
     config = parts.config
-    for name in ("system_prompt", "document"):
-        require_text(name, getattr(changes, name) or "")
+    require_text("document", changes.document or "")
     for name, value in (changes.filter or {}).items():
         require_text(f"the filter {name!a}", f"{name}{value}")
     wanted: dict[str, Any] = {
@@ -162,14 +162,11 @@ def query_options(parts: Parts, changes: QuestionChanges, progress: Progress | N
 
 
 def require_text(name: str, text: str) -> None:
-    """Raise `UsageError` where `text` is none: half a surrogate pair, which JSON and command lines can hold."""
+    """Raise `UsageError` where `text` is none, as `setting_checks.text` does of a setting."""
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{name} has {text[error.start]!r} at character {error.start}, which is half a surrogate pair and no text: "
-            "write it in UTF-8"
-        ) from None
+        setting_checks.text(name, text)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
 
 
 def require_ratio_use(strategy: Strategy) -> None:

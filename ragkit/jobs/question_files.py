@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ragkit.credentials import public_url, safe_cause, without_credentials
-from ragkit.errors import ReadError, UsageError
+from ragkit.errors import ReadError, StoreSpaceError, UsageError
 from ragkit.jobs.column_hints import named_columns
+from ragkit.jobs.result_log import no_room
 from ragkit.readers.csv import MAX_FIELD_CHARS, SAMPLE_CHARS, header, layout, values_of
 from ragkit.readers.encodings import detect_file
 from ragkit.readers.file_systems import is_url, open_file_system, scheme_of
@@ -106,10 +107,28 @@ def _kind_of(name: str) -> str:
 
 
 @contextlib.contextmanager
+def kept_in_scratch() -> Iterator[None]:
+    """Say where there is no more room for what is kept while a file of questions is read.
+
+    Raises:
+        StoreSpaceError: the temporary folder is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if full := no_room(error):
+            raise StoreSpaceError(
+                f"{full}: rows are kept in {tempfile.gettempdir()} while they are read; make room there, or name "
+                "another folder in TMPDIR"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
 def _copied(write: Callable[[BinaryIO], object]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ragkit-questions-") as folder:
         path = Path(folder) / "questions"
-        with path.open("wb") as file:
+        with kept_in_scratch(), path.open("wb") as file:
             write(file)
         yield path
 

@@ -16,7 +16,7 @@ from typing import Any
 from ragkit.answers.options import QuestionChanges
 from ragkit.errors import UsageError
 from ragkit.jobs.column_hints import named_columns
-from ragkit.jobs.question_files import open_questions
+from ragkit.jobs.question_files import kept_in_scratch, open_questions
 from ragkit.jobs.question_rows import KNOWN_COLUMNS, RowReader, duplicate_ids, id_hash
 from ragkit.jobs.rows import QuestionRow, RowShape
 
@@ -48,12 +48,13 @@ def spooled_rows(source: str, defaults: QuestionChanges, limit: int | None, kind
 
     Raises:
         UsageError: an id comes twice, there are no rows, or they cannot be answered in an output of this kind.
+        StoreSpaceError: there is no room for them.
     """
     reader = RowReader(defaults)
     with tempfile.TemporaryDirectory(prefix="ragkit-rows-") as scratch, open_questions(source) as questions:
         path = Path(scratch) / "rows.jsonl"
         digest, hashes, openai = hashlib.sha256(), array("Q"), 0
-        with path.open("wb") as file:
+        with kept_in_scratch(), path.open("wb") as file:
             for row in islice(reader.rows(questions.records()), limit):
                 line = json.dumps(row.to_json(), sort_keys=True).encode() + b"\n"
                 file.write(line)

@@ -198,7 +198,7 @@ def test_a_row_that_fails_while_it_generates_stops_no_other(pipeline: Pipeline) 
             r"generation.seed must be a whole number from -2^63 up to 2^64 - 1, got 18446744073709551616",
         ),
         ({"question": "Where is \ud83d?"}, r"the question has '\ud83d' at character 9"),
-        ({"system_prompt": "\udc00"}, r"system_prompt has '\udc00' at character 0"),
+        ({"system_prompt": "\udc00"}, r"generation.system_prompt has '\udc00' at character 0"),
         ({"document": "a\udc00"}, r"document has '\udc00' at character 1"),
         ({"filter": {"uri": "\udc00"}}, r"the filter 'uri' has '\udc00' at character 3"),
     ],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +215,28 @@ def test_a_line_that_cannot_be_read_is_answered_in_the_shape_of_the_one_before(t
     rows = read(write_jsonl(tmp_path / "q.jsonl", ["no JSON", openai, "no JSON", {"question": "a"}, "no JSON"]))[0]
     assert [row.shape for row in rows] == ["plain", "openai", "openai", "plain", "plain"]
     assert [row.row_id for row in rows] == ["row-1", "x", "row-3", "row-4", "row-5"]
+
+
+@pytest.mark.parametrize("source", ["-", "q.jsonl"])
+def test_a_full_temporary_folder_is_named(tmp_path: Path, source: str) -> None:
+    script = """
+import io, resource, sys
+from ragkit.answers.options import QuestionChanges
+from ragkit.errors import StoreSpaceError
+from ragkit.jobs.spooled_rows import spooled_rows
+sys.stdin = io.TextIOWrapper(open(sys.argv[2], "rb"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with spooled_rows(sys.argv[1], QuestionChanges(), None, "jsonl"):
+        pass
+except StoreSpaceError as error:
+    print(error)
+"""
+    path = write_jsonl(tmp_path / "q.jsonl", [{"question": "a" * 200}] * 20)
+    arguments = [source if source == "-" else str(path), str(path)]
+    environ = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True, env=environ
+    )
+    assert f"rows are kept in {tmp_path} while they are read" in done.stdout
+    assert [one.name for one in tmp_path.iterdir()] == ["q.jsonl"]
