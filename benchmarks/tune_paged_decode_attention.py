@@ -5,8 +5,8 @@
 
 Every way is compared with the first, the one that is chosen today, before it is timed; one that does not fit the device
 says so. 0 bits are plain numbers. Without `--all` only ways that were near the best before are tried, and those that
-add angles; with `--near` the one that is chosen with other numbers of programs, with `--graph` these with other times
-at which the merge is launched, as decoding runs them: 32 layers in one CUDA graph, each over KV of its own, every layer
+add angles; with `--near` the one that is chosen with other numbers of programs, with `--graph` these with other
+launches of the merge, as decoding runs them: 32 layers in one CUDA graph, each over KV of its own, every layer
 of every way compared with torch's answer to queries that came after the recording.
 """
 
@@ -127,7 +127,7 @@ def _one_layer(bits: int, rows: int, requests: int, device: torch.device) -> tup
 def _tune_in_graphs(
     bits: int, rows: int, arguments: argparse.Namespace, clock: Clock, ceiling: float
 ) -> list[dict[str, Any]]:
-    """Return a row of the table for each time at which the merge is launched, the fastest first."""
+    """Return a row of the table for each way to launch the merge, the fastest first."""
     requests = arguments.requests
     made = [_one_layer(bits, rows, requests, clock.device) for _ in range(num_layers(clock))]
     layers, work = [inputs for inputs, _ in made], made[0][1]
@@ -135,14 +135,14 @@ def _tune_in_graphs(
     bases = [entry_bases(inputs[4]) for inputs in layers]
     chosen = decode_tile(*layers[0][:3])
     tiles = [
-        chosen._replace(programs=programs, merge=merge)
-        for programs, merge in product(dict.fromkeys((chosen.programs, *PROGRAMS)), MergeLaunch)
+        chosen._replace(programs=programs, merge=merge, merges_by_warp=by_warp)
+        for programs, merge, by_warp in product((chosen.programs, *PROGRAMS), MergeLaunch, (False, True))
     ]
     ways = [
         ({"bits": bits, "length": rows, **tile._asdict(), "chosen": "yes" if tile == chosen else ""},
          [partial(launch_paged_decode_attention, *inputs, bases=base, scale=scale, tile=tile)
           for inputs, base in zip(layers, bases, strict=True)])
-        for tile in tiles
+        for tile in dict.fromkeys(tiles)
     ]  # fmt: skip
     definitions = [partial(_definition, inputs, scale) for inputs in layers]
     found = rows_in_graphs(ways, definitions, [inputs[0] for inputs in layers], clock)

@@ -6,10 +6,10 @@
 Kinds: a `buffer` of rows that are turned already, which a decoding step over pages attends to, and pages of a document
 as `numbers`, `int8` or `int4`, with a list for each key head. Every way is compared with the first before it is timed;
 one that does not fit the device says so. A row without a tile is the merge of the parts alone, which every time holds.
-`--near` tries no other rows, warps or stages. `--graph` does not, either: it tries when the merge is launched and when
+`--near` tries no other rows, warps or stages. `--graph` does not, either: it tries how the merge is launched and when
 pages are looked up, as decoding runs them: 32 layers in one CUDA graph, each over KV of its own, every layer of every
-way compared with torch's answer to queries that came after the recording. Its row without a tile is the merge alone, in
-such a graph, of as many parts as the way that is chosen has.
+way compared with torch's answer to queries that came after the recording. Its rows without a tile are the merge alone,
+in such a graph, of as many parts as the way that is chosen has.
 """
 
 from __future__ import annotations
@@ -51,11 +51,14 @@ CUTS = {
     "int4": ((32, 8, 2), (32, 4, 2), (32, 4, 3)),
 }
 PROGRAMS = {"buffer": (1, 2, 4, 6), "numbers": (1, 2, 3, 4), "int8": (1, 2, 3), "int4": (1, 2, 3)}
-# When the merge is launched, whether pages are looked up ahead, whether the kernel itself is launched early.
+# When the merge is launched, whether by warps, whether pages are looked up ahead, whether the kernel itself is launched
+# early.
 LAUNCHES = (
-    (MergeLaunch.AFTER, False, False), (MergeLaunch.AT_START, False, False), (MergeLaunch.AT_END, False, False),
-    (MergeLaunch.AFTER, True, False), (MergeLaunch.AT_START, True, False), (MergeLaunch.AT_END, True, False),
-    (MergeLaunch.AT_START, True, True),
+    (MergeLaunch.AFTER, False, False, False), (MergeLaunch.AT_START, False, False, False),
+    (MergeLaunch.AFTER, True, False, False), (MergeLaunch.AT_START, True, False, False),
+    (MergeLaunch.AFTER, False, True, False), (MergeLaunch.AFTER, True, True, False),
+    (MergeLaunch.AT_START, False, True, False), (MergeLaunch.AT_START, True, True, False),
+    (MergeLaunch.AT_END, True, True, False), (MergeLaunch.AT_START, True, True, True),
 )  # fmt: skip
 
 
@@ -130,9 +133,10 @@ def _tune_in_graphs(kind: str, arguments: argparse.Namespace, clock: Clock, ceil
             print(row, flush=True)
         found += sorted(rows, key=lambda row: row["us"])
         splits = ways[0][0]["splits"]
-        graph = LayersInGraph([_merge(layers[0][0], splits)] * len(layers), clock.device)
-        (spent,) = microseconds_a_layer([graph], clock)
-        found.append({"kind": kind, "listed": listed, "splits": splits, "chosen": "the merge alone", "us": spent})
+        for by_warp in (False, True):
+            graph = LayersInGraph([_merge(layers[0][0], splits, by_warp=by_warp)] * len(layers), clock.device)
+            alone = {"kind": kind, "listed": listed, "merges_by_warp": by_warp, "splits": splits}
+            found.append(alone | {"chosen": "the merge alone", "us": microseconds_a_layer([graph], clock)[0]})
     return found
 
 
@@ -152,8 +156,10 @@ def _launches(
     """Return ways to launch today's cut, which comes first, over other numbers of programs, with their parts."""
     chosen = page_tile(key_pool, value_pool, queries.dtype, queries.device, is_turned=kind == "buffer")
     ways = [(chosen, num_splits(key_pool.shape[2], lists.pages.shape[1], chosen, queries.device))]
-    for (merge, looks_ahead, starts_early), programs in product(LAUNCHES, (chosen.programs, *PROGRAMS[kind])):
-        tile = chosen._replace(programs=programs, merge=merge, looks_ahead=looks_ahead, starts_early=starts_early)
+    for (merge, by_warp, ahead, early), programs in product(LAUNCHES, (chosen.programs, *PROGRAMS[kind])):
+        tile = chosen._replace(
+            programs=programs, merge=merge, merges_by_warp=by_warp, looks_ahead=ahead, starts_early=early
+        )
         splits = num_splits(key_pool.shape[2], lists.pages.shape[1], tile, queries.device)
         # As many parts as with other programs are no other way.
         if all(splits != parts or way._replace(programs=0) != tile._replace(programs=0) for way, parts in ways):
@@ -166,7 +172,7 @@ def _definition(inputs: tuple[Any, ...], scale: float) -> Tensor:
     return selected_pages_attention_torch(*wide, scale=scale)
 
 
-def _merge(queries: Tensor, splits: int) -> Callable[[], Tensor]:
+def _merge(queries: Tensor, splits: int, *, by_warp: bool = False) -> Callable[[], Tensor]:
     """Return what merges as many parts."""
     tokens, q_heads, head_dim = queries.shape
     parts = torch.zeros((tokens, q_heads, splits, head_dim), device=queries.device)
@@ -174,7 +180,7 @@ def _merge(queries: Tensor, splits: int) -> Callable[[], Tensor]:
 
     def merge() -> Tensor:
         out = torch.empty_like(queries)
-        merge_splits(parts, weights, out)
+        merge_splits(parts, weights, out, by_warp=by_warp)
         return out
 
     return merge

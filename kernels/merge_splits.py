@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KernelInputError
-from ragkit.kernels.backend import Backend, can_launch_early, jit, next_power_of_2, resolve_backend, tl
+from ragkit.kernels.backend import Backend, can_launch_early, ceil_div, jit, next_power_of_2, resolve_backend, tl
 from ragkit.kernels.launched import launched
 
 
@@ -45,6 +45,7 @@ def merge_splits(
     log_sums: Tensor | None = None,
     *,
     launch: MergeLaunch = MergeLaunch.AFTER,
+    by_warp: bool = False,
     backend: Backend | None = None,
 ) -> None:
     """Write the attention over all parts into `out` (tokens, q_heads, head_dim), contiguous, of any float type.
@@ -56,6 +57,8 @@ def merge_splits(
         log_sums: (tokens, q_heads) fp32, contiguous; the weights merged over all parts go there.
         launch: early only behind the kernel that computes the parts, launched just before on the same stream; what
             `merge_launch` gives.
+        by_warp: a program of one warp merges a few channels of a head, and not one of several warps all of them: on an
+            H100 the compiler then has all loads under way before it waits for the first.
         backend: an implementation to insist on.
 
     Raises:
@@ -78,11 +81,12 @@ def merge_splits(
     if out.numel() == 0:
         return
     early = launch is not MergeLaunch.AFTER
-    _merge_splits_kernel[(tokens, q_heads)](
+    padded, splits_padded = max(16, next_power_of_2(head_dim)), next_power_of_2(splits)
+    channels = min(padded, 32 if splits_padded <= 32 else 16) if by_warp else padded
+    _merge_splits_kernel[(tokens, q_heads, ceil_div(head_dim, channels))](
         partial, weights, out, out if log_sums is None else log_sums, splits,
-        HEAD_DIM=head_dim, DIM_PADDED=max(16, next_power_of_2(head_dim)),
-        SPLITS_PADDED=next_power_of_2(splits), WITH_LOG_SUMS=log_sums is not None,
-        WAITS=early, **({"launch_pdl": True} if early else {}),
+        HEAD_DIM=head_dim, CHANNELS=channels, SPLITS_PADDED=splits_padded, WITH_LOG_SUMS=log_sums is not None,
+        WAITS=early, num_warps=1 if by_warp else 4, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 
@@ -109,13 +113,15 @@ def await_kernel_ahead(WAITS: tl.constexpr):
 @launched(do_not_specialize=("splits",))
 def _merge_splits_kernel(
     partial_ptr, weight_ptr, out_ptr, log_sum_ptr, splits,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS_PADDED: tl.constexpr, WITH_LOG_SUMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, SPLITS_PADDED: tl.constexpr, WITH_LOG_SUMS: tl.constexpr,
     WAITS: tl.constexpr,
 ):  # fmt: skip
-    # This program merges the parts of one head of one token.
+    # This program merges CHANNELS of the parts of one head of one token.
     head = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     split = tl.arange(0, SPLITS_PADDED)
-    dim = tl.arange(0, DIM_PADDED)
+    dim = tl.arange(0, CHANNELS)
+    if CHANNELS < HEAD_DIM:
+        dim += tl.program_id(2) * CHANNELS
     await_kernel_ahead(WAITS)
     weight = tl.load(weight_ptr + head * splits + split, mask=split < splits, other=float("-inf"))
     highest = tl.max(weight, axis=0)
@@ -125,5 +131,5 @@ def _merge_splits_kernel(
     total = tl.sum(share, axis=0)
     out = tl.sum(partial * share[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + head * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
-    if WITH_LOG_SUMS:
+    if WITH_LOG_SUMS:  # the programs of a head all store the same
         tl.store(log_sum_ptr + head, highest + tl.log2(tl.where(total > 0, total, 1.0)))

@@ -26,6 +26,7 @@ class PageTile(NamedTuple):
         programs: for each multiprocessor.
         turns_queries: back by where a tile stands, in the place of its rows forth by the same, where they are fewer.
         merge: when the kernel that merges the parts is launched, where the device leaves a choice.
+        merges_by_warp: a program of one warp merges a few channels of a head.
         looks_ahead: a tile's page is looked up while the tile before it is loaded.
         starts_early: before the kernel ahead has ended, where the device can.
     """
@@ -36,6 +37,7 @@ class PageTile(NamedTuple):
     programs: int
     turns_queries: bool
     merge: MergeLaunch = MergeLaunch.AFTER
+    merges_by_warp: bool = False
     looks_ahead: bool = False
     starts_early: bool = False
 

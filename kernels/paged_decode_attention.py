@@ -65,6 +65,7 @@ class DecodeTile(NamedTuple):
         adds_angles: those of rows behind a row to its own, where `bases` says that they stand so.
         programs: for each multiprocessor.
         merge: when the kernel that merges the parts is launched, where the device leaves a choice.
+        merges_by_warp: a program of one warp merges a few channels of a head.
     """
 
     heads: int
@@ -74,6 +75,7 @@ class DecodeTile(NamedTuple):
     adds_angles: bool = False
     programs: int = 4
     merge: MergeLaunch = MergeLaunch.AFTER
+    merges_by_warp: bool = False
 
 
 def paged_decode_attention(
@@ -179,7 +181,7 @@ def launch_paged_decode_attention(
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    merge_splits(partial, weights, out, launch=merge, backend=Backend.TRITON)
+    merge_splits(partial, weights, out, launch=merge, by_warp=tile.merges_by_warp, backend=Backend.TRITON)
     return out
 
 

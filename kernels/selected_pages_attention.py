@@ -153,7 +153,7 @@ def launch_few_queries(
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps, **({"launch_pdl": True} if starts_early else {}),
     )  # fmt: skip
-    merge_splits(partial, weights, out, launch=merge, backend=Backend.TRITON)
+    merge_splits(partial, weights, out, launch=merge, by_warp=tile.merges_by_warp, backend=Backend.TRITON)
     return out
 
 

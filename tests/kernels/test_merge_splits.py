@@ -28,6 +28,19 @@ def test_matches_the_definition_and_writes_nothing_else(tokens, splits, dtype, d
     assert_matches(out, merge_splits_torch(partial, weights))
 
 
+@pytest.mark.parametrize(("head_dim", "splits"), [(16, 3), (48, 32), (80, 5), (128, 33), (256, 2)])
+def test_warps_that_merge_a_few_channels_each_merge_all_of_them(head_dim, splits, device, rng):
+    partial, weights = _parts(2, 3, splits, head_dim, device, rng)
+    weights[0, 1] = -math.inf
+    out, check = canaried((2, 3, head_dim), torch.float32, device)
+    log_sums, check_sums = canaried((2, 3), torch.float32, device)
+    merge_splits(partial, weights, out, log_sums, by_warp=True, backend=Backend.TRITON)
+    check()
+    check_sums()
+    assert_matches(out, merge_splits_torch(partial, weights))
+    assert_matches(log_sums, weights.double().exp2().sum(-1).log2())
+
+
 def test_parts_merge_into_attention_over_all_keys(device, rng):
     scores = torch.randn(4, 2, 60, device=device, generator=rng)
     values = torch.randn(60, 16, device=device, generator=rng)

@@ -182,7 +182,9 @@ def test_angles_that_are_added_are_those_of_the_table(head_dim, factor, device, 
 @pytest.mark.parametrize("merge", list(MergeLaunch))
 def test_whenever_the_merge_is_launched_it_merges_all_parts(merge, device, rng):
     inputs = _inputs((129,), 4, 2, 32, torch.float32, device, rng)
-    got = launch_paged_decode_attention(*inputs, scale=0.2, tile=DecodeTile(1, 32, 4, 2, merge=merge))
+    got = launch_paged_decode_attention(
+        *inputs, scale=0.2, tile=DecodeTile(1, 32, 4, 2, merge=merge, merges_by_warp=True)
+    )
     assert_matches(got, paged_decode_attention_torch(*inputs, scale=0.2), reduced=4)
 
 

@@ -164,7 +164,8 @@ def test_what_the_list_says_behind_the_last_row_is_not_followed(mapped, device, 
 @pytest.mark.parametrize("merge", list(MergeLaunch))
 def test_whenever_the_merge_is_launched_it_merges_all_parts(merge, starts_early, device, rng):
     inputs = _inputs(1, 7, 6, 2, 32, torch.float32, device, rng)
-    assert_matches(*_tiled(inputs, merge=merge, starts_early=starts_early), reduced=4)
+    changes = {"merge": merge, "starts_early": starts_early, "merges_by_warp": starts_early}
+    assert_matches(*_tiled(inputs, **changes), reduced=4)
 
 
 @pytest.mark.parametrize("starts_early", [False, True])
@@ -298,6 +299,7 @@ def test_scoring_choosing_and_attending_is_the_same_on_both_backends(device, rng
 def test_a_graph_keeps_early_launches_behind_what_they_wait_for(merge, device, rng):
     layers = [_inputs(1, 12, 8, 2, 64, torch.bfloat16, device, rng, spare=0) for _ in range(8)]
     changes = {"merge": merge, "starts_early": merge is MergeLaunch.AT_START, "looks_ahead": True}
+    changes["merges_by_warp"] = True
     for inputs in layers:
         _tiled(inputs, **changes)
     graph = torch.cuda.CUDAGraph()

@@ -38,14 +38,14 @@ def cases():
     blocks = int32(0, 1, 2, 3)[None]
     lists = PageLists(blocks, torch.full_like(blocks, -1))
     for merge in MergeLaunch:
-        tile = PageTile(64, 4, 3, 2, False, merge, True, merge is MergeLaunch.AT_START)
+        tile = PageTile(64, 4, 3, 2, False, merge, looks_ahead=True, starts_early=merge is MergeLaunch.AT_START)
         yield (
             merge,
             lambda tile=tile: selected_pages_attention.launch_few_queries(
                 queries, *pools, lists, int32(200), *angles, scale=0.1, tile=tile
             ),
         )
-        decode_tile = DecodeTile(1, 32, 4, 2, merge=merge)
+        decode_tile = DecodeTile(1, 32, 4, 2, merge=merge, merges_by_warp=True)
         yield merge, lambda tile=decode_tile: launch_paged_decode_attention(
             queries, *pools, blocks, blocks[..., None].repeat(1, 1, 64), int32(4), torch.tensor([3]), *angles,
             scale=0.1, tile=tile,
