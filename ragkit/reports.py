@@ -130,3 +130,13 @@ class SearchResult:
     hits: tuple[Hit, ...]
     timings_ms: Mapping[str, float]
     warnings: tuple[str, ...] = ()
+
+
+def too_long_warnings(count: int) -> tuple[str, ...]:
+    """Return what is to be said of `count` chunks that no prompt has room for, if there are any."""
+    if not count:
+        return ()
+    return (
+        f"the KV of {count:,} chunks was left out, because they are too long for any prompt in the model's window: "
+        "ingest with a smaller --max-tokens",
+    )

@@ -74,6 +74,7 @@ class Blending:
             _log.warning("the weights in %s were replaced since they were loaded: KV stays in memory", engine.folder)
         self._builder = engine.prompt_builder()
         prefix = self._builder.prefix.token_ids
+        self._longest_chunk = engine.max_context - len(prefix) - len(self._builder.ending("").token_ids) - 1
         neighbours = None
         if store is not None:
             neighbours = ChunkNeighbours(store, self._builder, kv.neighbour_tokens, engine.max_context)
@@ -95,6 +96,10 @@ class Blending:
     def refs(self, chunks: Sequence[Chunk]) -> list[ChunkRef]:
         """Return the references of the KV of `chunks`."""
         return [self.chunks.ref(self._builder.chunk_segment(chunk)) for chunk in chunks]
+
+    def fits_a_prompt(self, ref: ChunkRef) -> bool:
+        """Return whether a chunk can stand in a prompt with a question and an answer: no other one's KV is of use."""
+        return len(ref.token_ids) <= self._longest_chunk
 
     def prefetch(self, chunks: Sequence[Chunk]) -> None:
         """Start to bring the KV of `chunks` into memory and return at once."""

@@ -15,7 +15,7 @@ from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.kv_segment import RECORD_OVERHEAD
 from ragkit.kvcache.remote_tier import RemoteTier
 from ragkit.progress import Progress
-from ragkit.reports import KVIngestReport
+from ragkit.reports import KVIngestReport, too_long_warnings
 from ragkit.store import Store
 
 _LOOKED_UP = 256  # chunks that are compared with the tiers at once
@@ -27,12 +27,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Missing:
-    """Chunks without KV, about how many bytes it will take, how many chunks have it and how many will share it."""
+    """Chunks without KV, about how many bytes it will take, how many chunks have it and how many will share it.
+
+    `too_long` counts those that no prompt has room for.
+    """
 
     chunk_ids: list[str]
     estimated_bytes: int
     present: int
     shared: int
+    too_long: int
 
 
 class KVIngest:
@@ -49,7 +53,7 @@ class KVIngest:
         self._left_out = 0
 
     def run(self) -> tuple[KVIngestReport, tuple[str, ...]]:
-        """Compute and write what is missing; return what was done, and a warning where the tiers were full.
+        """Compute and write what is missing; return what was done, and warnings of what was left out.
 
         Raises:
             UsageError: there is no tier to write to.
@@ -64,17 +68,19 @@ class KVIngest:
         except KVCacheError as error:
             raise error.__cause__ if isinstance(error.__cause__, StoreError) else error from error
         report = KVIngestReport(self._computed, missing.present, self._bytes, missing.shared, self._left_out)
-        return report, warnings
+        return report, (*too_long_warnings(missing.too_long), *warnings)
 
     def _missing(self) -> _Missing:
         row_ids = self._store.row_ids()
         wanted: set[str] = set()  # keys
         chunk_ids: list[str] = []
-        estimated = present = shared = 0
+        estimated = present = shared = too_long = 0
         for start in range(0, len(row_ids), _LOOKED_UP):
             with self._store.snapshot():
                 chunk_ids_here = [one.chunk.chunk_id for one in self._store.chunks(row_ids[start : start + _LOOKED_UP])]
-            refs = self._refs(chunk_ids_here)
+            found = self._refs(chunk_ids_here)
+            refs = [ref for ref in found if self._blending.fits_a_prompt(ref)]
+            too_long += len(found) - len(refs)
             absent = self._tiers.absent(refs)
             present += len(refs) - len(absent)
             for ref in absent:
@@ -84,7 +90,7 @@ class KVIngest:
                 wanted.add(ref.key.digest)
                 chunk_ids.append(ref.chunk_id)
                 estimated += self._estimate(ref)
-        return _Missing(chunk_ids, estimated, present, shared)
+        return _Missing(chunk_ids, estimated, present, shared, too_long)
 
     def _refs(self, chunk_ids: Sequence[str]) -> list[ChunkRef]:
         """Return the references of those chunks that are still there."""

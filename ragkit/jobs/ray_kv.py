@@ -25,7 +25,7 @@ from ragkit.jobs.ray_pool import ActorPool
 from ragkit.jobs.ray_tasks import Call, Steps, TaskRunner
 from ragkit.jobs.ray_worker import WorkerIdentity
 from ragkit.progress import Progress
-from ragkit.reports import KVIngestReport
+from ragkit.reports import KVIngestReport, too_long_warnings
 from ragkit.store import Store
 from ragkit.store.base import StoredChunk
 from ragkit.types import Chunk
@@ -49,9 +49,12 @@ class _Ledger:
     claims: dict[str, tuple[int, ...]] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
     present: set[str] = field(default_factory=set)  # chunks whose KV was there before the run
+    too_long: set[str] = field(default_factory=set)  # chunks that no prompt has room for
 
     def wanted(self, listed: Sequence[ListedKV], place: tuple[int, ...]) -> set[str]:
         """Return the chunks that the shard at `place` is to compute, the same ones when it asks again."""
+        self.too_long |= {one.chunk_id for one in listed if not one.fits_a_prompt}
+        listed = [one for one in listed if one.fits_a_prompt]
         stored = self.store.kv_entries([one.key for one in listed])
         self.present |= {one.chunk_id for one in listed if one.key in stored and one.key not in self.claims}
         chunk_ids: set[str] = set()
@@ -161,7 +164,7 @@ class RayKVIngest:
             except StopRequested:
                 logger.info("stopped; the KV of %d chunks is left to the next run", len(row_ids) - seen)
         present, left_out = len(ledger.present), len(ledger.left_out)
-        shared = max(0, seen - computed - len(lost) - left_out - present)
+        shared = max(0, seen - computed - len(lost) - left_out - present - len(ledger.too_long))
         return KVIngestReport(computed, present, kv_bytes, shared, left_out), self._warnings(ledger, lost)
 
     @contextlib.contextmanager
@@ -220,7 +223,8 @@ class RayKVIngest:
         return list(shipped.values())
 
     def _warnings(self, ledger: _Ledger, lost: Sequence[str]) -> tuple[str, ...]:
-        warnings = [f"the KV of {one} and was left out" for one in lost]
+        warnings = [*too_long_warnings(len(ledger.too_long))]
+        warnings += [f"the KV of {one} and was left out" for one in lost]
         if ledger.left_out:
             warnings.append(
                 f"the KV of {len(ledger.left_out):,} chunks was left out, because disk ({ledger.budget_bytes >> 20:,} "

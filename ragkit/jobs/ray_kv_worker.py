@@ -28,11 +28,15 @@ SEGMENT_BYTES = 64 << 20  # as a commit group
 
 @dataclass(frozen=True, slots=True)
 class ListedKV:
-    """One chunk's KV as a worker names it: `key` is its digest, `estimated_bytes` about what its record will take."""
+    """One chunk's KV as a worker names it: `key` is its digest, `estimated_bytes` about what its record will take.
+
+    `fits_a_prompt` is false for chunks that no prompt has room for.
+    """
 
     chunk_id: str
     key: str
     estimated_bytes: int
+    fits_a_prompt: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,8 @@ class RayKVWorker:
         for ref in self._refs(chunks, before):
             tokens = len(ref.token_ids)
             estimated = int(tokens * codec.bytes_per_token(tokens)) + RECORD_OVERHEAD
-            listed.append(ListedKV(ref.chunk_id, ref.key.digest, estimated))
+            fits = self._loaded.fits_a_prompt(ref)
+            listed.append(ListedKV(ref.chunk_id, ref.key.digest, estimated, fits))
         return listed
 
     def compute(self, chunks: Sequence[Chunk], before: Sequence[StoredChunk]) -> list[WrittenKV]:

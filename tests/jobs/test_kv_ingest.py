@@ -185,6 +185,23 @@ def test_a_full_remote_tier_names_its_own_budget(tmp_path: Path, docs: Path, eng
         assert "kv.disk_mb" not in warning
 
 
+@pytest.mark.parametrize("codec", [CodecName.BF16, CodecName.ENTROPY1])
+def test_a_chunk_too_long_for_any_prompt_is_not_computed_and_a_warning_says_so(
+    tmp_path: Path, docs: Path, engine: Engine, codec: CodecName
+) -> None:
+    window = engine.max_context
+    (docs / "long.txt").write_text("otter " * 9000, encoding="utf-8")
+    config = replace(CONFIG, chunking=replace(CONFIG.chunking, max_tokens=100_000))
+    with open_blended(tmp_path / "store", engine, config, codec=codec) as pipeline:
+        report = pipeline.ingest([docs], kv=True)
+        chunks = pipeline.store.counts().chunks
+        lengths = [one.chunk.token_count for one in pipeline.store.chunks(pipeline.store.row_ids())]
+    assert sum(length > window for length in lengths) == 1
+    assert (report.kv.computed, report.kv.left_out) == (chunks - 1, 0)
+    (warning,) = report.warnings
+    assert warning.startswith("the KV of 1 chunks was left out, because they are too long for any prompt")
+
+
 def test_without_a_place_to_keep_it_is_refused(tmp_path: Path, docs: Path, engine: Engine) -> None:
     with open_blended(tmp_path / "store", engine, disk_mb=0) as pipeline:
         with pytest.raises(UsageError, match=r"set kv\.disk_mb above 0, or kv\.remote"):
