@@ -75,7 +75,7 @@ def test_a_batch_launches_its_blends_without_a_wait(tiny_folder, rows, monkeypat
     torch.backends.cuda.matmul.allow_tf32 = False
     engine = Engine.load(tiny_folder, device="cuda", dtype="float32", kv_tokens=64 * 100)
     blend, launch, launches = blend_of(engine, rows), BatchRun._launch_into, []
-    made = [BatchRequest(str(index), prompt(0, 1, question=index), SAMPLING, blend, 0.3) for index in range(6)]
+    made = [BatchRequest(str(index), prompt(0, 1, question=index), SAMPLING, blend, 0.3) for index in range(3)]
 
     def answers():
         return {one.request_id: one.finished.token_ids for one in BatchEngine(engine, BatchConfig(100)).run(made)}
