@@ -27,7 +27,7 @@ class PageTile(NamedTuple):
         turns_queries: back by where a tile stands, in the place of its rows forth by the same, where they are fewer.
         merge: when the kernel that merges the parts is launched, where the device leaves a choice.
         merges_by_warp: a program of one warp merges a few channels of a head.
-        looks_ahead: a tile's page is looked up while the tile before it is loaded.
+        looks_ahead: a tile's page is looked up while the tile before it is loaded, where pages lie at their own places.
         starts_early: before the kernel ahead has ended, where the device can.
     """
 

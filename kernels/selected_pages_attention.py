@@ -140,6 +140,8 @@ def launch_few_queries(
     turns_queries = tile.turns_queries and pairs <= tile.rows
     merge = merge_launch(tile.merge, queries.device)
     starts_early = tile.starts_early and can_launch_early(queries.device)
+    # Triton 3.6 does not compile a loop that carries a place of two lookups, one of which depends on the other.
+    looks_ahead = tile.looks_ahead and lists.blocks is None
     _few_queries_kernel[(tiles, kv_heads, splits)](
         queries, *parts_of(key_pool), *parts_of(value_pool), lists.pages, lists.positions,
         lists.pages if lists.blocks is None else lists.blocks, last_rows, cos, sin, partial, weights,
@@ -148,7 +150,7 @@ def launch_few_queries(
         HALF_PADDED=max(16, next_power_of_2(head_dim // 2)), BLOCK_SIZE=block_size, ROWS=tile.rows, BITS=bits,
         KEY_GROUP=key_group, HAS_BLOCKS=lists.blocks is not None,
         TURNS_KEYS=not (is_turned or turns_queries), TURNS_QUERIES=turns_queries and not is_turned,
-        STAGES=tile.stages, LOOKS_AHEAD=tile.looks_ahead, WAITS=starts_early,
+        STAGES=tile.stages, LOOKS_AHEAD=looks_ahead, WAITS=starts_early,
         MERGE_AT_START=merge is MergeLaunch.AT_START, MERGE_AT_END=merge is MergeLaunch.AT_END,
         # The interpreter cannot multiply bf16 matrices, so there the products are taken in fp32.
         UPCAST=not queries.is_cuda, num_warps=tile.warps, **({"launch_pdl": True} if starts_early else {}),
@@ -252,17 +254,19 @@ def _few_queries_kernel(
     zero_second = tl.zeros((PAIRS,), tl.float32)
     if LOOKS_AHEAD:
         next_block, next_start = _place(
-            page_ptr + list_at, block_ptr, page_position_ptr + position_at, first_entry, last_entry, listed, HAS_BLOCKS,
-            TURNS_KEYS or TURNS_QUERIES,
-        )  # fmt: skip
+            page_ptr + list_at, page_position_ptr + position_at, first_entry, listed, TURNS_KEYS or TURNS_QUERIES
+        )
     for step in tl.range(first_entry * PARTS, last_entry * PARTS, num_stages=STAGES):
         entry = step // PARTS
         if LOOKS_AHEAD:
             block, start = next_block, next_start
             next_block, next_start = _place(
-                page_ptr + list_at, block_ptr, page_position_ptr + position_at, (step + 1) // PARTS, last_entry, listed,
-                HAS_BLOCKS, TURNS_KEYS or TURNS_QUERIES,
-            )  # fmt: skip
+                page_ptr + list_at,
+                page_position_ptr + position_at,
+                (step + 1) // PARTS,
+                listed,
+                TURNS_KEYS or TURNS_QUERIES,
+            )
         else:
             block = _block(page_ptr + list_at + entry, block_ptr, HAS_BLOCKS)
         first_row = step % PARTS * ROWS
@@ -354,13 +358,11 @@ def _block(page_ptr, block_ptr, HAS_BLOCKS: tl.constexpr):
 
 
 @jit
-def _place(page_ptr, block_ptr, position_ptr, entry, last_entry, listed, HAS_BLOCKS: tl.constexpr, TURNS: tl.constexpr):
+def _place(page_ptr, position_ptr, entry, listed, TURNS: tl.constexpr):
     # Where a page lies and stands. The list is read within its ends for any entry, and before it is known how many are
-    # seen; what an entry that nobody sees says of blocks is not followed.
+    # seen.
     within = tl.minimum(entry, listed - 1)
     block = tl.load(page_ptr + within)
-    if HAS_BLOCKS:
-        block = tl.load(block_ptr + block, mask=entry < last_entry, other=0)
     start = 0
     if TURNS:
         start = tl.load(position_ptr + within)
