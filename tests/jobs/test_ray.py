@@ -227,7 +227,7 @@ def test_chunk_kv_of_workers_is_what_this_process_would_compute(
         on_ray = pipeline.ingest([], kv=True)
         chunks = pipeline.store.counts().chunks
         assert on_ray.kv is not None
-        assert on_ray.kv.computed + on_ray.kv.present == chunks
+        assert on_ray.kv.computed + on_ray.kv.present + on_ray.kv.shared == chunks
         assert on_ray.kv.computed == pipeline.store.kv_totals().entries > 50
         assert pipeline.gc().removed_files == 0  # every segment that was written is recorded
         assert pipeline.verify().problems == ()
