@@ -145,11 +145,7 @@ def _tune_in_graphs(
         for tile in dict.fromkeys(tiles)
     ]  # fmt: skip
     definitions = [partial(_definition, inputs, scale) for inputs in layers]
-    found = rows_in_graphs(ways, definitions, [inputs[0] for inputs in layers], clock)
-    for row in found:
-        row |= {"gb_per_s": work / row["us"] / 1e3, "percent": 100 * work / row["us"] / 1e3 / ceiling}
-        print(row, flush=True)
-    return sorted(found, key=lambda row: row["us"])
+    return rows_in_graphs(ways, definitions, [inputs[0] for inputs in layers], clock, work, ceiling)
 
 
 def _definition(inputs: tuple[Any, ...], scale: float) -> Tensor:

@@ -127,11 +127,7 @@ def _tune_in_graphs(kind: str, arguments: argparse.Namespace, clock: Clock, ceil
             for number, (tile, splits) in enumerate(_launches(kind, *layers[0][:4]))
         ]  # fmt: skip
         definitions = [partial(_definition, inputs, scale) for inputs in layers]
-        rows = rows_in_graphs(ways, definitions, [inputs[0] for inputs in layers], clock)
-        for row in rows:
-            row |= {"gb_per_s": work / row["us"] / 1e3, "percent": 100 * work / row["us"] / 1e3 / ceiling}
-            print(row, flush=True)
-        found += sorted(rows, key=lambda row: row["us"])
+        found += rows_in_graphs(ways, definitions, [inputs[0] for inputs in layers], clock, work, ceiling)
         splits = ways[0][0]["splits"]
         for by_warp in (False, True):
             graph = LayersInGraph([_merge(layers[0][0], splits, by_warp=by_warp)] * len(layers), clock.device)

@@ -96,8 +96,12 @@ def rows_in_graphs(
     definitions: Sequence[Callable[[], Tensor]],
     queries: Sequence[Tensor],
     clock: Clock,
+    work: float,
+    ceiling: float,
 ) -> list[dict[str, Any]]:
-    """Return the row of each way that gives what is defined, with `us`, the microseconds of a layer; others say why.
+    """Return the row of each way that gives what is defined, the quickest first, with `us`, a layer's microseconds.
+
+    They are printed, and the others with what is wrong with them.
 
     Args:
         ways: a row of the table, and a launch for each layer.
@@ -105,6 +109,8 @@ def rows_in_graphs(
         queries: of each layer, which get other numbers when all graphs are recorded: what a replay reads too early
             makes another result.
         clock: of the device.
+        work: bytes that a layer reads.
+        ceiling: bandwidth in GB/s.
     """
     recorded = []
     for row, launches in ways:
@@ -118,7 +124,12 @@ def rows_in_graphs(
     replays = 1 if clock.tiny else 3
     right = [(graph, row) for graph, row in recorded if _is_right(graph, expected, row, replays)]
     spent = microseconds_a_layer([graph for graph, _ in right], clock)
-    return [row | {"us": us} for (_, row), us in zip(right, spent, strict=True)]
+    rows = []
+    for (_, row), us in zip(right, spent, strict=True):
+        rate = work / us / 1e3
+        rows.append(row | {"us": us, "gb_per_s": rate, "percent": 100 * rate / ceiling})
+        print(rows[-1], flush=True)
+    return sorted(rows, key=lambda row: row["us"])
 
 
 def _is_right(graph: LayersInGraph, expected: Sequence[Tensor], row: dict[str, Any], replays: int) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from blended_pipeline import CONFIG, QUESTIONS, open_blended, write_documents
 from pipeline_double import ANSWER
-from tiny_generator import write_generator
 
 from ragkit import Pipeline
 from ragkit.async_stream import AsyncAnswerStream
@@ -164,11 +163,6 @@ def test_closing_before_the_first_piece_starts_nothing():
 def test_at_least_one_piece_is_ahead():
     with pytest.raises(UsageError, match="ahead=0"):
         AsyncAnswerStream(lambda: Pieces(1), ahead=0)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return Engine.load(write_generator(tmp_path_factory.mktemp("tiny")), device="cpu", dtype="float32")
 
 
 @pytest.fixture

@@ -27,15 +27,7 @@ from ragkit.errors import ConfigError, StoreError, UsageError
 from ragkit.generation.engine import Engine
 from ragkit.kvcache.load_controller import LoadController, LoadPlan
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAGKIT_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return Engine.load(write_generator(tmp_path_factory.mktemp("tiny")), device="cpu", dtype="float32")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from blended_pipeline import CONFIG, QUESTIONS, open_blended, text_of
-from tiny_generator import write_generator
 
 from ragkit import Pipeline
 from ragkit.generation.engine import Engine
@@ -41,11 +40,6 @@ def _nothing_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("RAGKIT_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return Engine.load(write_generator(tmp_path_factory.mktemp("tiny")), device="cpu", dtype="float32")
 
 
 @pytest.fixture

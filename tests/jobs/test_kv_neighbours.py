@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from blended_pipeline import QUESTIONS, ask_all, open_blended, reused, write_documents
-from tiny_generator import write_generator
 
 from ragkit import Pipeline
 from ragkit.config import ChunkContextName
@@ -18,14 +17,7 @@ NEIGHBOURS = ChunkContextName.NEIGHBOURS
 EVERYTHING = 100  # more chunks than there are
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAGKIT_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return Engine.load(write_generator(tmp_path_factory.mktemp("tiny")), device="cpu", dtype="float32")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
