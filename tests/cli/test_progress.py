@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import pytest
+
 from ragkit.cli.output import Output
 from ragkit.cli.progress import BarProgress, Meter, PlainProgress, progress_for
 from ragkit.progress import Silent
@@ -17,32 +19,27 @@ class Clock:
         return self.now
 
 
-def test_documents_rates_and_time_to_go_are_shown():
+@pytest.mark.parametrize(
+    ("announced", "done", "shown"),
+    [
+        ((1200, 8_000_000), (300, 2_000_000, 50_000), "300/1,200 documents, 0.20 MB/s, 5,000 tokens/s, ETA 0:30"),
+        # Before any document is committed the tokens show that it goes on.
+        ((35, 600_000), (0, 0, 22_000), "0/35 documents, 22,000 tokens, 2,200 tokens/s"),
+        (
+            (40, 80_000_000, "chunks"),
+            (10, 20_000_000, 2_000),
+            "10/40 chunks, 20.0 MB of 80.0 MB, 2.00 MB/s, 200 tokens/s, ETA 0:30",
+        ),
+    ],
+    ids=["documents", "nothing committed", "other units"],
+)
+def test_what_is_done_rates_and_time_to_go_are_shown(announced, done, shown):
     clock = Clock()
     meter = Meter(clock)
-    meter.start(1200, 8_000_000)
+    meter.start(*announced)
     clock.now += 10
-    meter.add(300, 2_000_000, 50_000)
-    assert str(meter) == "300/1,200 documents, 0.20 MB/s, 5,000 tokens/s, ETA 0:30"
-    assert meter.fraction == 0.25
-
-
-def test_before_any_document_is_committed_the_tokens_show_that_it_goes_on():
-    clock = Clock()
-    meter = Meter(clock)
-    meter.start(35, 600_000)
-    clock.now += 10
-    meter.add(0, 0, 22_000)
-    assert str(meter) == "0/35 documents, 22,000 tokens, 2,200 tokens/s"
-
-
-def test_other_units_are_named_and_their_bytes_counted():
-    clock = Clock()
-    meter = Meter(clock)
-    meter.start(40, 80_000_000, "chunks")
-    clock.now += 10
-    meter.add(10, 20_000_000, 2_000)
-    assert str(meter) == "10/40 chunks, 20.0 MB of 80.0 MB, 2.00 MB/s, 200 tokens/s, ETA 0:30"
+    meter.add(*done)
+    assert str(meter) == shown
 
 
 def test_hours_are_written_out():
