@@ -51,6 +51,13 @@ def test_hours_are_written_out():
     assert str(meter).endswith("ETA 1:06:00")
 
 
+def test_bytes_say_which_part_is_done():
+    meter = Meter(Clock())
+    meter.start(1200, 8_000_000)
+    meter.add(300, 2_000_000, 50_000)
+    assert meter.fraction == 0.25
+
+
 def test_without_bytes_the_documents_count():
     meter = Meter(Clock())
     meter.start(4, 0)
