@@ -36,7 +36,7 @@ def write_result(name: str, payload: Mapping[str, Any]) -> Path:
     record = {
         "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine_facts(),
         "versions": versions(),
         "result": payload,
@@ -131,7 +131,8 @@ def _lines(*command: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit at hand, with `+changes` where tracked files differ from it."""
     head = _lines("git", "rev-parse", "HEAD")
     if not head:
         return "unknown"

@@ -158,7 +158,7 @@ def evaluate(session: Session, options: LongOptions, job: LongJob) -> None:
         tools.tokenizer, data, seed=options.seed, frame_tokens=tools.frame_tokens, questions=job.questions
     )  # fmt: skip
     facts = {
-        **_facts(settings.config, options, data),
+        **report_facts(settings.config, options.seed, public_texts=data is not None),
         "lengths": lengths,
         "strategies": strategies,
         **variants,
@@ -191,7 +191,7 @@ def _keeper(out: Path | None, job: LongJob) -> Callable[[LongReport], None] | No
     """Return what writes results that are not complete to `out`, where that is or will be a file."""
     if out is None or (out.exists() and not out.is_file()):
         return None
-    return lambda report: write_results(out, json_text(_json(report, job, [], interrupted=True)))
+    return lambda report: write_results(out, json_text(report_json(report, job.evaluation, [], interrupted=True)))
 
 
 def _show(session: Session, report: LongReport, options: LongOptions, job: LongJob, *, interrupted: bool) -> None:
@@ -200,7 +200,7 @@ def _show(session: Session, report: LongReport, options: LongOptions, job: LongJ
         from ragkit.bench.long_plots import write_heat_map
 
         plots = [str(write_heat_map(report, job.evaluation, job.rows, options.plot))]
-    data = _json(report, job, plots, interrupted=interrupted)
+    data = report_json(report, job.evaluation, plots, interrupted=interrupted)
     if options.out is not None:
         write_results(options.out, json_text(data))
     session.output.result(data, report_lines(report, job.rows))
@@ -208,12 +208,12 @@ def _show(session: Session, report: LongReport, options: LongOptions, job: LongJ
         session.output.note(f"wrote {path}")
 
 
-def _json(report: LongReport, job: LongJob, plots: list[str], *, interrupted: bool) -> dict[str, Any]:
+def report_json(report: LongReport, evaluation: str, plots: list[str], *, interrupted: bool) -> dict[str, Any]:
     """Return the object that `--json` prints and `--out` writes."""
     from ragkit.bench.machine import machine_facts, versions
 
     return {
-        "evaluation": job.evaluation,
+        "evaluation": evaluation,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **asdict(report),
         "interrupted": interrupted,
@@ -223,7 +223,8 @@ def _json(report: LongReport, job: LongJob, plots: list[str], *, interrupted: bo
     }
 
 
-def _facts(config: PipelineConfig, options: LongOptions, data: Path | None) -> dict[str, Any]:
+def report_facts(config: PipelineConfig, seed: int, *, public_texts: bool) -> dict[str, Any]:
+    """Return the settings that a report names: models, chunks, pages, and what documents are made of."""
     return {
         "generator": config.generation.model,
         "embedder": config.embedding.model,
@@ -231,8 +232,8 @@ def _facts(config: PipelineConfig, options: LongOptions, data: Path | None) -> d
         "chunk_tokens": config.chunking.max_tokens,
         "k": config.retrieval.k,
         "pages": asdict(config.pages),
-        "seed": options.seed,
-        "texts": "made" if data is None else "public",
+        "seed": seed,
+        "texts": "public" if public_texts else "made",
     }
 
 

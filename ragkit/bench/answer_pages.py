@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from ragkit.types import document_id
 
 
 def pages_answerers(tools: AnswererTools) -> list[PagesAnswerer]:
-    """Return an answerer for each selector and budget that is compared.
+    """Return an answerer for each selector, budget and number of pages found first that is compared.
 
     They share one reading of each document, by the configured selector and budget, unless each is to read itself.
     """
@@ -30,13 +31,15 @@ def pages_answerers(tools: AnswererTools) -> list[PagesAnswerer]:
     received = config.keep_received or any(make_page_selector(name).needs_received for name in names)
     shared = _Reader(tools, replace(config, keep_received=received), keep=True)
     answerers = []
-    for name in names:
-        for budget in asked.budgets or (config.budget_tokens,):
-            own = replace(config, selector=name, budget_tokens=budget)
-            reader = _Reader(tools, own, keep=False) if asked.own_prefill else shared
-            parts = ["pages", str(name), *([f"{budget:,}"] if asked.budgets else [])]
-            parts += ["own prefill"] if asked.own_prefill else []
-            answerers.append(PagesAnswerer(" ".join(parts), tools, reader, PageOptions.of(own)))
+    for name, budget, times in itertools.product(
+        names, asked.budgets or (config.budget_tokens,), asked.found_times or (config.found_times,)
+    ):
+        own = replace(config, selector=name, budget_tokens=budget, found_times=times)
+        reader = _Reader(tools, own, keep=False) if asked.own_prefill else shared
+        parts = ["pages", str(name), *([f"{budget:,}"] if asked.budgets else [])]
+        parts += [f"finds {times} times"] if asked.found_times else []
+        parts += ["own prefill"] if asked.own_prefill else []
+        answerers.append(PagesAnswerer(" ".join(parts), tools, reader, PageOptions.of(own)))
     return answerers
 
 

@@ -67,11 +67,13 @@ class PagesVariants:
     Attributes:
         selectors: page selectors; empty for the configured one.
         budgets: tokens of the pages that they find; empty for the configured number.
+        found_times: how many times as many they find first; empty for the configured number.
         own_prefill: whether each of these reads the documents itself, instead of the configured one for all.
     """
 
     selectors: tuple[PageSelectorName, ...] = ()
     budgets: tuple[int, ...] = ()
+    found_times: tuple[int, ...] = ()
     own_prefill: bool = False
 
 

@@ -1,0 +1,199 @@
+r"""What `ragkit eval needle` and `ragkit eval ruler` measure, with the documents shared out among processes of one GPU.
+
+    python benchmarks/pages_quality.py needle --lengths 8192,65536 --strategies full,rag,pages --processes 8
+    python benchmarks/pages_quality.py ruler --tasks kv_retrieval --lengths 32768 --items 5 --questions 10 \
+        --strategies full,rag,pages --selectors min-max,window --budgets 2048,4096
+
+Reading a document window by window keeps one core busy and leaves most of a card idle, so documents are read side by
+side; every needle has a document of its own. Documents and answers are those of the commands, and so is the raw file,
+benchmarks/results/pages_NAME.json, which is written while it is measured. Settings come from the environment
+(`RAGKIT_GENERATION_MODEL`, `RAGKIT_PAGES_...`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from report import RESULTS, commit
+
+from ragkit.bench.long_context import LongContextEval, LongPlan
+from ragkit.bench.long_items import LongTask, Material
+from ragkit.bench.long_report import LongReport, Outcome, depth_cells, score_rows, task_cells
+from ragkit.bench.needle import NeedleTask, spaced_depths
+from ragkit.bench.ruler_tasks import ruler_tasks
+from ragkit.cli.eval_long import LongTools, long_tools, report_facts, report_json
+from ragkit.cli.output import json_text
+from ragkit.config import PageSelectorName, PipelineConfig
+from ragkit.progress import Silent
+from ragkit.settings import load_settings
+
+Place = tuple[int, int, int]  # of a document: its length, which task, which one of its kind
+
+
+def main() -> None:
+    arguments = parsed()
+    lengths = sorted(int(part) for part in arguments.lengths.split(","))
+    tasks = tasks_of(arguments)
+    count = arguments.needles * arguments.depths if arguments.evaluation == "needle" else arguments.items
+    # The longest first, so that no process is left with one at the end.
+    places = [(length, task, index) for length in lengths[::-1] for index in range(count) for task in range(len(tasks))]
+    context = multiprocessing.get_context("spawn")
+    waiting, done = context.Queue(), context.Queue()
+    for place in places:
+        waiting.put(place)
+    workers = [
+        context.Process(target=work, args=(arguments, waiting, done), daemon=True)
+        for _ in range(min(arguments.processes, len(places)))
+    ]
+    for worker in workers:
+        worker.start()
+    gather(arguments, lengths, len(places), workers, done)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("evaluation", choices=["needle", "ruler"])
+    parser.add_argument("--lengths", required=True, help="in tokens, separated by commas")
+    parser.add_argument("--strategies", default="full,rag,pages")
+    parser.add_argument("--selectors", default="", help="page selectors that pages compares")
+    parser.add_argument("--budgets", default="", help="tokens that they find")
+    parser.add_argument("--found-times", default="", help="how many times the budget selectors find first")
+    parser.add_argument("--own-prefill", action="store_true", help="each selector reads the documents itself")
+    parser.add_argument("--depths", type=int, default=11)
+    parser.add_argument("--needles", type=int, default=3, help="random ones for each length and depth")
+    parser.add_argument("--tasks", default="", help="of RULER; all where left out")
+    parser.add_argument("--items", type=int, default=5, help="documents for each task of RULER and length")
+    parser.add_argument("--questions", type=int, default=1, help="about each document of a task that has several")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; then what is done is written")
+    parser.add_argument("--name", default="", help="behind pages_ in the name of the raw file")
+    return parser.parse_args()
+
+
+def tasks_of(arguments: argparse.Namespace) -> list[LongTask]:
+    if arguments.evaluation == "needle":
+        return [NeedleTask(spaced_depths(arguments.depths))]
+    return ruler_tasks([name for name in arguments.tasks.split(",") if name])
+
+
+def variants_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "selectors": tuple(PageSelectorName(name) for name in arguments.selectors.split(",") if name),
+        "budgets": tuple(int(number) for number in arguments.budgets.split(",") if number),
+        "found_times": tuple(int(number) for number in arguments.found_times.split(",") if number),
+        "own_prefill": arguments.own_prefill,
+    }
+
+
+def work(arguments: argparse.Namespace, waiting: Any, done: Any) -> None:
+    """Answer documents until none waits; runs in a process of its own."""
+    config = load_settings().config
+    tools = long_tools(config, arguments.strategies.split(","), variants_of(arguments))
+    data = os.environ.get("RAGKIT_DATA")
+    material = Material(
+        tools.tokenizer,
+        Path(data) if data else None,
+        seed=arguments.seed,
+        frame_tokens=tools.frame_tokens,
+        questions=arguments.questions,
+    )
+    tasks = tasks_of(arguments)
+    while True:
+        try:
+            place = waiting.get(timeout=1)
+        except Empty:
+            return
+        done.put((place, *answered(place, tasks, material, tools, config)))
+
+
+def answered(
+    place: Place, tasks: Sequence[LongTask], material: Material, tools: LongTools, config: PipelineConfig
+) -> tuple[Sequence[Outcome], Sequence[str]]:
+    """Return the answers to one document by every strategy, and what was left out."""
+    length, task, index = place
+    plan = LongPlan([tasks[task]], [length], [[index]])
+    measured = LongContextEval(plan, material, tools.answerers, lambda outcomes: [], {})
+    measured.run(Silent())
+    report = measured.report()
+    return report.outcomes, report.notes
+
+
+def gather(
+    arguments: argparse.Namespace, lengths: Sequence[int], count: int, workers: Sequence[Any], done: Any
+) -> None:
+    """Collect what processes answer, and write it now and then, until all is done or the time is over."""
+    started = written = time.perf_counter()
+    outcomes: list[Outcome] = []
+    notes: dict[str, None] = {}
+    left = count
+    while left and time.perf_counter() - started < arguments.time_limit:
+        try:
+            place, some, why = done.get(timeout=1)
+        except Empty:
+            if not any(worker.is_alive() for worker in workers):
+                break
+            continue
+        left -= 1
+        outcomes += some
+        notes |= dict.fromkeys(why)
+        said = " ".join(f"{one.strategy}={one.score:.2f}" for one in some[:8])
+        read = max((one.document_seconds for one in some), default=0.0)
+        print(f"{time.perf_counter() - started:6.1f}s {place} {said} read {read:.1f}s", flush=True)
+        if time.perf_counter() - written > 10:
+            write(arguments, lengths, outcomes, [*notes], time.perf_counter() - started, interrupted=True)
+            written = time.perf_counter()
+    if left:
+        notes[f"{left} of {count} documents were not answered"] = None
+    path = write(arguments, lengths, outcomes, [*notes], time.perf_counter() - started, interrupted=left > 0)
+    for row in score_rows(outcomes):
+        print(
+            f"{row.strategy:24} {row.task:18} {row.length:>9,} {row.score:6.1f} ({row.low:.0f}-{row.high:.0f}) "
+            f"gold shown {row.gold_shown:.0f} n={row.questions} read {row.document_seconds:.1f}s"
+        )
+    print(f"raw numbers: {path}")
+    for worker in workers:
+        worker.kill()
+
+
+def write(
+    arguments: argparse.Namespace,
+    lengths: Sequence[int],
+    outcomes: Sequence[Outcome],
+    notes: Sequence[str],
+    seconds: float,
+    *,
+    interrupted: bool,
+) -> Path:
+    """Write the raw file, and return its path."""
+    needles = arguments.evaluation == "needle"
+    cells = depth_cells if needles else task_cells
+    own = {
+        key: getattr(arguments, key) for key in (("depths", "needles") if needles else ("tasks", "items", "questions"))
+    }
+    facts = report_facts(load_settings().config, arguments.seed, public_texts=bool(os.environ.get("RAGKIT_DATA")))
+    facts |= {"lengths": lengths, "strategies": arguments.strategies.split(","), **variants_of(arguments), **own}
+    facts |= {"processes": arguments.processes}
+    order = {name: at for at, name in enumerate(dict.fromkeys(one.strategy for one in outcomes))}
+    ordered = sorted(outcomes, key=lambda one: (order[one.strategy], one.task, one.length, one.index, one.number))
+    report = LongReport(score_rows(ordered), cells(ordered), ordered, notes, facts, seconds)
+    record = report_json(report, arguments.evaluation, [], interrupted=interrupted)
+    record |= {"commit": commit(), "command": "python benchmarks/pages_quality.py " + " ".join(sys.argv[1:])}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"pages_{arguments.name or arguments.evaluation}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json_text(record) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+if __name__ == "__main__":
+    main()
