@@ -154,7 +154,7 @@ class BlendPrefill:
                 timings_ms=with_computing(timings, fetched.report),
                 kv=kv_use(fetched.report),
                 afterwards=afterwards,
-                warnings=self._warnings(own.refusal),
+                warnings=self._warnings(own.refusal, fetched.report.damage),
             )
 
         return LaunchedPrefill(logits, finish)
@@ -173,14 +173,15 @@ class BlendPrefill:
         streamed = StreamedChunks(decoder, layout, prefix, chunks, self.kv_store.codec)
         return streamed.rows(), streamed
 
-    def _warnings(self, refusal: str) -> tuple[str, ...]:
+    def _warnings(self, refusal: str, damage: str) -> tuple[str, ...]:
+        damages = (damage,) if damage else ()
         if not refusal:
-            return ()
+            return damages
         warning = f"rows are private, not shared: {refusal}"
         if not self._has_refused:  # once; every result says it
             self._has_refused = True
             _log.warning(warning)
-        return (warning,)
+        return (warning, *damages)
 
     def _afterwards(self, streamed: StreamedChunks | None) -> Callable[[], None] | None:
         tier = self.kv_store.pool
