@@ -270,16 +270,18 @@ class KVStore:
         future, mine = self.lead(ref, is_prefetch=True)
         if not mine:
             return future
-        found: _Brought | None = None
+        origin = self.memory.name
         try:
-            found = self.load(ref, expected, allocate=allocate)
-            if found is None:
-                return None
-            with self._lock:
-                self.stats.prefetched += 1
-            return self.memory.add(found[0])
+            pin = self.memory.pin(ref, is_use=False)  # another request may have brought it before the lead
+            found = self.load(ref, expected, allocate=allocate) if pin is None else None
+            if found is not None:
+                encoded, origin = found
+                pin = self.memory.add(encoded)
+                with self._lock:
+                    self.stats.prefetched += 1
+            return pin
         finally:
-            self.settle(ref, *(found or (None, "")))
+            self.settle(ref, None if pin is None else pin.encoded, origin)
 
     def lead(self, ref: ChunkRef, *, is_prefetch: bool = False) -> tuple[InFlight, bool]:
         """Return the future of a chunk that is being brought, and whether the caller is the one to bring it."""
