@@ -71,7 +71,7 @@ class BatchPrefetch:
 
 def _chunks_of(job: BatchJob) -> _Chunks | None:
     """Return the chunks that a request will fetch and from where; None where it fetches none."""
-    strategy = job.strategy
+    strategy: object = job.strategy  # to mypy no strategy has both protocols
     if not isinstance(strategy, ReusingStrategy):
         return None
     try:
