@@ -6,6 +6,7 @@ import contextlib
 import random
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -180,6 +181,25 @@ def test_errors_of_reading_ahead_are_silent_and_the_blend_meets_them(bench):
     assert all(len(one.warnings) == 1 and "the cable is out" in one.warnings[0] for one in finished)
     assert "3 chunks" in finished[0].warnings[0]
     assert bench.store.stats.prefetched == 0
+
+
+@pytest.mark.parametrize("memory_chunks", [0, 2, 8, 100])
+def test_neither_little_memory_nor_damage_changes_an_answer(engine, memory_chunks):
+    bench = Bench(engine, memory_chunks)
+    alone = {one.request_id: list(engine.generate(one.prompt, SAMPLING, one.strategy, one.ratio))[-1].token_ids
+             for one in bench.requests()}  # fmt: skip
+    for key in list(bench.tier.records)[::3]:
+        bench.tier.records[key] = bench.tier.records[key][:-5000] + bytes(5000)
+    bench.store.discard([ref.key for ref in bench.refs])
+    again = [replace(one, request_id=f"{one.request_id} {turn}") for turn in range(4) for one in bench.requests()]
+    results = list(BatchEngine(engine, BatchConfig(200, max_running=2)).run(again))
+    assert len(results) == 20
+    for result in results:
+        assert result.error is None
+        assert result.finished.token_ids == alone[result.request_id.split()[0]]
+    assert bench.store.memory.bytes_used <= memory_chunks * bench.one
+    assert all(held.pins == 0 for held in bench.store.memory._held.values())
+    bench.store.close()
 
 
 def test_a_batch_that_is_stopped_ends_the_threads(bench):
