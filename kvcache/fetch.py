@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.chunk_kv import ChunkKV, ChunkRef, EncodedKV
-from ragkit.kvcache.load_and_compute import COMPUTED, RECOMPUTED, LoadAndCompute
+from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.load_and_compute import COMPUTED, RECOMPUTED, Found, LoadAndCompute
+from ragkit.kvcache.load_controller import StoredChunk
 from ragkit.kvcache.memory_tier import PinnedKV
 from ragkit.kvcache.pool_tier import PinnedBlocks
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from ragkit.kvcache.kv_store import InFlight, KVStore
 
 Compute = Callable[[Sequence[ChunkRef]], Sequence[ChunkKV]]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class FetchReport:
         load_ms: from the start until everything was found and loaded.
         compute_ms: time spent in computing, part of it beside the loads.
         recomputed: chunks that a tier had, and that were computed because that was sooner than loading them.
+        damage: one line about the chunks whose stored KV was lacking, damaged or another one's; empty without any.
     """
 
     hits: int
@@ -43,6 +49,7 @@ class FetchReport:
     load_ms: float
     compute_ms: float
     recomputed: int = 0
+    damage: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,7 @@ class Fetch:
         self._compute = compute
         self._pins: dict[ChunkRef, PinnedKV | PinnedBlocks] = {}
         self._origin: dict[ChunkRef, str] = {}
+        self._unusable: dict[ChunkRef, KVMissError] = {}  # the first that was wrong with each
         self._load_s = 0.0
         self._compute_s = 0.0
 
@@ -114,6 +122,7 @@ class Fetch:
             load_ms=self._load_s * 1e3,
             compute_ms=self._compute_s * 1e3,
             recomputed=recomputed,
+            damage=self._damage(),
         )
 
     def _take_or_lead(self, refs: Sequence[ChunkRef], led: list[ChunkRef]) -> dict[ChunkRef, InFlight]:
@@ -160,12 +169,38 @@ class Fetch:
         if not store.backing:
             self._compute_and_hold(todo, COMPUTED)
             return
-        bringing = LoadAndCompute(todo, store.stored(todo), store.load, store.controller)
+        bringing = LoadAndCompute(todo, store.stored(todo), self._load, store.controller)
         bringing.start(store.loaders, store.load_threads)
         bringing.run(
             self._compute_and_hold, lambda ref, encoded, tier: self._hold(ref, store.memory.add(encoded), tier)
         )
         self._load_s += bringing.loads_ended - started
+
+    def _load(self, ref: ChunkRef, expected: StoredChunk | None) -> Found:
+        """Load one chunk; run by the loading threads."""
+
+        def missed(tier: str, error: KVMissError) -> None:
+            self._store.count_miss(tier, error)
+            if error.reason is not MissReason.ABSENT:
+                self._unusable.setdefault(ref, error)
+
+        return self._store.load(ref, expected, missed)
+
+    def _damage(self) -> str:
+        """Return, and log, one line about all chunks whose stored KV could not be used."""
+        unusable = dict(self._unusable)
+        if not unusable:
+            return ""
+        first, count = next(iter(unusable.values())), len(unusable)
+        computed = [self._origin.get(ref) in (COMPUTED, RECOMPUTED) for ref in unusable]
+        ways = ["taken from elsewhere"] * (not all(computed)) + ["computed again"] * any(computed)
+        place = f", {'the first ' * (count > 1)}in {first.place}," if first.place else ""
+        line = (
+            f"the stored KV of {count} chunk{'s' * (count > 1)}{place} cannot be used ({first}): "
+            f"it is {' or '.join(ways)}"
+        )
+        _log.warning(line)
+        return line
 
     def _compute_and_hold(self, refs: Sequence[ChunkRef], origin: str) -> None:
         started = time.perf_counter()

@@ -1,4 +1,8 @@
-"""Writing chunk KV to the backing tiers: behind the requests, or at once where somebody waits for it."""
+"""Writing chunk KV to the backing tiers: behind the requests, or at once where somebody waits for it.
+
+What was computed goes to all tiers, and what came from a far one to those before it, so that it is fetched once and not
+by every process.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.backing_tier import BackingTier
@@ -18,6 +23,15 @@ _SAVE_BATCH = 64  # chunks that one write takes together
 _UNSAVED_BYTES = 1 << 30  # of chunks that wait to be written; more are not written
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unsaved:
+    """A chunk that waits to be written to `tiers`; `is_copy` where another tier keeps it as well."""
+
+    encoded: EncodedKV
+    tiers: tuple[BackingTier, ...]
+    is_copy: bool
 
 
 class KVSaver:
@@ -32,29 +46,37 @@ class KVSaver:
         self._tiers = tuple(tiers)
         self._stats = stats
         self._lock = threading.Lock()
-        self._unsaved: queue.Queue[EncodedKV | None] = queue.Queue()
+        self._unsaved: queue.Queue[_Unsaved | None] = queue.Queue()
         self._unsaved_bytes = 0
         self._has_warned = False  # since a chunk was last taken: a long prompt has many
+        self._refusing: set[str] = set()  # tiers whose last write failed: it is said once, until one succeeds
         self._is_closed = False
         self._thread = threading.Thread(target=self._save_forever, name="ragkit-kv-save", daemon=True)
         self._thread.start()
 
-    def enqueue(self, encoded: EncodedKV) -> None:
-        """Have a chunk written later, unless too much waits already or nothing is written any more."""
-        if not self._tiers:
+    def enqueue(self, encoded: EncodedKV, copy_to: Sequence[BackingTier] | None = None) -> None:
+        """Have a chunk written later, unless too much waits already or nothing is written any more.
+
+        Args:
+            encoded: a chunk whose numbers were computed, or compared with their checksums.
+            copy_to: the tiers that lack a chunk which a tier behind them has; None for all tiers.
+        """
+        tiers = self._tiers if copy_to is None else tuple(copy_to)
+        if not tiers:
             return
+        unsaved = _Unsaved(encoded, tiers, copy_to is not None)
         with self._lock:
             is_closed, waiting = self._is_closed, self._unsaved_bytes + encoded.nbytes
             if not is_closed and waiting <= _UNSAVED_BYTES:
                 self._unsaved_bytes = waiting
                 self._has_warned = False
-                self._unsaved.put(encoded)  # with the lock held: what comes behind the end would never be taken
+                self._unsaved.put(unsaved)  # with the lock held: what comes behind the end would never be taken
                 return
-            self._stats.not_saved.update(tier.name for tier in self._tiers)
+            self._stats.not_saved.update(tier.name for tier in tiers)
             is_first, self._has_warned = not self._has_warned, True
         if is_first:
             reason = "the store was closed" if is_closed else "too much waits to be written"
-            _log.warning("KV of chunks stays in memory only: %s", reason)
+            _log.warning("KV of chunks %s: %s", "is not copied" if unsaved.is_copy else "stays in memory only", reason)
 
     def write(self, chunks: Sequence[EncodedKV]) -> bool:
         """Write chunks now, as `KVStore.write` says."""
@@ -84,28 +106,40 @@ class KVSaver:
                 while len(batch) < _SAVE_BATCH and batch[-1] is not None:
                     batch.append(self._unsaved.get_nowait())
             try:
-                self._save([chunk for chunk in batch if chunk is not None])
+                self._save([one for one in batch if one is not None])
             finally:
                 with self._lock:
-                    self._unsaved_bytes -= sum(chunk.nbytes for chunk in batch if chunk is not None)
+                    self._unsaved_bytes -= sum(one.encoded.nbytes for one in batch if one is not None)
                 for _ in batch:
                     self._unsaved.task_done()
             if batch[-1] is None:
                 return
 
-    def _save(self, chunks: Sequence[EncodedKV]) -> None:
-        for tier in self._tiers if chunks else ():
+    def _save(self, batch: Sequence[_Unsaved]) -> None:
+        for tier in dict.fromkeys(tier for one in batch for tier in one.tiers):
+            mine = [one for one in batch if tier in one.tiers]
             try:
-                kept = tier.save(chunks)
-            except KVCacheError as error:
+                kept = tier.save([one.encoded for one in mine])
+                self._refusing.discard(tier.name)
+            except Exception as error:  # the thread must live on; what is lacking is computed or fetched again
                 kept = 0
-                _log.warning("%d chunks stay in memory only: %s", len(chunks), error)
-            except Exception:  # the thread must live on; the chunks are computed again when they are next needed
-                kept = 0
-                _log.exception("%d chunks could not be written to the tier %s", len(chunks), tier.name)
-            self._count(tier, kept, len(chunks))
+                self._warn(tier, mine, error)
+            self._count(tier, kept, len(mine))
+
+    def _warn(self, tier: BackingTier, chunks: Sequence[_Unsaved], error: Exception) -> None:
+        is_first = tier.name not in self._refusing
+        self._refusing.add(tier.name)
+        level = logging.WARNING if is_first else logging.DEBUG
+        left_out = _left_out(all(one.is_copy for one in chunks), tier)
+        known = isinstance(error, KVCacheError)
+        _log.log(level, "%d chunks %s: %s", len(chunks), left_out, error, exc_info=None if known else error)
 
     def _count(self, tier: BackingTier, kept: int, given: int) -> None:
         with self._lock:
             self._stats.saved[tier.name] += kept
             self._stats.not_saved[tier.name] += given - kept
+
+
+def _left_out(is_copy: bool, tier: BackingTier) -> str:
+    """Return what becomes of chunks that a tier does not keep."""
+    return f"are not copied to the tier {tier.name}" if is_copy else "stay in memory only"

@@ -11,6 +11,7 @@ compared with the file before memory is asked for, and every difference from wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -59,6 +60,7 @@ class KVMissError(KVCacheError):
 
     Attributes:
         reason: why.
+        place: the file or object that it should have been in; empty where nothing says so.
     """
 
     code = "kv_miss"
@@ -66,6 +68,17 @@ class KVMissError(KVCacheError):
     def __init__(self, reason: MissReason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+        self.place = ""
+
+
+@contextlib.contextmanager
+def misses_in(place: str) -> Iterator[None]:
+    """Give misses that come from within the block the name of the file or object that was read."""
+    try:
+        yield
+    except KVMissError as error:
+        error.place = place
+        raise
 
 
 class ByteSource(Protocol):
@@ -137,7 +150,8 @@ class MemorySource:
     def read_into(self, offset: int, target: memoryview) -> int:
         """Fill `target` from `offset` and return how many bytes there were."""
         part = self._content[offset : offset + len(target)]
-        target[: len(part)] = part
+        # By numpy, which lets go of the interpreter's lock: a chunk has tens of megabytes, and others launch kernels.
+        np.copyto(np.frombuffer(target, np.uint8)[: len(part)], np.frombuffer(part, np.uint8))
         return len(part)
 
 

@@ -14,7 +14,7 @@ class KVStoreStats:
 
     Attributes:
         hits: hits by tier.
-        misses: why chunks were missing from the tiers below memory, by tier and reason.
+        misses: why chunks that requests asked for were missing from the tiers below memory, by tier and reason.
         computed: chunks that were computed.
         recomputed: those of them that a tier had, and that were computed because that was sooner than loading them.
         saved: chunks written to each tier; `not_saved` those that it refused or failed to write.

@@ -3,19 +3,21 @@
 On a GPU the nearest tier is a part of the pool, where chunks lie decoded. What a request takes from host memory is
 added there by the strategy that placed it (`BlendPrefill`), once nobody waits for it.
 
-Whatever is wrong with a stored KV is a miss, counted and logged; the chunk is computed then, passes through the same
-codec, and so gives the same numbers. No answer depends on what was found.
+Whatever is wrong with a stored KV is a miss, counted and told once a request; the chunk is computed then, passes
+through the same codec, and so gives the same numbers. No answer depends on what was found. What a far tier had is
+copied to those before it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+
+from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.backing_tier import BackingTier
@@ -24,14 +26,12 @@ from ragkit.kvcache.codec import KVCodec, decode_chunk, encode_chunk
 from ragkit.kvcache.fetch import Compute, Fetch, FetchedKV
 from ragkit.kvcache.kv_key import KVKey
 from ragkit.kvcache.kv_saver import KVSaver
-from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.kv_segment import KVMissError
 from ragkit.kvcache.kv_stats import KVStoreStats
 from ragkit.kvcache.load_and_compute import RECOMPUTED
 from ragkit.kvcache.load_controller import LoadController, StoredChunk
-from ragkit.kvcache.memory_tier import MemoryTier
+from ragkit.kvcache.memory_tier import MemoryTier, PinnedKV
 from ragkit.kvcache.pool_tier import PoolTier
-
-_log = logging.getLogger(__name__)
 
 _Brought = tuple[EncodedKV, str]  # a chunk, and the tier that it comes from
 
@@ -223,26 +223,65 @@ class KVStore:
                     found[ref] = StoredChunk(ref, tier.name, record.nbytes, record.is_cached)
         return found
 
-    def load(self, ref: ChunkRef, expected: StoredChunk | None = None) -> _Brought | None:
+    def load(
+        self,
+        ref: ChunkRef,
+        expected: StoredChunk | None = None,
+        missed: Callable[[str, KVMissError], None] | None = None,
+        allocate: Callable[[int], Tensor] | None = None,
+    ) -> _Brought | None:
         """Return a chunk from the first backing tier that has it, with the tier's name, or None.
 
-        What it took is measured if the chunk was where it was expected.
+        What it took is measured if the chunk was where it was expected. The tiers before that are given a copy later:
+        its checksums and token ids have been compared.
+
+        Args:
+            ref: the chunk.
+            expected: where it should be.
+            missed: hears of each tier that has no usable record, and why.
+            allocate: gives the host memory for so many bytes; that of the memory tier unless given.
         """
         started = time.perf_counter()
-        for tier in self.backing:
+        for index, tier in enumerate(self.backing):
             try:
                 with tier.open(ref, self.codec.codec_id, self.codec.layout.num_layers) as reader:
-                    encoded = reader.load(self.memory.allocate)
+                    encoded = reader.load(allocate or self.memory.allocate)
             except KVMissError as error:
-                with self._lock:
-                    self.stats.misses[tier.name, error.reason] += 1
-                if error.reason is not MissReason.ABSENT:
-                    _log.warning("%s: it is computed again", error)
+                if missed is not None:
+                    missed(tier.name, error)
                 continue
+            self._saver.enqueue(encoded, self.backing[:index])
             if self.controller is not None and expected is not None and expected.tier == tier.name:
                 self.controller.loaded(expected, started, time.perf_counter())
             return encoded, tier.name
         return None
+
+    def bring(
+        self, ref: ChunkRef, expected: StoredChunk | None = None, allocate: Callable[[int], Tensor] | None = None
+    ) -> PinnedKV | InFlight | None:
+        """Bring a chunk into memory with nobody waiting for it, and return it pinned.
+
+        Where somebody else is bringing it, that is returned, and None where no tier has it. What is wrong with a
+        record is passed over in silence: whoever asks for the chunk meets it and says so.
+        """
+        pin = self.memory.pin(ref, is_use=False)
+        if pin is not None:
+            return pin
+        future, mine = self.lead(ref, is_prefetch=True)
+        if not mine:
+            return future
+        origin = self.memory.name
+        try:
+            pin = self.memory.pin(ref, is_use=False)  # another request may have brought it before the lead
+            found = self.load(ref, expected, allocate=allocate) if pin is None else None
+            if found is not None:
+                encoded, origin = found
+                pin = self.memory.add(encoded)
+                with self._lock:
+                    self.stats.prefetched += 1
+            return pin
+        finally:
+            self.settle(ref, None if pin is None else pin.encoded, origin)
 
     def lead(self, ref: ChunkRef, *, is_prefetch: bool = False) -> tuple[InFlight, bool]:
         """Return the future of a chunk that is being brought, and whether the caller is the one to bring it."""
@@ -275,23 +314,17 @@ class KVStore:
             self.stats.recomputed += 1
         return encoded
 
+    def count_miss(self, tier: str, error: KVMissError) -> None:
+        """Count a tier that had no usable record of a chunk."""
+        with self._lock:
+            self.stats.misses[tier, error.reason] += 1
+
     def count_hit(self, tier: str) -> None:
         """Count a chunk that was found."""
         with self._lock:
             self.stats.hits[tier] += 1
 
     def _prefetch_one(self, ref: ChunkRef, expected: StoredChunk | None) -> None:
-        if self.memory.holds(ref):
-            return
-        _, mine = self.lead(ref, is_prefetch=True)
-        if not mine:
-            return
-        found = None
-        try:
-            found = self.load(ref, expected)
-            if found is not None:
-                self.memory.add(found[0]).release()
-                with self._lock:
-                    self.stats.prefetched += 1
-        finally:
-            self.settle(ref, *(found or (None, "")))
+        brought = self.bring(ref, expected)
+        if isinstance(brought, PinnedKV):
+            brought.release()

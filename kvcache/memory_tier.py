@@ -46,6 +46,11 @@ class PinnedKV:
         """Bytes that the chunk takes."""
         return self.encoded.nbytes
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether a tier keeps it: where there was no room, it is only handed out."""
+        return self._held is not None
+
     def release(self) -> None:
         """Let the tier evict the chunk again. Releasing twice is harmless."""
         tier, held, self._tier, self._held = self._tier, self._held, None, None
@@ -109,8 +114,15 @@ class MemoryTier:
         piece = self._page_locked.allocate(nbytes) if self._page_locked is not None else None
         return torch.empty(nbytes, dtype=torch.uint8) if piece is None else piece
 
-    def pin(self, ref: ChunkRef) -> PinnedKV | None:
-        """Return the chunk, pinned, or None where it is not here; a chunk of other tokens is not the one meant."""
+    def is_in_place(self, data: Tensor) -> bool:
+        """Return whether a chunk in this host memory is kept as it lies, without a copy."""
+        return self._page_locked is None or self._page_locked.owns(data)
+
+    def pin(self, ref: ChunkRef, *, is_use: bool = True) -> PinnedKV | None:
+        """Return the chunk, pinned, or None where it is not here; a chunk of other tokens is not the one meant.
+
+        Eviction counts it as a use, unless it is only to stay for one that is to come.
+        """
         with self._lock:
             held = self._held.get(ref.key)
             if held is None:
@@ -119,7 +131,8 @@ class MemoryTier:
                 self.collisions += 1
                 _log.warning("the KV key %s stands for other tokens in the tier %s: a miss", ref.key, self.name)
                 return None
-            self._queue.use(ref.key)
+            if is_use:
+                self._queue.use(ref.key)
             held.pins += 1
             return PinnedKV(held.encoded, self, held)
 

@@ -15,7 +15,7 @@ from ragkit.kvcache.backing_tier import KnownRecord
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
-from ragkit.kvcache.kv_segment import KVMissError, MemorySource, MissReason, RecordReader, write_record
+from ragkit.kvcache.kv_segment import KVMissError, MemorySource, MissReason, RecordReader, misses_in, write_record
 from ragkit.object_stores import make_folder
 
 _log = logging.getLogger(__name__)
@@ -82,19 +82,12 @@ class RemoteTier:
     @contextlib.contextmanager
     def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:
         """Give a reader of the chunk's record, which is fetched in one request."""
-        try:
-            content = self._files.cat_file(self._path(ref.key))
-        except FileNotFoundError as error:
-            raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not at {self.name}") from error
-        except Exception as error:
-            raise KVMissError(
-                MissReason.UNREADABLE, f"the KV of {ref.key} cannot be fetched: {self._said(error)}"
-            ) from safe_cause(error, self._url)
-        reader = RecordReader(MemorySource(content), ref, codec_id, num_layers)
-        with self._lock:
-            if ref.key in self._sizes:
-                self._queue.use(ref.key)
-        yield reader
+        with misses_in(f"{ref.key.digest}.kv at {self.name}"):
+            reader = RecordReader(MemorySource(self._content(ref)), ref, codec_id, num_layers)
+            with self._lock:
+                if ref.key in self._sizes:
+                    self._queue.use(ref.key)
+            yield reader
 
     def save(self, chunks: Sequence[EncodedKV]) -> int:
         """Write one object a chunk; where others cannot be removed for it, it is left out."""
@@ -116,6 +109,16 @@ class RemoteTier:
                 ) from safe_cause(error, self._url)
             kept += 1
         return kept
+
+    def _content(self, ref: ChunkRef) -> bytes:
+        try:
+            return bytes(self._files.cat_file(self._path(ref.key)))
+        except FileNotFoundError as error:
+            raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not at {self.name}") from error
+        except Exception as error:
+            raise KVMissError(
+                MissReason.UNREADABLE, f"the KV of {ref.key} cannot be fetched: {self._said(error)}"
+            ) from safe_cause(error, self._url)
 
     def _has_room(self, nbytes: int) -> bool:
         """Remove the objects of least worth until `nbytes` fit the budget, and return whether they do."""

@@ -16,7 +16,7 @@ from ragkit.kvcache.backing_tier import KnownRecord
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
-from ragkit.kvcache.kv_segment import FileSource, KVMissError, MissReason, RecordReader, segment_parts
+from ragkit.kvcache.kv_segment import FileSource, KVMissError, MissReason, RecordReader, misses_in, segment_parts
 from ragkit.store.records import KVEntry, KVTotals, owning_chunk
 
 _SEGMENT_BYTES = 64 << 20  # as a commit group
@@ -110,7 +110,7 @@ class SegmentTier:
             raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not on disk")
         path, entry = place
         # An open file stays readable while it is removed, so eviction cannot pull it away from under a load.
-        with FileSource(path, entry.offset, entry.bytes) as source:
+        with misses_in(path.name), FileSource(path, entry.offset, entry.bytes) as source:
             reader = RecordReader(source, ref, codec_id, num_layers)
             with self._lock:
                 if ref.key in self._records:

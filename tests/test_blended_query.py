@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,10 @@ from ragkit.config import (
 )
 from ragkit.errors import ConfigError, StoreError, UsageError
 from ragkit.generation.engine import Engine
+from ragkit.kvcache.chunk_kv import ChunkRef
+from ragkit.kvcache.kv_segment import RecordReader
 from ragkit.kvcache.load_controller import LoadController, LoadPlan
+from ragkit.kvcache.remote_tier import RemoteTier
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -213,6 +217,28 @@ def test_kv_also_goes_to_a_remote_place(tmp_path: Path, place: Path, engine: Eng
         warm = pipeline.query(QUESTIONS[0])
     assert (reused(warm), set(warm.kv.bytes_by_tier)) == ((5, 0), {"file"})
     assert warm.text == cold.text
+
+
+def test_kv_of_a_remote_place_is_fetched_once_and_then_taken_from_the_disk(
+    tmp_path: Path, place: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = (tmp_path / "remote").as_uri()
+    with open_blended(place, engine, disk_mb=0, remote=url) as pipeline:
+        cold = pipeline.query(QUESTIONS[0])
+    opened: list[str] = []
+    open_tier = RemoteTier.open
+
+    def counted(tier: RemoteTier, ref: ChunkRef, *arguments) -> AbstractContextManager[RecordReader]:
+        opened.append(ref.chunk_id)
+        return open_tier(tier, ref, *arguments)
+
+    monkeypatch.setattr(RemoteTier, "open", counted)
+    for reads in (5, 0):
+        opened.clear()
+        with open_blended(place, engine, remote=url) as pipeline:
+            warm = pipeline.query(QUESTIONS[0])
+        assert len(opened) == reads
+        assert (reused(warm), warm.text, warm.warnings) == ((5, 0), cold.text, ())
 
 
 @pytest.mark.parametrize("selector", SelectorName)

@@ -298,6 +298,19 @@ def test_damaged_objects_of_a_remote_place_change_no_answer(
     assert sum(answer.kv.misses for answer, _ in answers) >= len(objects) // 3
 
 
+def test_an_answer_says_in_one_line_how_many_of_its_chunks_were_damaged(place: Path, engine: Engine) -> None:
+    for file in kv_files(place):
+        os.truncate(file, 0)
+    with open_blended(place, engine) as pipeline:
+        first, second = (pipeline.query(QUESTIONS[0]) for _ in range(2))
+    [warning] = first.warnings
+    assert warning.startswith("the stored KV of 5 chunks, the first in ")
+    assert ".kv, cannot be used (" in warning
+    assert warning.endswith("): it is computed again")
+    assert first.kv.misses == 5
+    assert second.warnings == ()
+
+
 class _Tossing(LoadController):
     """Decides by tossing a coin what is loaded and what is computed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ragkit.config import BatchConfig
-from ragkit.errors import CacheCapacityError, GenerationError, RagkitError
+from ragkit.errors import CacheCapacityError, RagkitError
 from ragkit.generation.batch_drafts import BatchDrafts, likeliest_tokens
 from ragkit.generation.batch_entries import Entry, RequestEntry, SharedEntry, beginnings
+from ragkit.generation.batch_failures import failed, out_of_patience, refused
 from ragkit.generation.batch_job import BatchJob
+from ragkit.generation.batch_prefetch import REQUESTS_AHEAD, BatchPrefetch
 from ragkit.generation.batch_request import BatchResult
 from ragkit.generation.batch_runner import BatchRunner
 from ragkit.generation.batch_scheduler import BatchScheduler
@@ -27,8 +30,6 @@ from ragkit.generation.pool_supply import PoolSupply
 from ragkit.generation.steps import FinishReason
 from ragkit.generation.strategy import LaunchedPrefill, PrefillRequest, PrefillResult, launch
 from ragkit.kvcache.request_kv import RequestKV
-
-_MOST_RETRIES = 8  # of a request that finds the pool taken by somebody else
 
 
 class BatchRun:
@@ -50,6 +51,7 @@ class BatchRun:
         steps = engine.step_runner
         self._runner = BatchRunner(engine.decoder, engine.pool, self._rotary, steps, verifier, is_paged=is_paged)
         self._drafts = BatchDrafts(engine, self._runner, stats)
+        self._prefetch = BatchPrefetch()
         self._jobs: dict[RequestEntry, BatchJob] = {}
         self._shared: dict[SharedEntry, tuple[int, ...]] = {}  # tokens
         self._packed: dict[SharedEntry, PackedRequest] = {}
@@ -95,7 +97,9 @@ class BatchRun:
         deciding = [self._jobs[entry] for entry in self._scheduler.decoding]
         self._drafts.wish(deciding, may_begin=self._scheduler.is_full)
         step = self._scheduler.step()
-        results = [self._refused(entry) for entry in step.refused]
+        starting, coming = step.by_strategy, self._scheduler.coming(REQUESTS_AHEAD)
+        self._prefetch.look([self._jobs[entry] for entry in starting], [self._jobs[entry] for entry in coming])
+        results = [refused(self._jobs.pop(entry), self._engine.pool) for entry in step.refused]
         self._open(step)
         self._count(step)
         decodes = [self._jobs[entry] for entry in step.decodes if self._reserve(self._jobs[entry], step)]
@@ -164,10 +168,8 @@ class BatchRun:
 
     def close(self) -> None:
         """Give all rows back."""
-        try:
+        with contextlib.closing(self._prefetch), contextlib.closing(self._supply):
             self._scheduler.close()
-        finally:
-            self._supply.close()
 
     def _forget_shared(self) -> None:
         """Let go of common beginnings that no request lists any more: a job may have any number of them."""
@@ -315,29 +317,17 @@ class BatchRun:
         job.entry.generated = len(job.answer)
         return []
 
-    def _refused(self, entry: RequestEntry) -> BatchResult:
-        job = self._jobs.pop(entry)
-        pool = self._engine.pool
-        error = CacheCapacityError(
-            f"a prompt of {len(job.token_ids)} tokens finds no room: {pool.num_free} of {pool.num_blocks} KV blocks "
-            "are free although no other request of the batch runs; end what else uses the pool, or enlarge it"
-        )
-        return BatchResult(job.request.request_id, "", error=error)
-
     def _wait_again(self, job: BatchJob, error: RagkitError | None = None) -> None:
         """Let a job wait that found the pool taken; after some times, fail."""
-        job.retries += 1
-        if job.retries > _MOST_RETRIES:
-            failed = error or CacheCapacityError("the KV pool was taken by other requests again and again")
-            self._gave_up.append(self._failed(job, failed))
+        final = out_of_patience(job, error)
+        if final is not None:
+            self._gave_up.append(self._failed(job, final))
         else:
             self._scheduler.preempt(job.entry)
 
     def _failed(self, job: BatchJob, error: BaseException) -> BatchResult:
         self._end(job)
-        if not isinstance(error, RagkitError):
-            error = GenerationError(f"the prompt of {len(job.token_ids)} tokens found no memory: {error}")
-        return BatchResult(job.request.request_id, "", error=error)
+        return failed(job, error)
 
     def _end(self, job: BatchJob) -> None:
         self._scheduler.end(job.entry)

@@ -13,6 +13,7 @@ behind those of the answers. They only ever take what nobody else wants, and giv
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 from ragkit.errors import CacheCapacityError
 from ragkit.generation.batch_entries import Entry, RequestEntry, SharedEntry, Stage, beginnings
@@ -66,6 +67,10 @@ class BatchScheduler:
     def decoding(self) -> list[RequestEntry]:
         """Requests that decode, as they were let in."""
         return [entry for entry in self._running if entry.stage is Stage.DECODE]
+
+    def coming(self, count: int) -> list[RequestEntry]:
+        """Return the first `count` requests that wait, as they will be let in."""
+        return list(islice(self._waiting, count))
 
     def add(self, entry: RequestEntry) -> None:
         """Let a request wait behind the others. What it shares is counted on from now on.

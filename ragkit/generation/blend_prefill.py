@@ -31,7 +31,7 @@ from ragkit.generation.reused_rows import BlendLayout, ReusedRows, RowSource
 from ragkit.generation.step_clock import StepClock
 from ragkit.generation.strategy import LaunchedPrefill, PrefillRequest, PrefillResult, done
 from ragkit.generation.streamed_rows import StreamedChunks
-from ragkit.kvcache.chunk_kv import EncodedKV
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.codec import LayerKV
 from ragkit.kvcache.coverage import Coverage, Ratio, count_of, most_of
 from ragkit.kvcache.fetch import FetchReport
@@ -40,7 +40,7 @@ from ragkit.kvcache.pool_tier import PinnedBlocks
 from ragkit.kvcache.rope import RotaryTable, has_own_frequencies
 from ragkit.kvcache.selectors_question import QuestionAttention
 from ragkit.kvcache.token_selection import ChunkSpan, LayerRange, TokenSelector
-from ragkit.types import KVUse
+from ragkit.types import KVUse, Prompt
 
 _OWN_FREQUENCIES = (
     "nothing was reused: a prompt beyond the window of this model's `dynamic` rotary frequencies has frequencies of "
@@ -87,6 +87,10 @@ class BlendPrefill:
         self.chunks = chunks
         self.options = options or BlendOptions()
         self._has_refused = False
+
+    def chunk_refs(self, prompt: Prompt) -> list[ChunkRef]:
+        """Return the references of the KV that a prompt's prefill will fetch, in its order."""
+        return [self.chunks.ref(segment) for segment in BlendLayout(prompt).chunks]
 
     def prefill(self, decoder: Decoder, request: PrefillRequest) -> PrefillResult:
         """Return the logits of the first token; the request's rows are blended.
@@ -154,7 +158,7 @@ class BlendPrefill:
                 timings_ms=with_computing(timings, fetched.report),
                 kv=kv_use(fetched.report),
                 afterwards=afterwards,
-                warnings=self._warnings(own.refusal),
+                warnings=self._warnings(own.refusal, fetched.report.damage),
             )
 
         return LaunchedPrefill(logits, finish)
@@ -173,14 +177,15 @@ class BlendPrefill:
         streamed = StreamedChunks(decoder, layout, prefix, chunks, self.kv_store.codec)
         return streamed.rows(), streamed
 
-    def _warnings(self, refusal: str) -> tuple[str, ...]:
+    def _warnings(self, refusal: str, damage: str) -> tuple[str, ...]:
+        damages = (damage,) if damage else ()
         if not refusal:
-            return ()
+            return damages
         warning = f"rows are private, not shared: {refusal}"
         if not self._has_refused:  # once; every result says it
             self._has_refused = True
             _log.warning(warning)
-        return (warning,)
+        return (warning, *damages)
 
     def _afterwards(self, streamed: StreamedChunks | None) -> Callable[[], None] | None:
         tier = self.kv_store.pool

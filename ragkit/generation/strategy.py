@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ragkit.generation.decoder import Decoder
 from ragkit.kernels.host_copy import to_device
+from ragkit.kvcache.chunk_kv import ChunkRef
 from ragkit.kvcache.coverage import Ratio
+from ragkit.kvcache.kv_store import KVStore
 from ragkit.kvcache.request_kv import RequestKV
 from ragkit.kvcache.rope import RotaryTable
 from ragkit.types import KVUse, Prompt
@@ -110,6 +112,20 @@ class LaunchingStrategy(Protocol):
         Raises:
             CacheCapacityError: the pool has too few free blocks.
         """
+        ...
+
+
+@runtime_checkable
+class ReusingStrategy(Protocol):
+    """A `PrefillStrategy` that fetches chunk KV, which can be brought into memory before its turn comes."""
+
+    @property
+    def kv_store(self) -> KVStore:
+        """Where it fetches from."""
+        ...
+
+    def chunk_refs(self, prompt: Prompt) -> Sequence[ChunkRef]:
+        """Return the references of the KV that a prompt's prefill will fetch, in its order."""
         ...
 
 

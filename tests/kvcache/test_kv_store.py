@@ -572,10 +572,10 @@ def test_nobody_waits_for_a_prefetch_that_hangs(place, compute, monkeypatch):
     with kv_store(store, controller=LoadController(Cost(0.01, 0.0))) as kv:
         load = kv.load
 
-        def hanging(ref, expected=None):
+        def hanging(*arguments, **options):
             begun.set()
             go_on.wait(10)
-            return load(ref, expected)
+            return load(*arguments, **options)
 
         monkeypatch.setattr(kv, "load", hanging)
         kv.prefetch(refs)
