@@ -90,21 +90,20 @@ def kmeans_assign(
 
 def kmeans_assign_torch(keys: Tensor, centroids: Tensor, *, nearness: Nearness, unit_sums: bool = False) -> KMeansStep:
     """Return what `kmeans_assign` returns: the definition, in fp32, some tokens at a time."""
-    tokens, kv_heads, _ = keys.shape
+    tokens, kv_heads, head_dim = keys.shape
     compared = _compared(centroids, nearness).permute(1, 2, 0)  # (kv_heads, head_dim, centroids)
     labels = torch.empty((tokens, kv_heads), dtype=torch.int64, device=keys.device)
     at_once = max(1, _TORCH_SCORES // (kv_heads * len(centroids)))
     for start in range(0, tokens, at_once):
         part = keys[start : start + at_once].transpose(0, 1).float()
         labels[start : start + at_once] = torch.bmm(part, compared).argmax(dim=2).T
+    summed = keys.double()
+    if unit_sums:
+        summed = summed / summed.norm(dim=2, keepdim=True).clamp(min=LEAST_NORM)
+    row = (labels * kv_heads + torch.arange(kv_heads, device=keys.device)).flatten()
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=keys.device)
-    counts = torch.zeros(centroids.shape[:2], dtype=torch.int32, device=keys.device)
-    for head, own in enumerate(labels.unbind(1)):
-        summed = keys[:, head].double()
-        if unit_sums:
-            summed = summed / summed.norm(dim=1, keepdim=True).clamp(min=LEAST_NORM)
-        sums[:, head].index_add_(0, own, summed)
-        counts[:, head] = torch.bincount(own, minlength=len(centroids))
+    sums.view(-1, head_dim).index_add_(0, row, summed.reshape(-1, head_dim))
+    counts = torch.bincount(row, minlength=len(centroids) * kv_heads).int().view(len(centroids), kv_heads)
     return KMeansStep(labels.int(), sums.float(), counts)
 
 

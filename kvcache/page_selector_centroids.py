@@ -26,6 +26,7 @@ from ragkit.kvcache.page_selector import Election, PageRows, Takes, pool_votes
 
 _KEYS_PER_CENTROID = 20
 _FINE_PER_COARSE = 8
+_GROUPS_AT_ONCE = 64  # that are clustered together
 _STEPS = 5  # of K-means: later ones move few keys
 _KEPT_SHARE = 0.25  # of the groups, on two levels
 _LEAST_KEPT = 16
@@ -49,8 +50,11 @@ class Centroids:
         That is `counts` (pages, centroids, kv_heads) int32, `fine` (groups, centroids, kv_heads, head_dim), and on two
         levels `sizes` (groups, coarse, kv_heads) int32 and `coarse` (groups, coarse, kv_heads, head_dim).
         """
-        groups = [self._group(part) for part in rows.keys.split(self.group_pages)]
-        return tuple(torch.cat(parts) for parts in zip(*groups, strict=True))
+        whole = len(rows.keys) // self.group_pages * self.group_pages
+        groups = rows.keys[:whole].unflatten(0, (-1, self.group_pages)).split(_GROUPS_AT_ONCE) if whole else ()
+        rest = [rows.keys[whole:].unsqueeze(0)] if whole < len(rows.keys) else []
+        parts = [self._of_groups(some) for some in (*groups, *rest)]
+        return tuple(torch.cat(some) for some in zip(*parts, strict=True))
 
     def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
         """Return (groups, pages) fp32."""
@@ -82,24 +86,31 @@ class Centroids:
         count = min(len(groups), max(_LEAST_KEPT, round(_KEPT_SHARE * len(groups))))
         return groups[votes.topk(count).indices.sort().values], logits
 
-    def _group(self, keys: Tensor) -> tuple[Tensor, ...]:
-        """Return the summary of one group of pages (pages, page_size, kv_heads, head_dim)."""
-        pages, page_size = keys.shape[:2]
-        tokens = self.group_pages * page_size  # a group that is not full has as many centroids as a full one
-        fine, labels = _clusters(keys.flatten(0, 1), max(1, tokens // _KEYS_PER_CENTROID))
-        members = torch.nn.functional.one_hot(labels.long().unflatten(0, (pages, -1)), len(fine))
-        counts = members.sum(dim=1).transpose(1, 2).int()  # (pages, centroids, kv_heads)
-        if self._levels == 1:
-            return counts, fine.unsqueeze(0)
-        coarse, belongs = _clusters(fine, max(1, len(fine) // _FINE_PER_COARSE))
-        weights = counts.sum(dim=0, dtype=torch.int32)
-        sizes = torch.zeros(coarse.shape[:2], dtype=torch.int32, device=keys.device)
-        sizes.scatter_add_(0, belongs.long(), weights)
-        return counts, fine.unsqueeze(0), sizes.unsqueeze(0), coarse.unsqueeze(0)
+    def _of_groups(self, keys: Tensor) -> tuple[Tensor, ...]:
+        """Return the summaries of groups of pages (groups, pages, page_size, kv_heads, head_dim) that are alike."""
+        groups, pages, page_size, kv_heads, head_dim = keys.shape
+        count = max(1, self.group_pages * page_size // _KEYS_PER_CENTROID)  # of a group that is not full as many
+        # Every key head of every group is clustered by itself, all of them at once: a head more costs no launch.
+        rows = keys.flatten(1, 2).transpose(0, 1).flatten(1, 2)  # (tokens, groups * kv_heads, head_dim)
+        fine, labels = _clusters(rows, count)
+        counts = torch.zeros((pages, groups * kv_heads, count), dtype=torch.int32, device=keys.device)
+        of_pages = labels.unflatten(0, (pages, page_size)).transpose(1, 2).long()
+        counts.scatter_add_(2, of_pages, torch.ones_like(of_pages, dtype=torch.int32))
+        summary = [
+            counts.view(pages, groups, kv_heads, count).permute(1, 0, 3, 2).flatten(0, 1),
+            fine.view(count, groups, kv_heads, head_dim).transpose(0, 1),
+        ]
+        if self._levels > 1:
+            coarse, belongs = _clusters(fine, max(1, count // _FINE_PER_COARSE))
+            sizes = torch.zeros(coarse.shape[:2], dtype=torch.int32, device=keys.device)
+            sizes.scatter_add_(0, belongs.long(), counts.sum(dim=0, dtype=torch.int32).T)
+            summary.append(sizes.view(-1, groups, kv_heads).transpose(0, 1))
+            summary.append(coarse.view(-1, groups, kv_heads, head_dim).transpose(0, 1))
+        return tuple(part.contiguous() for part in summary)
 
 
 def _clusters(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return (count, kv_heads, head_dim) centroids in the keys' type, and (tokens, kv_heads) int32 labels."""
+    """Return (count, heads, head_dim) centroids in the keys' type, and (tokens, heads) int32 labels."""
     start = torch.arange(count, device=keys.device) * len(keys) // count
     centroids = keys[start].contiguous()
     labels = torch.zeros(keys.shape[:2], dtype=torch.int32, device=keys.device)

@@ -270,10 +270,10 @@ class PagesConfig:
     """How a document is read that is longer than the model's window, and what of it a question attends to.
 
     Its KV is kept in pages of `page_tokens`, stored by `codec`. Everything is read in windows of `window_tokens`, which
-    attend to the first `sink_tokens`, to the pages that `selector` finds, `budget_tokens` in all, and to the
-    `local_tokens` before. It finds `found_times` as many, of which those stay whose keys would be attended to most. So
-    does the answer, which chooses again every `interval` tokens and in every `layer_interval`-th layer; the layers
-    between share its choice. With `per_key_head` each key head has pages of its own. A choice is also kept where the
+    attend to the first `sink_tokens`, to the pages that `reading_selector` finds, `budget_tokens` in all, and to the
+    `local_tokens` before. It finds `reading_found_times` as many, of which those stay whose keys would be attended to
+    most. Questions and answers do so by `selector` and `found_times`; an answer chooses again every `interval` tokens
+    and in every `layer_interval`-th layer; the layers between share its choice. With `per_key_head` each key head has pages of its own. A choice is also kept where the
     queries have a cosine of `keep_similarity` with those that made it; 1 never keeps one.
 
     `memory_mb` of the encoded pages stay in memory, the others on disk within `kv.disk_mb`. A GPU holds all pages of a
@@ -284,12 +284,14 @@ class PagesConfig:
     page_tokens: int = 64
     codec: CodecName = CodecName.INT8
     selector: PageSelectorName = PageSelectorName.MIN_MAX
+    reading_selector: PageSelectorName = PageSelectorName.MIN_MAX
     vote: PageVote = PageVote.SOFTMAX
     per_key_head: bool = False
     positions: PagePositions = PagePositions.REINDEXED
     sink_tokens: int = 128
     budget_tokens: int = 2048
     found_times: int = 3
+    reading_found_times: int = 3
     local_tokens: int = 1024
     window_tokens: int = 512
     interval: int = 4
@@ -309,6 +311,7 @@ class PagesConfig:
         for name in ("local_tokens", "window_tokens"):
             multiple(f"pages.{name}", getattr(self, name), "pages.page_tokens", self.page_tokens, least=1)
         at_least("pages.found_times", self.found_times, 1)
+        at_least("pages.reading_found_times", self.reading_found_times, 1)
         at_least("pages.interval", self.interval, 1)
         at_least("pages.layer_interval", self.layer_interval, 1)
         share("pages.keep_similarity", self.keep_similarity)

@@ -35,6 +35,8 @@ def pages_answerers(tools: AnswererTools) -> list[PagesAnswerer]:
         names, asked.budgets or (config.budget_tokens,), asked.found_times or (config.found_times,)
     ):
         own = replace(config, selector=name, budget_tokens=budget, found_times=times)
+        if asked.own_prefill:
+            own = replace(own, reading_selector=name, reading_found_times=times)
         reader = _Reader(tools, own, keep=False) if asked.own_prefill else shared
         parts = ["pages", str(name), *([f"{budget:,}"] if asked.budgets else [])]
         parts += [f"finds {times} times"] if asked.found_times else []

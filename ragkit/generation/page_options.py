@@ -48,15 +48,15 @@ class PageOptions:
     keep_similarity: float = 1.0
 
     @classmethod
-    def of(cls, config: PagesConfig) -> PageOptions:
-        """Return the options that the settings ask for."""
+    def of(cls, config: PagesConfig, *, reading: bool = False) -> PageOptions:
+        """Return the options that the settings ask for: of windows while a document is read, or of questions."""
         return cls(
-            selector=make_page_selector(config.selector),
+            selector=make_page_selector(config.reading_selector if reading else config.selector),
             page_size=config.page_tokens,
             sink_pages=config.sink_tokens // config.page_tokens,
             local_pages=config.local_tokens // config.page_tokens,
             budget_pages=config.budget_tokens // config.page_tokens,
-            found_times=config.found_times,
+            found_times=config.reading_found_times if reading else config.found_times,
             window_tokens=config.window_tokens,
             vote=config.vote,
             per_key_head=config.per_key_head,

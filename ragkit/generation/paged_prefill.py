@@ -34,11 +34,15 @@ class PagedPrefill:
     Args:
         decoder: the model.
         rotary: its rotary tables.
-        options: what every window attends to.
+        options: what questions and answers attend to.
+        reading: what every window attends to; the same where left out.
     """
 
-    def __init__(self, decoder: Decoder, rotary: RotaryCache, options: PageOptions) -> None:
+    def __init__(
+        self, decoder: Decoder, rotary: RotaryCache, options: PageOptions, reading: PageOptions | None = None
+    ) -> None:
         self.options = options
+        self.reading = reading or options
         self._decoder = decoder
         self._rotary = rotary
 
@@ -92,13 +96,13 @@ class PagedPrefill:
             )
         self.options.require_room(pages.total_tokens, own_tokens, self._decoder.config.max_context)
         pages.repair = lambda window: self._repair(pages, window)
-        return self._attention(pages, pages.total_tokens, own_tokens, keep_rows=False)
+        return self._attention(pages, self.options, pages.total_tokens, own_tokens)
 
     def _rows(self, pages: KVPages, window: int) -> Sequence[WindowRows]:
         """Return the rows of a window, read behind those before it."""
         token_ids = pages.refs[window].token_ids
         before = window * pages.window_tokens
-        attend = self._attention(pages, before, len(token_ids), keep_rows=True)
+        attend = self._attention(pages, self.reading, before, len(token_ids), keep_rows=True)
         attend.begin(len(token_ids), choose=True)
         decoder, last = self._decoder, pages.num_layers - 1
         activations = decoder.embed(self._on_device(token_ids))
@@ -121,8 +125,9 @@ class PagedPrefill:
         rows = self._rows(pages, window)
         pages.replace(window, rows, 1e3 * (time.perf_counter() - started))
 
-    def _attention(self, pages: KVPages, num_tokens: int, own_tokens: int, *, keep_rows: bool) -> PageAttention:
-        options = self.options
+    def _attention(
+        self, pages: KVPages, options: PageOptions, num_tokens: int, own_tokens: int, *, keep_rows: bool = False
+    ) -> PageAttention:
         # Scoring turns queries by a local window, also where less stands before them; and the rows of a last page that
         # is not full are turned as well, although nobody sees them.
         behind = max(own_tokens, options.page_size)
@@ -132,6 +137,6 @@ class PagedPrefill:
         return PageAttention(pages, options, rotary, self._decoder.scale, num_tokens, own_tokens, keep_rows=keep_rows)
 
     def _require_room(self, pages: KVPages) -> None:
-        longest = min(self.options.window_tokens, pages.total_tokens)
-        before = max(0, (len(pages.refs) - 1) * self.options.window_tokens)
-        self.options.require_room(before, longest, self._decoder.config.max_context)
+        longest = min(self.reading.window_tokens, pages.total_tokens)
+        before = max(0, (len(pages.refs) - 1) * self.reading.window_tokens)
+        self.reading.require_room(before, longest, self._decoder.config.max_context)

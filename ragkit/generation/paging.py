@@ -132,8 +132,8 @@ class Paging:
         self._engine = engine
         self._config = config
         self._store = store
-        options = PageOptions.of(config)
-        needs = options.selector.needs_received
+        options, reading = PageOptions.of(config), PageOptions.of(config, reading=True)
+        needs = options.selector.needs_received or reading.selector.needs_received
         self._codec = PageCodec(
             config.codec, decoder.layout, config.page_tokens, with_received=config.keep_received or needs
         )  # fmt: skip
@@ -153,7 +153,7 @@ class Paging:
                 _log.warning(
                     "the weights in %s were replaced since they were loaded: pages stay in memory", engine.folder
                 )
-        self.prefill = PagedPrefill(decoder, engine.rotary, options)
+        self.prefill = PagedPrefill(decoder, engine.rotary, options, reading)
         self._changed = threading.Condition()
         self._users: Counter[int] = Counter()  # threads that began to use the open document
         self._open: tuple[tuple[str, str], PagedDocument] | None = None
@@ -193,7 +193,7 @@ class Paging:
         tokens = pages.total_tokens - pages.num_tokens
         nbytes = (pages.pages_for(pages.total_tokens) - pages.num_pages) * self._codec.bytes_per_page
         windows = len(pages.refs) - pages.num_windows
-        options, decoder = self.prefill.options, self._engine.decoder
+        options, decoder = self.prefill.reading, self._engine.decoder
         rows = (
             options.pages_at_once(pages.pages_for(pages.total_tokens)) * options.page_size + options.window_tokens / 2
         )
@@ -238,7 +238,7 @@ class Paging:
                 _log.warning("the last pages of a document were not written: %s", error)
 
     def _opened(self, document: PagedText, system_prompt: str) -> PagedDocument:
-        engine, options = self._engine, self.prefill.options
+        engine, options = self._engine, self.prefill.reading
         builder = engine.prompt_builder(system_prompt)
         owner = document_owner(document.owner)
         tokens = self._tokens_of(document.text, owner)
@@ -287,7 +287,8 @@ class Paging:
     def _cache(self, num_pages: int) -> PageCache:
         layout, size = self._engine.decoder.layout, self._config.page_tokens
         fitting = (self._config.cache_mb << 20) // (layout.bytes_per_token * size)
-        wanted = self.prefill.options.pages_needed(num_pages, max(spec.num_kv_heads for spec in layout.layers))
+        heads = max(spec.num_kv_heads for spec in layout.layers)
+        wanted = max(one.pages_needed(num_pages, heads) for one in (self.prefill.options, self.prefill.reading))
         if fitting < wanted:
             megabytes = -(-wanted * size * layout.bytes_per_token >> 20)
             raise CacheCapacityError(
