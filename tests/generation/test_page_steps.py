@@ -86,11 +86,11 @@ class Watched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def steps_over(decoder, pages, prefill, tokens=3, interval=8):
+def steps_over(decoder, pages, prefill, tokens=3):
     attend = prefill.attention(pages, len(QUESTION) + tokens)
     attend.begin(len(QUESTION), choose=True)
     decoder.run(torch.tensor(QUESTION), attend)
-    return attend, PageSteps(decoder, attend, interval, len(QUESTION), None)
+    return attend, PageSteps(decoder, [attend], [len(QUESTION)], None)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_a_step_that_chooses_never_waits_for_the_device(llama, be_a_gpu, selecto
     with torch.inference_mode():
         _, steps = steps_over(llama, pages, prefill)
         with Watched():
-            steps.step([], [5])
-            steps.step([], [6])
+            steps.step([5], [True])
+            steps.step([6], [False])
 
 
 def test_a_step_that_keeps_its_pages_launches_the_rotation_and_attention_alone(llama, be_a_gpu, launches):
@@ -134,10 +134,10 @@ def test_a_step_that_keeps_its_pages_launches_the_rotation_and_attention_alone(l
     be_a_gpu()
     with torch.inference_mode():
         attend, steps = steps_over(llama, pages, prefill)
-        steps.step([], [5])
+        steps.step([5], [True])
         launches.clear()
         with Watched() as watched:
-            steps.step([], [6])
+            steps.step([6], [False])
     assert attend.stays_on_device
     of_pages = [name for name in launches if name not in ("_add_rms_norm_kernel", "_silu_mul_kernel")]
     assert Counter(of_pages) == {"_rope_write_kv_kernel": 2, "_few_queries_kernel": 2, "_merge_splits_kernel": 2}
@@ -150,10 +150,10 @@ def test_a_step_that_chooses_launches_six_more_kernels_a_layer(llama, be_a_gpu, 
     with torch.inference_mode():
         _, steps = steps_over(llama, pages, prefill)
         launches.clear()
-        steps.step([], [5])
+        steps.step([5], [True])
         choosing = Counter(launches)
         launches.clear()
-        steps.step([], [5])
+        steps.step([5], [False])
         choosing -= Counter(launches)
     assert choosing == {
         "_voter_scores_kernel": 2, "_page_votes_kernel": 2, "_page_top_k_kernel": 4, "_page_log_sums_kernel": 2,
@@ -168,7 +168,7 @@ def test_layers_that_share_a_choice_score_no_page(llama, be_a_gpu, launches):
     with torch.inference_mode():
         _, steps = steps_over(llama, pages, prefill)
         launches.clear()
-        steps.step([], [5])
+        steps.step([5], [True])
     count = Counter(launches)
     assert (count["_voter_scores_kernel"], count["_gather_pages_kernel"]) == (1, 2)
 
@@ -209,8 +209,9 @@ def test_steps_that_are_recorded_on_a_gpu_say_what_a_cpu_says(selector):
             attend = prefill.attention(pages, len(QUESTION) + 6)
             attend.begin(len(QUESTION), choose=True)
             decoder.run(torch.tensor(QUESTION, device=device), attend)
-            steps = PageSteps.of(decoder, attend, 2, len(QUESTION))
+            steps = PageSteps.of(decoder, [attend], [len(QUESTION)])
             # Each step writes where the one before did.
-            logits.append(torch.cat([steps.step([], [token]).clone() for token in (5, 6, 7, 8, 9, 10)]).cpu())
+            asked = enumerate((5, 6, 7, 8, 9, 10))
+            logits.append(torch.cat([steps.step([token], [at % 2 == 0]).clone() for at, token in asked]).cpu())
         assert device == "cpu" or not steps._recorder._failed
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-2)
