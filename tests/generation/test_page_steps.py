@@ -144,6 +144,43 @@ def test_a_step_that_keeps_its_pages_launches_the_rotation_and_attention_alone(l
     assert watched.launched["index_copy_"] == 2
 
 
+def steps_of_three(decoder, pages, prefill):
+    questions = (QUESTION, TOKENS[40:45], TOKENS[60:72])
+    attends = [prefill.attention(pages, len(question) + 3) for question in questions]
+    for question, attend in zip(questions, attends, strict=True):
+        attend.begin(len(question), choose=True)
+        decoder.run(torch.tensor(question), attend)
+    return PageSteps(decoder, attends, [len(question) for question in questions], None)
+
+
+@pytest.mark.parametrize("per_key_head", [False, True])
+def test_a_step_of_several_questions_answers_by_its_kernels_as_on_the_cpu(llama, be_a_gpu, per_key_head):
+    pages, prefill = read(llama, TOKENS[:137], replace(OPTIONS, per_key_head=per_key_head), codec="int8", resident=True)
+    logits = []
+    for kernels in (False, True):
+        if kernels:
+            be_a_gpu()
+        with torch.inference_mode():
+            steps = steps_of_three(llama, pages, prefill)
+            logits.append(steps.step([5, 6, 7], [True, False, True]).clone())
+            logits.append(steps.step([8, 9, 10], [False, True, False]).clone())
+    torch.testing.assert_close(logits[2:], logits[:2], rtol=0, atol=2e-3)
+    assert not torch.allclose(logits[0], logits[1], atol=0.1)
+
+
+def test_a_step_of_several_turns_all_rows_in_one_launch_and_never_waits(llama, be_a_gpu, launches):
+    pages, prefill = read(llama, TOKENS[:137], OPTIONS, codec="int8", resident=True)
+    be_a_gpu()
+    with torch.inference_mode():
+        steps = steps_of_three(llama, pages, prefill)
+        with Watched():
+            steps.step([5, 6, 7], [True, True, False])
+        launches.clear()
+        steps.step([5, 6, 7], [False, False, False])
+    of_pages = [name for name in launches if name not in ("_add_rms_norm_kernel", "_silu_mul_kernel")]
+    assert Counter(of_pages) == {"_rope_write_kv_kernel": 2, "_few_queries_kernel": 6, "_merge_splits_kernel": 6}
+
+
 def test_a_step_that_chooses_launches_six_more_kernels_a_layer(llama, be_a_gpu, launches):
     pages, prefill = read(llama, TOKENS[:137], OPTIONS, codec="int8", resident=True)
     be_a_gpu()
@@ -194,6 +231,33 @@ def test_what_cannot_be_encoded_on_the_device_is_noticed_before_reading_ends(lla
     with pytest.raises(KVCacheError, match="not finite or too large"):
         pages.flush()
     assert pages.num_windows == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("interval", [1, 2, 4])
+def test_steps_of_several_questions_that_are_recorded_on_a_gpu_say_what_each_alone_says(interval):
+    decoder = decoder_of(hf_model("llama", num_hidden_layers=2).to("cuda"))
+    pages, prefill = read(decoder, TOKENS[:137], OPTIONS, codec="int8", resident=True)
+    questions = (QUESTION, TOKENS[40:45], TOKENS[60:72])
+    tokens = torch.randint(3, 300, (12, 3), generator=torch.Generator().manual_seed(1)).tolist()
+    logits = {}
+    with torch.inference_mode():
+        for some in ((0,), (1,), (2,), (0, 1, 2)):
+            attends = [prefill.attention(pages, len(questions[one]) + 12) for one in some]
+            for one, attend in zip(some, attends, strict=True):
+                attend.begin(len(questions[one]), choose=True)
+                decoder.run(torch.tensor(questions[one], device="cuda"), attend)
+            steps = PageSteps.of(decoder, attends, [len(questions[one]) for one in some])
+            # Their choices fall on steps of their own, as those of questions that begin one after another do.
+            logits[some] = torch.stack([
+                steps.step([row[one] for one in some], [(at + one) % interval == 0 for one in some]).clone()
+                for at, row in enumerate(tokens)
+            ])  # fmt: skip
+            assert not steps._recorder._failed
+            assert len(steps._replays) == min(2, interval) if len(some) == 1 else len(steps._replays) == interval
+    single = torch.cat([logits[(one,)] for one in range(3)], dim=1)
+    torch.testing.assert_close(logits[(0, 1, 2)], single, rtol=0, atol=1e-2)
 
 
 @pytest.mark.gpu
