@@ -8,6 +8,7 @@ is the same again after as many steps as share a choice, so those have a graph e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,6 +19,9 @@ from ragkit.generation.decoder import Decoder
 from ragkit.generation.graph_recorder import GraphRecorder, Recorder
 from ragkit.generation.packed_pages import PackedPages
 from ragkit.generation.page_attention import PageAttention
+
+# Several questions are soon others: a step is recorded that came before as often as recording it costs launches.
+_SEEN_BEFORE = 2
 
 
 class PageSteps:
@@ -38,7 +42,7 @@ class PageSteps:
         self._packed = PackedPages(attends) if len(attends) > 1 else None
         self._recorder = recorder
         self._replays: dict[tuple[bool, ...], Callable[[], object]] = {}
-        self._seen: set[tuple[bool, ...]] = set()
+        self._seen: Counter[tuple[bool, ...]] = Counter()
         self._tokens = torch.zeros(len(attends), dtype=torch.int64, device=decoder.device)
         self._own = torch.tensor(own, dtype=torch.int64, device=decoder.device)
         self._logits = torch.empty(0)
@@ -86,9 +90,8 @@ class PageSteps:
 
     def _launch(self, choose: tuple[bool, ...]) -> None:
         recorder = self._recorder
-        # Several questions are soon others: only what comes again is worth recording.
-        if recorder is None or (self._packed is not None and choose not in self._seen):
-            self._seen.add(choose)
+        if recorder is None or (self._packed is not None and self._seen[choose] < _SEEN_BEFORE):
+            self._seen[choose] += 1
             self._work(choose)
             return
         recorder.begin()

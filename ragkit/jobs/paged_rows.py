@@ -129,9 +129,9 @@ class _Together:
         return self._left()
 
     def _left(self) -> Iterator[PageRequest]:
-        while self._again:
-            yield self._again.pop(0)
-        yield from self._coming
+        # Not `yield from`: a batch that is given up closes its own iterator, and the rows go on in the next one.
+        while request := self._again.pop(0) if self._again else next(self._coming, None):
+            yield request
 
     def _asked(self) -> Iterator[PageRequest]:
         from ragkit.generation.page_request import PageRequest

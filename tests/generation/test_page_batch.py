@@ -337,13 +337,13 @@ def test_steps_of_several_are_recorded_when_they_come_again(engine):
     pages, prefill = opened(engine, WIDE, codec="int8", resident=True)
     logits = []
     for recorder in (None, Replays()):
-        questions = [PagedQuestion(engine, prefill, pages, one.token_ids, one.sampling) for one in requests(3)]
+        questions = [PagedQuestion(engine, prefill, pages, one.token_ids, SamplingConfig(10)) for one in requests(3)]
         for one in questions:
             one.read()
         attends = [one.attend for one in questions]
         steps = PageSteps(engine.decoder, attends, LENGTHS[:3], recorder)
         logits.append([
-            steps.step([5 + at, 6 + at, 7 + at], [at % 3 == 0, at % 3 == 1, False]).clone() for at in range(7)
+            steps.step([5 + at, 6 + at, 7 + at], [at % 3 == 0, at % 3 == 1, False]).clone() for at in range(10)
         ])  # fmt: skip
     assert [entry for entry in recorder.log if entry in ("record", "replay")] == ["record"] * 3 + ["replay"]
     torch.testing.assert_close(torch.stack(logits[0]), torch.stack(logits[1]), rtol=0, atol=1e-5)

@@ -240,11 +240,11 @@ def test_steps_of_several_questions_that_are_recorded_on_a_gpu_say_what_each_alo
     decoder = decoder_of(hf_model("llama", num_hidden_layers=2).to("cuda"))
     pages, prefill = read(decoder, TOKENS[:137], OPTIONS, codec="int8", resident=True)
     questions = (QUESTION, TOKENS[40:45], TOKENS[60:72])
-    tokens = torch.randint(3, 300, (12, 3), generator=torch.Generator().manual_seed(1)).tolist()
+    tokens = torch.randint(3, 300, (16, 3), generator=torch.Generator().manual_seed(1)).tolist()
     logits = {}
     with torch.inference_mode():
         for some in ((0,), (1,), (2,), (0, 1, 2)):
-            attends = [prefill.attention(pages, len(questions[one]) + 12) for one in some]
+            attends = [prefill.attention(pages, len(questions[one]) + 16) for one in some]
             for one, attend in zip(some, attends, strict=True):
                 attend.begin(len(questions[one]), choose=True)
                 decoder.run(torch.tensor(questions[one], device="cuda"), attend)
