@@ -31,7 +31,7 @@ from report import interleaved_samples, markdown_table, write_result
 
 from ragkit.bench.long_items import Material
 from ragkit.bench.needle import NeedleTask
-from ragkit.config import PagesConfig
+from ragkit.config import Device, PagesConfig
 from ragkit.generation.engine import Engine
 from ragkit.generation.page_batch import PageBatch
 from ragkit.generation.page_options import PageOptions
@@ -191,7 +191,7 @@ class World:
 def random_world(arguments: argparse.Namespace, count: int) -> World:
     """Return a model of random weights over random tokens."""
     sizes = TINY if arguments.shape == "tiny" else LARGE
-    decoder = random_decoder(sizes, resolve_device(arguments.device))
+    decoder = random_decoder(sizes, resolve_device(Device(arguments.device)))
     engine = Engine(
         f"random {arguments.shape}", decoder, NoText(), Path(), kv_tokens=64, stamp="random"  # type: ignore[arg-type]
     )  # fmt: skip
