@@ -25,7 +25,7 @@ from ragkit.generation.paged_question import PagedQuestion
 from ragkit.generation.placement import free_memory
 from ragkit.kvcache.kv_pages import KVPages
 
-_MOST_OF_FREE = 0.5  # of the memory that is free, for the rows of one more question: its passes need some as well
+_SHARE_OF_FREE = 0.5  # of the memory that is free at first, for rows of questions: passes and others need some as well
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class PageBatch:
         self._waiting: deque[PageRequest] = deque()  # those that were pulled, and found no room
         self._running: list[_Running] = []
         self._most = max_running
+        self._nbytes = int(_SHARE_OF_FREE * _free_bytes(pages.device))  # that rows may take
         self._stop = stop or Event()
         self._steps: PageSteps | None = None
 
@@ -134,7 +135,7 @@ class PageBatch:
                 break
             try:
                 question = PagedQuestion(self._engine, self._prefill, self.pages, request.token_ids, request.sampling)
-                if self._running and question.nbytes > _MOST_OF_FREE * _free_bytes(self.pages.device):
+                if self._running and not self._has_room(question):
                     self._waiting.appendleft(request)
                     break
                 logits = question.read()
@@ -156,6 +157,9 @@ class PageBatch:
                 self._change([*self._running, one])
         self.stats.running_peak = max(self.stats.running_peak, len(self._running))
         return ended
+
+    def _has_room(self, question: PagedQuestion) -> bool:
+        return sum(one.question.nbytes for one in self._running) + question.nbytes <= self._nbytes
 
     def _step(self) -> list[PageResult]:
         """Make a token of each running question; return what ended."""

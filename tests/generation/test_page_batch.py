@@ -280,12 +280,12 @@ def test_as_many_run_as_free_memory_has_room_for(engine, monkeypatch):
     rows = PagedQuestion(engine, prefill, pages, asked[0].token_ids, asked[0].sampling).nbytes
     assert rows == (8 * 6 - 4 + 9 + 30) * engine.decoder.layout.bytes_per_token
     most = []
-    for free in (rows, 1 << 40):
+    for free in (1, 4 * rows - 1, 5 * rows, 1 << 40):  # half of it is for rows
         monkeypatch.setattr(page_batch, "_free_bytes", lambda device, free=free: free)
-        batch = batch_of(engine, pages, prefill, asked)
+        batch = batch_of(engine, pages, prefill, [replace(one, token_ids=asked[0].token_ids) for one in asked])
         together(batch)
         most.append(batch.stats.running_peak)
-    assert most == [1, 5]
+    assert most == [1, 1, 2, 5]
 
 
 def test_a_bug_in_a_step_is_the_error_of_those_that_run_and_others_go_on(engine, monkeypatch):
