@@ -13,21 +13,20 @@ from typing import TYPE_CHECKING
 
 from ragkit.answers.base import RankedChunk
 from ragkit.answers.options import QueryOptions, require_text
+from ragkit.answers.paged_steps import completed_from_pages, open_document
 from ragkit.answers.steps import (
     REFUSAL,
-    answer_of,
     completed,
     generation_laps,
     ordered_timings,
-    page_lookup,
     prepare,
     ranked,
     refused,
     sampling_of,
 )
 from ragkit.config import SearchMode, Strategy
-from ragkit.drafting import NO_PAGES, drafting_for
-from ragkit.errors import GenerationError, UsageError
+from ragkit.drafting import drafting_for
+from ragkit.errors import UsageError
 from ragkit.reports import Hit, SearchResult
 from ragkit.types import Answer, MetadataValue
 
@@ -121,23 +120,13 @@ def stream(parts: Parts, question: str, options: QueryOptions) -> AnswerStream:
     return AnswerStream(_run(parts, question, options))
 
 
-def stream_from_pages(
-    parts: Parts, question: str, whole: WholeDocument, options: QueryOptions, stop: threading.Event
-) -> AnswerStream:
-    """Return the answer to a question about a document that was found already; `stop` ends reading it.
-
-    The pieces raise `GenerationError` where the reading was stopped: what was read is kept.
-    """
-    return AnswerStream(_answered_from_pages(parts, question, whole, options, _Clock(parts), stop))
-
-
 def _run(parts: Parts, question: str, options: QueryOptions) -> Iterator[str | Answer]:
     from ragkit.answers.confidence import judge
 
     clock = _Clock(parts)
     paged = paged_document(parts, options)
     if paged is not None:
-        yield from _answered_from_pages(parts, question, paged, options, clock, None)
+        yield from _answered_from_pages(parts, question, paged, options, clock)
         return
     found = parts.retriever.retrieve(question, options.retrieval.k, options.retrieval_filters or None)
     hits = ranked(found.chunks)
@@ -213,33 +202,15 @@ def paged_document(parts: Parts, options: QueryOptions) -> WholeDocument | None:
 
 
 def _answered_from_pages(
-    parts: Parts,
-    question: str,
-    whole: WholeDocument,
-    options: QueryOptions,
-    clock: _Clock,
-    stop: threading.Event | None,
+    parts: Parts, question: str, whole: WholeDocument, options: QueryOptions, clock: _Clock
 ) -> Iterator[str | Answer]:
     paging = parts.paging  # first: it imports torch, which counts as loading
-    from ragkit.answers.citations import cite
-    from ragkit.documents import chunks_attended
-    from ragkit.generation.paging import PagedText, price_line
     from ragkit.generation.steps import GeneratedToken
 
-    generation = options.generation
-    document = whole.document
-    text = PagedText(document.doc_id, document.text, whole.chunks[0].chunk_id)
-    with paging.document(text, generation.system_prompt) as opened:
-        if not opened.pages.is_complete:
-            options.progress.message(price_line(whole.uri, paging.price(opened)))
-            try:
-                is_whole = paging.read(opened, options.progress, stop)
-            finally:
-                options.progress.close()
-            if not is_whole:
-                raise GenerationError(f"reading {whole.uri} was stopped: what was read is kept, ask again")
+    with open_document(parts, whole, options) as (opened, was_read):
+        if was_read:
             clock.laps["read_document"] = clock.elapsed()
-        answer = paging.answer(opened, question, sampling_of(options), generation.system_prompt)
+        answer = paging.answer(opened, question, sampling_of(options), options.generation.system_prompt)
         before_engine = clock.elapsed()
         pieces: list[str] = []
         finished: Finished | None = None
@@ -255,23 +226,8 @@ def _answered_from_pages(
     assert finished is not None, "a generation ends with Finished"
     clock.laps["prefill"] = finished.timings_ms["prefill"]
     clock.laps.setdefault("first_token", before_engine + finished.timings_ms["first_token"])
-    words = "".join(pieces).strip()
-    hits = tuple(
-        RankedChunk(chunk, whole.uri, score, None, None, rank)
-        for rank, (chunk, score) in enumerate(chunks_attended(whole, attended, options.retrieval.k), start=1)
-    )
-    citations = cite(question, words, hits, parts.embedder, options.answers, page_lookup(parts, hits))
-    undrafted = () if options.draft.drafter in ("none", "auto") else (NO_PAGES,)
-    yield answer_of(
-        options,
-        clock.timings(),
-        text=words,
-        citations=citations,
-        strategy=Strategy.PAGES,
-        tokens=finished.usage,
-        kv=finished.kv,
-        attended=attended,
-        warnings=(*options.ratio_warnings(Strategy.PAGES), *undrafted),
+    yield completed_from_pages(
+        parts, question, whole, options, "".join(pieces), finished, attended, timings_ms=clock.timings
     )
 
 

@@ -160,6 +160,17 @@ class KVUse:
     bytes_by_tier: Mapping[str, int] = field(default_factory=dict)
     recomputed: int = 0
 
+    def __add__(self, other: KVUse) -> KVUse:
+        """Return what both used together."""
+        tiers = dict.fromkeys((*self.bytes_by_tier, *other.bytes_by_tier))
+        return KVUse(
+            self.hits + other.hits,
+            self.misses + other.misses,
+            self.holes + other.holes,
+            {tier: self.bytes_by_tier.get(tier, 0) + other.bytes_by_tier.get(tier, 0) for tier in tiers},
+            self.recomputed + other.recomputed,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class DraftUse:

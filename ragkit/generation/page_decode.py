@@ -1,83 +1,114 @@
-"""Decoding steps over pages: on a GPU that holds the whole document, two CUDA graphs replay them.
+"""Decoding steps over pages: on a GPU that holds the whole document, CUDA graphs replay them.
 
-One graph is of steps that choose pages, the other of those that keep them. The token and its place are all that changes
-from step to step, and both lie on the device; which pages a layer attends to never becomes known to the host.
+One graph is of steps that choose pages, another of those that keep them. The tokens and their places are all that
+changes from step to step, and both lie on the device; which pages a layer attends to never becomes known to the host.
+A step of several questions is one pass of the model: its weights are read once for all of them. Which of them choose
+is the same again after as many steps as share a choice, so those have a graph each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ragkit.generation.decode_state import DecodeState
+from ragkit.errors import RagkitError
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.graph_recorder import GraphRecorder, Recorder
+from ragkit.generation.packed_pages import PackedPages
 from ragkit.generation.page_attention import PageAttention
-from ragkit.kvcache.request_kv import RequestKV
-from ragkit.kvcache.rope import RotaryTable
+
+# Several questions are soon others: a step is recorded that came before as often as recording it costs launches.
+_SEEN_BEFORE = 2
 
 
 class PageSteps:
-    """The `StepRunner` of one answer over pages.
+    """The steps of one question over pages, or of several over the same ones.
 
     Args:
         decoder: the model.
-        attend: what it attends to, the question's rows among it.
-        interval: steps that share one choice.
-        first: the place of the first token among the own rows.
+        attends: what each attends to, its question's rows among it.
+        own: the place of the first token of each among its own rows.
         recorder: records steps; None launches them one by one.
     """
 
     def __init__(
-        self, decoder: Decoder, attend: PageAttention, interval: int, first: int, recorder: Recorder | None
+        self, decoder: Decoder, attends: Sequence[PageAttention], own: Sequence[int], recorder: Recorder | None
     ) -> None:
         self._decoder = decoder
-        self._attend = attend
-        self._interval = interval
+        self._attends = attends
+        self._packed = PackedPages(attends) if len(attends) > 1 else None
         self._recorder = recorder
-        self._done = 0
-        self._replays: dict[bool, Callable[[], object]] = {}
-        self._token = torch.zeros(1, dtype=torch.int64, device=decoder.device)
-        self._own = torch.full((1,), first, dtype=torch.int64, device=decoder.device)
+        self._replays: dict[tuple[bool, ...], Callable[[], object]] = {}
+        self._seen: Counter[tuple[bool, ...]] = Counter()
+        self._tokens = torch.zeros(len(attends), dtype=torch.int64, device=decoder.device)
+        self._own = torch.tensor(own, dtype=torch.int64, device=decoder.device)
         self._logits = torch.empty(0)
 
     @classmethod
-    def of(cls, decoder: Decoder, attend: PageAttention, interval: int, first: int) -> PageSteps:
-        """Return the steps of an answer, recorded where nothing of them needs the host."""
-        can_record = decoder.device.type == "cuda" and attend.stays_on_device
-        return cls(decoder, attend, interval, first, GraphRecorder(decoder.device) if can_record else None)
+    def of(cls, decoder: Decoder, attends: Sequence[PageAttention], own: Sequence[int]) -> PageSteps:
+        """Return the steps of answers, recorded where nothing of them needs the host."""
+        can_record = decoder.device.type == "cuda" and all(one.stays_on_device for one in attends)
+        return cls(decoder, attends, own, GraphRecorder(decoder.device) if can_record else None)
 
-    def begin(self, kv: RequestKV, rotary: RotaryTable) -> DecodeState:
-        """Return a state that nobody looks at."""
-        return DecodeState(kv, rotary)
+    @property
+    def failed(self) -> Mapping[int, RagkitError]:
+        """Why questions have no logits in the last step, by their places; of one alone the step raises it."""
+        return {} if self._packed is None else self._packed.failed
 
-    def step(self, states: Sequence[DecodeState], token_ids: Sequence[int]) -> Tensor:
-        """Return (1, vocab_size) logits after one more token."""
-        with self._attend.lock:
-            return self._step(token_ids[0])
+    def step(self, token_ids: Sequence[int], choose: Sequence[bool]) -> Tensor:
+        """Return (questions, vocab_size) logits after one more token of each; the next step writes there as well.
 
-    def _step(self, token_id: int) -> Tensor:
-        chooses = self._done % self._interval == 0
-        self._token.fill_(token_id)
-        if self._recorder is None:
-            self._work(chooses)
-        elif chooses in self._replays:
-            self._recorder.begin()
-            self._replays[chooses]()
-            self._recorder.end()
-        else:
-            self._recorder.begin()
-            self._replays[chooses] = self._recorder.record(lambda: self._work(chooses))
-            self._recorder.end()
-        self._own += 1
-        self._done += 1
+        Args:
+            token_ids: one of each question.
+            choose: whether each question chooses pages for it.
+
+        Raises:
+            KVCacheError: a page of the only question is damaged and cannot be computed again.
+        """
+        with self._attends[0].lock:
+            self._put(token_ids)
+            self._launch(tuple(choose))
+            self._own += 1
         return self._logits
 
-    def _work(self, chooses: bool) -> None:
-        self._attend.begin_at(self._own, choose=chooses)
-        logits = self._decoder.logits(self._decoder.run(self._token, self._attend))
+    def close(self) -> None:
+        """Wait for the last step and let recorded ones go: their memory goes to somebody else."""
+        if self._recorder is not None:
+            self._recorder.wait()
+        self._replays.clear()
+
+    def _put(self, token_ids: Sequence[int]) -> None:
+        if len(token_ids) == 1:
+            self._tokens.fill_(token_ids[0])
+            return
+        ids = torch.tensor(token_ids, dtype=torch.int64)
+        on_gpu = self._tokens.is_cuda  # a copy from memory that is not page-locked waits for the device
+        self._tokens.copy_(ids.pin_memory() if on_gpu else ids, non_blocking=on_gpu)
+
+    def _launch(self, choose: tuple[bool, ...]) -> None:
+        recorder = self._recorder
+        if recorder is None or (self._packed is not None and self._seen[choose] < _SEEN_BEFORE):
+            self._seen[choose] += 1
+            self._work(choose)
+            return
+        recorder.begin()
+        if choose in self._replays:
+            self._replays[choose]()
+        else:
+            self._replays[choose] = recorder.record(lambda: self._work(choose))
+        recorder.end()
+
+    def _work(self, choose: tuple[bool, ...]) -> None:
+        if self._packed is None:
+            attend, (chooses,) = self._attends[0], choose
+            attend.begin_at(self._own, choose=chooses)
+            logits = self._decoder.logits(self._decoder.run(self._tokens, attend))
+        else:
+            self._packed.begin_at(self._own, choose=choose)
+            logits = self._decoder.logits(self._decoder.run(self._tokens, self._packed))
         if self._logits.numel():
             self._logits.copy_(logits)
         else:

@@ -17,6 +17,8 @@ from ragkit.kvcache.page_scoring import head_products
 from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.kvcache.rope import RotaryTable
 
+_LEAST_EXPONENT = -80.0  # 64 such exponentials add nothing to one, and are normal numbers
+
 
 class PageSource(Protocol):
     """Gives what a layer needs of the pages that are listed, (groups, pages) int32 on the device."""
@@ -25,8 +27,11 @@ class PageSource(Protocol):
         """Return (queries, q_heads, pages) fp32, the logits of pages by all their keys, which stand at position 0."""
         ...
 
-    def load(self, layer: int, listed: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write the rows of pages into `keys`, turned to where they stand, and `values`, as far as these have room."""
+    def load(self, layer: int, listed: Tensor, keys: Tensor, values: Tensor, before: Tensor | None = None) -> None:
+        """Write the rows of pages into `keys`, turned to where they stand, and `values`, as far as these have room.
+
+        `before` is the list whose rows are there already, of the same layer.
+        """
         ...
 
 
@@ -62,8 +67,8 @@ class ResidentRows:
         """Return the logits of the listed pages, from their codes."""
         return page_log_sums(queries, self._resident.blocks(layer)[0], scale=scale, listed=listed)
 
-    def load(self, layer: int, listed: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write the rows of the listed pages."""
+    def load(self, layer: int, listed: Tensor, keys: Tensor, values: Tensor, before: Tensor | None = None) -> None:
+        """Write the rows of the listed pages: of all, for which of them are others only the device knows."""
         positions = self._positions
         if positions is None:
             positions = self._layout.page_positions(listed.long(), self._options).int()
@@ -94,20 +99,25 @@ class CachedRows:
         """Return the logits of the listed pages, from their decoded keys."""
         keys = _rows_of(self._pages.cache.pool.keys[layer], self._blocks(layer, listed))
         products = head_products(queries, keys) * scale
-        logits: Tensor = products.unflatten(2, (-1, self._layout.page_size)).logsumexp(dim=3)
-        return logits
+        return _log_sums(products.unflatten(2, (-1, self._layout.page_size)))
 
-    def load(self, layer: int, listed: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write the rows of the listed pages."""
+    def load(self, layer: int, listed: Tensor, keys: Tensor, values: Tensor, before: Tensor | None = None) -> None:
+        """Write the rows of the listed pages that stand where others stood, which follows from their places."""
         at, pool = self._blocks(layer, listed), self._pages.cache.pool
-        found, values_found = (_rows_of(part[layer], at)[: len(keys)] for part in (pool.keys, pool.values))
-        values.copy_(values_found)
-        positions = self._layout.row_positions(listed.long(), self._options)[:, : len(keys)]
-        if len(positions) == 1:
-            keys.copy_(self._rotary.rotate(found, positions[0]))
-            return
-        for head, own in enumerate(positions):
-            keys[:, head : head + 1] = self._rotary.rotate(found[:, head : head + 1], own)
+        positions = self._layout.row_positions(listed.long(), self._options)
+        if before is None:
+            places = torch.arange(listed.shape[1], device=listed.device)
+        else:
+            places = (listed != before).any(dim=0).nonzero().flatten()
+            at = at[:, places]
+        size = self._layout.page_size
+        rows = (places.unsqueeze(1) * size + torch.arange(size, device=listed.device)).flatten()
+        rows = rows[rows < len(keys)]  # of the last page, which may not be full
+        found, values_found = (_rows_of(part[layer], at)[: len(rows)] for part in (pool.keys, pool.values))
+        values.index_copy_(0, rows, values_found)
+        for head, own in enumerate(positions[:, rows]):
+            heads = slice(None) if len(positions) == 1 else slice(head, head + 1)
+            keys[:, heads].index_copy_(0, rows, self._rotary.rotate(found[:, heads], own))
 
     def _blocks(self, layer: int, listed: Tensor) -> Tensor:
         """Return (groups, listed) int64, the cache's blocks of pages, brought where they are missing."""
@@ -116,6 +126,16 @@ class CachedRows:
         block_of[wanted] = self._pages.bring(layer, wanted)
         self._pages.prefetch((layer + 1) % self._pages.num_layers, wanted)
         return block_of[listed.cpu().long()].to(self._pages.device)
+
+
+def _log_sums(logits: Tensor) -> Tensor:
+    """Return the logarithms of the sums of exponentials over the last dimension, in fp32.
+
+    Exponentials that are too small to be added are not let come near zero, where they take ten times as long.
+    """
+    highest = logits.amax(dim=-1, keepdim=True)
+    sums = (logits - highest).clamp_(min=_LEAST_EXPONENT).exp_().sum(dim=-1)
+    return sums.log_().add_(highest.squeeze(-1))
 
 
 def _rows_of(blocks: Tensor, at: Tensor) -> Tensor:

@@ -133,8 +133,11 @@ class PagedPrefill:
         behind = max(own_tokens, options.page_size)
         positions = max(options.positions_before(num_tokens) + behind, options.score_distance + 1)
         rotary = self._rotary.table(positions, positions)
+        before, scale = pages.use(), self._decoder.scale
         pages.bring_windows(-(-num_tokens // pages.window_tokens))
-        return PageAttention(pages, options, rotary, self._decoder.scale, num_tokens, own_tokens, keep_rows=keep_rows)
+        attend = PageAttention(pages, options, rotary, scale, num_tokens, own_tokens, keep_rows=keep_rows)
+        attend.use += pages.use(before)  # also what a selector keeps was read from somewhere
+        return attend
 
     def _require_room(self, pages: KVPages) -> None:
         longest = min(self.reading.window_tokens, pages.total_tokens)

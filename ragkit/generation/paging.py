@@ -20,6 +20,7 @@ from ragkit.generation.engine import Engine
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.paged_answer import PagedAnswer
 from ragkit.generation.paged_prefill import PagedPrefill
+from ragkit.generation.paged_question import PagedQuestion
 from ragkit.generation.sampling import SamplingConfig
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_key import KVRecipe
@@ -98,14 +99,14 @@ class PagedDocument:
         """Tokens of the text, without what stands around it in the prompt."""
         return len(self._tokens.ids)
 
-    def attended(self, answer: PagedAnswer, most: int = _LISTED_SPANS) -> tuple[AttendedSpan, ...]:
-        """Return the pages that an answer found, most often chosen first."""
+    def attended(self, question: PagedQuestion, most: int = _LISTED_SPANS) -> tuple[AttendedSpan, ...]:
+        """Return the pages that an answer found, which has ended, most often chosen first."""
         spans: list[AttendedSpan] = []
         size = self.pages.page_size
-        for page, count in sorted(answer.times_chosen.items(), key=lambda item: (-item[1], item[0])):
+        for page, count in sorted(question.times_chosen.items(), key=lambda item: (-item[1], item[0])):
             start, stop = max(page * size - self._before, 0), min((page + 1) * size - self._before, self.num_tokens)
             if start < stop and len(spans) < most:
-                share = count / answer.choices
+                share = count / question.choices
                 first, last = int(self._tokens.starts[start]), int(self._tokens.stops[stop - 1])
                 spans.append(AttendedSpan(start, stop, first, last, share))
         return tuple(spans)

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 from ragkit.answers.steps import PreparedQuestion, completed, generation_laps, ordered_timings, prepare
 from ragkit.config import Strategy
 from ragkit.drafting import drafting_for
+from ragkit.jobs.paged_rows import paged_outcomes
 from ragkit.jobs.retrieved_rows import NOT_OF_A_ROW, FoundRow, PagedRow, RetrievedRow, RowRetrieval, failed
 from ragkit.jobs.rows import QuestionRow, RowOutcome
-from ragkit.request import paged_document, stream, stream_from_pages
 
 if TYPE_CHECKING:
-    from ragkit.documents import WholeDocument
     from ragkit.generation.batch_request import BatchRequest, BatchResult
     from ragkit.generation.speculative_decode import Drafting
     from ragkit.parts import Parts
@@ -54,7 +53,7 @@ def answer_many(
     """Yield what becomes of every row once, in the order in which they end; rows are pulled as they are needed.
 
     What is wrong with a row is its outcome and stops no other. Rows that read one document in pages come last, or when
-    some thousands of them wait, those of the same document one after another.
+    some thousands of them wait, those of the same document together.
 
     Args:
         parts: store and models, loaded here where they are not there yet.
@@ -103,26 +102,8 @@ class _Answering:
         yield from self._paged_outcomes()
 
     def _paged_outcomes(self) -> Iterator[RowOutcome]:
-        """Answer the rows that wait, group after group, so that a document is found and opened once for all of its."""
         waiting, self._paged = self._paged, []
-        groups: dict[tuple[str, str], list[PagedRow]] = {}
-        for one in waiting:
-            groups.setdefault(one.group, []).append(one)
-        for group in groups.values():
-            whole: WholeDocument | None = None
-            for paged in group:
-                if self._stop.is_set():
-                    return
-                try:
-                    whole = whole or paged_document(self._parts, paged.options)
-                    outcome = self._answered_from_pages(paged, whole)
-                except NOT_OF_A_ROW:
-                    raise
-                except Exception as error:
-                    if self._stop.is_set():  # it may be what the row ended with; it is asked again
-                        return
-                    outcome = failed(paged.row, error)
-                yield outcome
+        yield from paged_outcomes(self._parts, waiting, self._stop)
 
     def _drained(self) -> Iterator[RowOutcome]:
         while self._done:
@@ -180,14 +161,6 @@ class _Answering:
         except Exception as error:
             return failed(row, error)
         return RowOutcome(row, answer, cut=finished.reason == "length")
-
-    def _answered_from_pages(self, paged: PagedRow, whole: WholeDocument | None) -> RowOutcome:
-        question, options = paged.row.question, paged.options
-        if whole is None:  # it was edited meanwhile, and is no longer too long for the window
-            answer = stream(self._parts, question, options).answer
-        else:
-            answer = stream_from_pages(self._parts, question, whole, options, self._stop).answer
-        return RowOutcome(paged.row, answer, cut=answer.tokens.generated >= options.generation.max_new_tokens)
 
 
 class _Requests:

@@ -86,11 +86,11 @@ class Watched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def steps_over(decoder, pages, prefill, tokens=3, interval=8):
+def steps_over(decoder, pages, prefill, tokens=3):
     attend = prefill.attention(pages, len(QUESTION) + tokens)
     attend.begin(len(QUESTION), choose=True)
     decoder.run(torch.tensor(QUESTION), attend)
-    return attend, PageSteps(decoder, attend, interval, len(QUESTION), None)
+    return attend, PageSteps(decoder, [attend], [len(QUESTION)], None)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_a_step_that_chooses_never_waits_for_the_device(llama, be_a_gpu, selecto
     with torch.inference_mode():
         _, steps = steps_over(llama, pages, prefill)
         with Watched():
-            steps.step([], [5])
-            steps.step([], [6])
+            steps.step([5], [True])
+            steps.step([6], [False])
 
 
 def test_a_step_that_keeps_its_pages_launches_the_rotation_and_attention_alone(llama, be_a_gpu, launches):
@@ -134,14 +134,51 @@ def test_a_step_that_keeps_its_pages_launches_the_rotation_and_attention_alone(l
     be_a_gpu()
     with torch.inference_mode():
         attend, steps = steps_over(llama, pages, prefill)
-        steps.step([], [5])
+        steps.step([5], [True])
         launches.clear()
         with Watched() as watched:
-            steps.step([], [6])
+            steps.step([6], [False])
     assert attend.stays_on_device
     of_pages = [name for name in launches if name not in ("_add_rms_norm_kernel", "_silu_mul_kernel")]
     assert Counter(of_pages) == {"_rope_write_kv_kernel": 2, "_few_queries_kernel": 2, "_merge_splits_kernel": 2}
     assert watched.launched["index_copy_"] == 2
+
+
+def steps_of_three(decoder, pages, prefill):
+    questions = (QUESTION, TOKENS[40:45], TOKENS[60:72])
+    attends = [prefill.attention(pages, len(question) + 3) for question in questions]
+    for question, attend in zip(questions, attends, strict=True):
+        attend.begin(len(question), choose=True)
+        decoder.run(torch.tensor(question), attend)
+    return PageSteps(decoder, attends, [len(question) for question in questions], None)
+
+
+@pytest.mark.parametrize("per_key_head", [False, True])
+def test_a_step_of_several_questions_answers_by_its_kernels_as_on_the_cpu(llama, be_a_gpu, per_key_head):
+    pages, prefill = read(llama, TOKENS[:137], replace(OPTIONS, per_key_head=per_key_head), codec="int8", resident=True)
+    logits = []
+    for kernels in (False, True):
+        if kernels:
+            be_a_gpu()
+        with torch.inference_mode():
+            steps = steps_of_three(llama, pages, prefill)
+            logits.append(steps.step([5, 6, 7], [True, False, True]).clone())
+            logits.append(steps.step([8, 9, 10], [False, True, False]).clone())
+    torch.testing.assert_close(logits[2:], logits[:2], rtol=0, atol=2e-3)
+    assert not torch.allclose(logits[0], logits[1], atol=0.1)
+
+
+def test_a_step_of_several_turns_all_rows_in_one_launch_and_never_waits(llama, be_a_gpu, launches):
+    pages, prefill = read(llama, TOKENS[:137], OPTIONS, codec="int8", resident=True)
+    be_a_gpu()
+    with torch.inference_mode():
+        steps = steps_of_three(llama, pages, prefill)
+        with Watched():
+            steps.step([5, 6, 7], [True, True, False])
+        launches.clear()
+        steps.step([5, 6, 7], [False, False, False])
+    of_pages = [name for name in launches if name not in ("_add_rms_norm_kernel", "_silu_mul_kernel")]
+    assert Counter(of_pages) == {"_rope_write_kv_kernel": 2, "_few_queries_kernel": 6, "_merge_splits_kernel": 6}
 
 
 def test_a_step_that_chooses_launches_six_more_kernels_a_layer(llama, be_a_gpu, launches):
@@ -150,10 +187,10 @@ def test_a_step_that_chooses_launches_six_more_kernels_a_layer(llama, be_a_gpu, 
     with torch.inference_mode():
         _, steps = steps_over(llama, pages, prefill)
         launches.clear()
-        steps.step([], [5])
+        steps.step([5], [True])
         choosing = Counter(launches)
         launches.clear()
-        steps.step([], [5])
+        steps.step([5], [False])
         choosing -= Counter(launches)
     assert choosing == {
         "_voter_scores_kernel": 2, "_page_votes_kernel": 2, "_page_top_k_kernel": 4, "_page_log_sums_kernel": 2,
@@ -168,7 +205,7 @@ def test_layers_that_share_a_choice_score_no_page(llama, be_a_gpu, launches):
     with torch.inference_mode():
         _, steps = steps_over(llama, pages, prefill)
         launches.clear()
-        steps.step([], [5])
+        steps.step([5], [True])
     count = Counter(launches)
     assert (count["_voter_scores_kernel"], count["_gather_pages_kernel"]) == (1, 2)
 
@@ -198,6 +235,33 @@ def test_what_cannot_be_encoded_on_the_device_is_noticed_before_reading_ends(lla
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("interval", [1, 2, 4])
+def test_steps_of_several_questions_that_are_recorded_on_a_gpu_say_what_each_alone_says(interval):
+    decoder = decoder_of(hf_model("llama", num_hidden_layers=2).to("cuda"))
+    pages, prefill = read(decoder, TOKENS[:137], OPTIONS, codec="int8", resident=True)
+    questions = (QUESTION, TOKENS[40:45], TOKENS[60:72])
+    tokens = torch.randint(3, 300, (16, 3), generator=torch.Generator().manual_seed(1)).tolist()
+    logits = {}
+    with torch.inference_mode():
+        for some in ((0,), (1,), (2,), (0, 1, 2)):
+            attends = [prefill.attention(pages, len(questions[one]) + 16) for one in some]
+            for one, attend in zip(some, attends, strict=True):
+                attend.begin(len(questions[one]), choose=True)
+                decoder.run(torch.tensor(questions[one], device="cuda"), attend)
+            steps = PageSteps.of(decoder, attends, [len(questions[one]) for one in some])
+            # Their choices fall on steps of their own, as those of questions that begin one after another do.
+            logits[some] = torch.stack([
+                steps.step([row[one] for one in some], [(at + one) % interval == 0 for one in some]).clone()
+                for at, row in enumerate(tokens)
+            ])  # fmt: skip
+            assert not steps._recorder._failed
+            assert len(steps._replays) == min(2, interval) if len(some) == 1 else len(steps._replays) == interval
+    single = torch.cat([logits[(one,)] for one in range(3)], dim=1)
+    torch.testing.assert_close(logits[(0, 1, 2)], single, rtol=0, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_steps_that_are_recorded_on_a_gpu_say_what_a_cpu_says(selector):
     options = replace(OPTIONS, selector=make_page_selector(selector))
@@ -209,8 +273,9 @@ def test_steps_that_are_recorded_on_a_gpu_say_what_a_cpu_says(selector):
             attend = prefill.attention(pages, len(QUESTION) + 6)
             attend.begin(len(QUESTION), choose=True)
             decoder.run(torch.tensor(QUESTION, device=device), attend)
-            steps = PageSteps.of(decoder, attend, 2, len(QUESTION))
+            steps = PageSteps.of(decoder, [attend], [len(QUESTION)])
             # Each step writes where the one before did.
-            logits.append(torch.cat([steps.step([], [token]).clone() for token in (5, 6, 7, 8, 9, 10)]).cpu())
+            asked = enumerate((5, 6, 7, 8, 9, 10))
+            logits.append(torch.cat([steps.step([token], [at % 2 == 0]).clone() for at, token in asked]).cpu())
         assert device == "cpu" or not steps._recorder._failed
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-2)

@@ -366,8 +366,8 @@ def test_recorded_steps_give_the_logits_of_passes(llama, resident):
         with torch.inference_mode():
             attend.begin(len(QUESTION), choose=True)
             llama.run(QUESTION, attend)
-            steps = PageSteps(llama, attend, 2, len(QUESTION), recorder)
-            logits.append([steps.step([], [token]).clone()[0] for token in tokens])
+            steps = PageSteps(llama, [attend], [len(QUESTION)], recorder)
+            logits.append([steps.step([token], [at % 2 == 0]).clone()[0] for at, token in enumerate(tokens)])
     assert [entry for entry in recorder.log if entry in ("record", "replay")] == [
         "record", "record", "replay", "replay", "replay",
     ]  # fmt: skip

@@ -21,7 +21,7 @@ from ragkit.errors import StoreMissingError
 from ragkit.generation.batch_request import BatchRequest, BatchResult
 from ragkit.generation.engine import Engine
 from ragkit.generation.paging import PagedDocument, PagedText, Paging
-from ragkit.jobs import answering, ray_answering, retrieved_rows
+from ragkit.jobs import answering, paged_rows, ray_answering, retrieved_rows
 from ragkit.jobs.answering import answer_many
 from ragkit.jobs.one_by_one import OneByOne
 from ragkit.jobs.rows import QuestionRow
@@ -100,7 +100,7 @@ def test_rows_in_pages_are_grouped_by_document_which_is_found_and_opened_once(
         paged(f"{at}{name}", f"Where {at}?", uri) for at in range(3) for name, uri in (("a", first), ("b", second))
     ]
     opened, looked_for = [], []
-    real_open, real_find = Paging._opened, answering.paged_document
+    real_open, real_find = Paging._opened, paged_rows.paged_document
 
     def opening(self: Paging, document: PagedText, system_prompt: str) -> PagedDocument:
         opened.append(document.doc_id)
@@ -108,7 +108,7 @@ def test_rows_in_pages_are_grouped_by_document_which_is_found_and_opened_once(
 
     monkeypatch.setattr(Paging, "_opened", opening)
     monkeypatch.setattr(
-        answering, "paged_document", lambda parts, options: looked_for.append(1) or real_find(parts, options)
+        paged_rows, "paged_document", lambda parts, options: looked_for.append(1) or real_find(parts, options)
     )
     outcomes = list(pipeline.query_many([*asked, *questions(1)], in_order=False))
     assert [outcome.row.row_id for outcome in outcomes] == ["q0", "0a", "1a", "2a", "0b", "1b", "2b"]
