@@ -7,14 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef
 from ragkit.kvcache.page_grid import PageGrid
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
-from ragkit.kvcache.page_summary_records import PageSummaryRecords
+from ragkit.kvcache.page_summary_records import PageSummaryRecords, StoredSummary
 
 _READERS = 4  # threads that read sections: checking what was read takes longer than reading it
 
@@ -77,7 +76,7 @@ class DocumentSummaries:
         self._of[selector.selector_id] = made
         try:
             for section, stored in self._stored(selector, windows):
-                if stored is not None and made.is_closed:
+                if stored is not None and made.is_closed and self._fits(made, stored):
                     self._extend(made, section, stored)
                     continue
                 stop = min(section.stop, windows)
@@ -105,7 +104,7 @@ class DocumentSummaries:
 
     def _stored(
         self, selector: PageSelector, windows: int
-    ) -> Iterator[tuple[range, list[list[Tensor]] | None]]:  # fmt: skip
+    ) -> Iterator[tuple[range, list[StoredSummary] | None]]:  # fmt: skip
         """Yield the sections that begin below `windows`, and what is stored of those that end there."""
         sections = [section for section in self._records.sections() if section.start < windows]
         whole = [section for section in sections if section.stop <= windows]
@@ -114,11 +113,16 @@ class DocumentSummaries:
             for section in sections:
                 yield section, loading[section].result() if section in loading else None
 
-    def _extend(self, made: PageSummaries, section: range, stored: list[list[Tensor]]) -> None:
+    def _extend(self, made: PageSummaries, section: range, stored: list[StoredSummary]) -> None:
         """Add what is stored of a section."""
         pages = self._grid.first_page(section.stop) - self._grid.first_page(section.start)
-        for layer, parts in enumerate(stored):
-            made.extend(layer, pages, [part.to(self._device, non_blocking=True) for part in parts])
+        for layer, one in enumerate(stored):
+            fitted, parts = ([part.to(self._device, non_blocking=True) for part in some] for some in one)
+            made.extend(layer, pages, parts, fitted)
+
+    def _fits(self, made: PageSummaries, stored: list[StoredSummary]) -> bool:
+        """Return whether a section was summarised for the same document: its bases are those of the one before."""
+        return all(made.fits(layer, [part.to(self._device) for part in one.fitted]) for layer, one in enumerate(stored))
 
     def _add(self, made: PageSummaries, windows: range, read: ReadRows) -> None:
         """Add the pages of some windows, in all layers."""

@@ -258,7 +258,7 @@ class KVPages:
         Raises:
             KVCacheError: the selector needs what was not stored, or a page is damaged and cannot be computed again.
         """
-        at_once = len(self.refs) if self._is_only_resident else 1
+        at_once = len(self.refs) if self._has_resident(self.num_windows) else 1
         return self._summaries.of(selector, self.num_windows, self._keys_of, at_once)
 
     def use(self, since: KVUse | None = None) -> KVUse:
@@ -288,6 +288,10 @@ class KVPages:
         """Whether nobody keeps pages but the device; what rows received is not kept there."""
         return self.resident is not None and self.records.tier is None and not self.codec.with_received
 
+    def _has_resident(self, windows: int) -> bool:
+        """Whether the device holds all that was stored of the first `windows` windows."""
+        return self.resident is not None and not self.codec.with_received and self._num_resident >= windows
+
     def _kept(self, layer: int, pages: range, piece: Tensor) -> Tensor:
         """Return the keys of fresh pages, which the device keeps from now on."""
         if self.resident is not None:
@@ -311,8 +315,8 @@ class KVPages:
         self._num_checked = self.num_windows
 
     def _keys_of(self, layer: int, windows: range) -> PageRows:
-        """Return the keys of windows, one alone where not all pages are on the device alone."""
-        if self._is_only_resident:
+        """Return the keys of windows, one alone where not all pages are on the device."""
+        if self._has_resident(windows.stop):
             assert self.resident is not None, "as asked"
             pages = range(self.grid.first_page(windows.start), self.grid.first_page(windows.stop))
             return PageRows(self.resident.keys(layer, pages))

@@ -4,6 +4,7 @@ A selector sees keys before RoPE, once, when a page is complete, and later queri
 from them. The keys of all pages count as standing at position 0 and every query `distance` behind them: so pages that
 were never within one window compare, and neither a selector nor what it keeps knows where anything stands. Selectors
 give each query head's logits of pages; how heads and queries share one choice is a `PageVote` that all of them take.
+What suits one document, such as a basis of its keys, is fitted to its first pages and kept beside the rest.
 They know nothing of tiers, of the engine and of how pages are attended to. Adding one is a file with a class, and a
 line in `page_selectors.py`.
 """
@@ -80,11 +81,20 @@ class PageSelector(Protocol):
         """Pages that are summarised together; what is kept of a group does not depend on other groups."""
         ...
 
-    def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
+    def fit(self, rows: PageRows) -> tuple[Tensor, ...]:
+        """Return what is kept of one layer of the document as a whole, by its first pages; mostly nothing.
+
+        Args:
+            rows: the first `group_pages` pages, or all where there are fewer.
+        """
+        ...
+
+    def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Return what is kept of one layer's pages: tensors whose first dimension follows the pages.
 
         Args:
             rows: at most `group_pages` pages, or a multiple of it; fewer only at the end of the document.
+            fitted: what `fit` gave for the document.
         """
         ...
 
@@ -93,11 +103,22 @@ class PageSelector(Protocol):
 
         Args:
             queries: (queries, q_heads, head_dim), turned to one distance from the keys.
-            summary: what `summarise` gave for all pages, joined along the first dimension.
+            summary: what `fit` gave, then what `summarise` gave of all pages, joined along the first dimension.
             first, stop: the pages that can be chosen, at least one.
             election: how voters share a choice.
         """
         ...
+
+
+class Unfitted:
+    """A selector that needs to know nothing of a document before its pages."""
+
+    __slots__ = ()
+
+    def fit(self, rows: PageRows) -> tuple[Tensor, ...]:
+        """Return nothing."""
+        del rows
+        return ()
 
 
 def pool_votes(logits: Tensor, election: Election) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ragkit.config import PageVote
 from ragkit.kernels.kmeans_assign import Nearness, kmeans_assign
 from ragkit.kvcache.page_scoring import head_products
-from ragkit.kvcache.page_selector import Election, PageRows, Takes, pool_votes
+from ragkit.kvcache.page_selector import Election, PageRows, Takes, Unfitted, pool_votes
 
 _KEYS_PER_CENTROID = 20
 _FINE_PER_COARSE = 8
@@ -33,7 +33,7 @@ _LEAST_KEPT = 16
 _PRUNED = 1e4  # below every logit of a group that was kept
 
 
-class Centroids:
+class Centroids(Unfitted):
     """One centroid for 20 keys of each group of `group_pages` pages, on one level or two."""
 
     takes = Takes.BEST
@@ -44,7 +44,7 @@ class Centroids:
         self.group_pages = group_pages
         self.selector_id = f"centroids-{levels}-{group_pages}"
 
-    def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
+    def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Return per group centroids and, on two levels, coarse ones; per page the rows of each centroid.
 
         That is `counts` (pages, centroids, kv_heads) int32, `fine` (groups, centroids, kv_heads, head_dim), and on two

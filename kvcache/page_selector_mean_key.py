@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ragkit.kvcache.page_scoring import score_vectors
-from ragkit.kvcache.page_selector import Election, PageRows, Takes
+from ragkit.kvcache.page_selector import Election, PageRows, Takes, Unfitted
 
 
 @dataclass(frozen=True, slots=True)
-class MeanKey:
+class MeanKey(Unfitted):
     """One mean a page and key head."""
 
     selector_id = "mean-key"
@@ -29,7 +29,7 @@ class MeanKey:
     needs_received = False
     group_pages = 1
 
-    def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
+    def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Return the means (pages, kv_heads, head_dim), in the keys' type."""
         return (rows.keys.float().mean(dim=1).to(rows.keys.dtype),)
 

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from ragkit.kernels.page_scores import KeyBounds
 from ragkit.kvcache.page_scoring import score_bounds
-from ragkit.kvcache.page_selector import Election, PageRows, Takes
+from ragkit.kvcache.page_selector import Election, PageRows, Takes, Unfitted
 
 _ROUNDING = 2.0**-8  # twice half a unit in the last place of bf16, as a share of a number
 
 
 @dataclass(frozen=True, slots=True)
-class MinMax:
+class MinMax(Unfitted):
     """Bounds of parts of `part_tokens` rows; of whole pages where those are smaller."""
 
     part_tokens: int = 16
@@ -41,7 +41,7 @@ class MinMax:
         """The selector with the size of its parts."""
         return f"min-max-{self.part_tokens}"
 
-    def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
+    def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Return lowest and highest numbers (pages, parts, kv_heads, head_dim), in the keys' type; bf16 for fp32."""
         size = min(self.part_tokens, rows.keys.shape[1])
         parts = rows.keys.unflatten(1, (-1, size))

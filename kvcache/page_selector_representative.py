@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ragkit.kvcache.page_scoring import score_vectors
-from ragkit.kvcache.page_selector import Election, PageRows, Takes
+from ragkit.kvcache.page_selector import Election, PageRows, Takes, Unfitted
 
 
 @dataclass(frozen=True, slots=True)
-class RepresentativeKeys:
+class RepresentativeKeys(Unfitted):
     """The mean of the `count` keys of each key head that received most attention."""
 
     count: int = 4
@@ -35,7 +35,7 @@ class RepresentativeKeys:
         """The selector with its number of keys."""
         return f"representative-{self.count}"
 
-    def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
+    def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Return the means (pages, kv_heads, head_dim), in the keys' type."""
         assert rows.received is not None, "said by needs_received"
         most = rows.received.topk(min(self.count, rows.received.shape[1]), dim=1).indices  # (pages, count, kv_heads)

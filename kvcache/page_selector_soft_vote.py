@@ -26,14 +26,14 @@ from ragkit.kernels.page_log_sums import page_log_sums
 from ragkit.kernels.quantize_kv import QuantizedHeads, quantize_kv
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache.page_scoring import head_products
-from ragkit.kvcache.page_selector import Election, PageRows, Takes, pool_votes
+from ragkit.kvcache.page_selector import Election, PageRows, Takes, Unfitted, pool_votes
 
 _PAGES_AT_ONCE = 256
 _GROUP = 32  # tokens that share a scale in each channel, at most
 
 
 @dataclass(frozen=True, slots=True)
-class SoftVote:
+class SoftVote(Unfitted):
     """All keys, in 8 or 4 bits."""
 
     bits: int = 4
@@ -46,7 +46,7 @@ class SoftVote:
         """The selector with its bits."""
         return f"soft-vote-{self.bits}"
 
-    def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
+    def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Return codes, scales and zeros of the keys, (pages, tokens or groups, kv_heads, channels) each."""
         pages, size = rows.keys.shape[:2]
         heads = rows.keys.flatten(0, 1)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ragkit.kvcache.page_selector import Election, PageRows, Takes
+from ragkit.kvcache.page_selector import Election, PageRows, Takes, Unfitted
 
 
 @dataclass(frozen=True, slots=True)
-class EveryPage:
+class EveryPage(Unfitted):
     """All pages: the exact twin of every selector. Positions lie within the window or the request is refused."""
 
     selector_id = "everything"
@@ -19,7 +19,7 @@ class EveryPage:
     needs_received = False
     group_pages = 1
 
-    def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
+    def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Return nothing."""
         return ()
 
@@ -29,7 +29,7 @@ class EveryPage:
 
 
 @dataclass(frozen=True, slots=True)
-class SinksAndWindow:
+class SinksAndWindow(Unfitted):
     """No page beside the first ones and the last ones: the floor that retrieval must be better than.
 
     Attention falls on the first tokens of a sequence whatever they say, so models that keep those and a local window
@@ -42,7 +42,7 @@ class SinksAndWindow:
     needs_received = False
     group_pages = 1
 
-    def summarise(self, rows: PageRows) -> tuple[Tensor, ...]:
+    def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Return nothing."""
         return ()
 

@@ -8,6 +8,7 @@ from ragkit.config import PageSelectorName
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.page_selector import PageSelector
 from ragkit.kvcache.page_selector_centroids import Centroids
+from ragkit.kvcache.page_selector_low_rank import LowRank
 from ragkit.kvcache.page_selector_mean_key import MeanKey
 from ragkit.kvcache.page_selector_min_max import MinMax
 from ragkit.kvcache.page_selector_representative import RepresentativeKeys
@@ -21,6 +22,7 @@ PAGE_SELECTORS: dict[PageSelectorName, Callable[[], PageSelector]] = {
     PageSelectorName.MEAN_KEY: MeanKey,
     PageSelectorName.REPRESENTATIVE: RepresentativeKeys,
     PageSelectorName.MIN_MAX: MinMax,
+    PageSelectorName.LOW_RANK: LowRank,
     PageSelectorName.SOFT_VOTE: SoftVote,
     PageSelectorName.CENTROIDS: Centroids,
     PageSelectorName.CENTROIDS_2: lambda: Centroids(levels=2),

@@ -33,6 +33,7 @@ class PageSummaries:
         self.selector = selector
         self._all_pages = all_pages
         self.num_pages = [0] * num_layers
+        self._fitted: list[tuple[Tensor, ...]] = [()] * num_layers
         self._parts: list[tuple[_Growing, ...]] = [()] * num_layers
         self._closed: list[tuple[int, ...]] = [()] * num_layers  # lengths of the parts without the open group
         self._open: list[PageRows | None] = [None] * num_layers
@@ -47,7 +48,8 @@ class PageSummaries:
     @property
     def nbytes(self) -> int:
         """Bytes that the summaries take, without room to grow."""
-        return sum(part.view().nbytes for parts in self._parts for part in parts)
+        fitted = sum(part.nbytes for parts in self._fitted for part in parts)
+        return fitted + sum(part.view().nbytes for parts in self._parts for part in parts)
 
     def append(self, layer: int, rows: PageRows) -> None:
         """Add the next pages of a layer."""
@@ -66,23 +68,29 @@ class PageSummaries:
                 part.cut(length)
             rows = _joined(waiting, rows)
         self.num_pages[layer] += pages
+        if len(rows.keys) == self.num_pages[layer]:  # the first group is among them, or still open
+            self._fitted[layer] = self.selector.fit(_some(rows, 0, self.selector.group_pages))
         whole = len(rows.keys) // self.selector.group_pages * self.selector.group_pages
         if whole:
-            self._add(layer, whole, self.selector.summarise(_some(rows, 0, whole)))
+            self._add(layer, whole, self._summarised(layer, _some(rows, 0, whole)))
         self._closed[layer] = tuple(part.length for part in self._parts[layer])
         self._open[layer] = None
         closed_pages = self.num_pages[layer] - (len(rows.keys) - whole)
         self._marks[layer][closed_pages] = self._closed[layer]
         if whole < len(rows.keys):
             rest = _some(rows, whole, len(rows.keys))
-            self._add(layer, len(rest.keys), self.selector.summarise(rest))
+            self._add(layer, len(rest.keys), self._summarised(layer, rest))
             self._closed[layer] = self._closed[layer] or (0,) * len(self._parts[layer])
             self._open[layer] = PageRows(rest.keys.clone(), None if rest.received is None else rest.received.clone())
             self._marks[layer][self.num_pages[layer]] = tuple(part.length for part in self._parts[layer])
 
     def of(self, layer: int) -> tuple[Tensor, ...]:
-        """Return what was kept of a layer's pages, joined; views that hold until pages are added."""
-        return tuple(part.view() for part in self._parts[layer])
+        """Return what was kept of a layer, of the document and of its pages; views that hold until pages are added."""
+        return (*self._fitted[layer], *(part.view() for part in self._parts[layer]))
+
+    def fitted(self, layer: int) -> tuple[Tensor, ...]:
+        """Return what was kept of a layer of the document as a whole."""
+        return self._fitted[layer]
 
     def between(self, layer: int, first: int, stop: int) -> tuple[Tensor, ...]:
         """Return what was kept of the pages from `first` up to `stop`; nothing where a group reaches beyond them."""
@@ -94,13 +102,23 @@ class PageSummaries:
             part.view()[start:end] for part, start, end in zip(self._parts[layer], starts, marks[stop], strict=True)
         )
 
-    def extend(self, layer: int, pages: int, parts: Sequence[Tensor]) -> None:
-        """Add the next `pages` pages by what `between` gave of them; no group may be open before."""
+    def fits(self, layer: int, fitted: Sequence[Tensor]) -> bool:
+        """Return whether what `fitted` gave of a layer is that of these summaries, or they have no pages yet."""
+        own = self._fitted[layer]
+        alike = len(own) == len(fitted) and all(torch.equal(*pair) for pair in zip(own, fitted, strict=True))
+        return self.num_pages[layer] == 0 or alike
+
+    def extend(self, layer: int, pages: int, parts: Sequence[Tensor], fitted: Sequence[Tensor] = ()) -> None:
+        """Add the next `pages` pages by what `between` and `fitted` gave of them; no group may be open before."""
         assert self._open[layer] is None, "a group that is open would be cut in two"
+        self._fitted[layer] = self._fitted[layer] or tuple(fitted)
         self._add(layer, pages, tuple(parts))
         self._closed[layer] = tuple(part.length for part in self._parts[layer])
         self.num_pages[layer] += pages
         self._marks[layer][self.num_pages[layer]] = self._closed[layer]
+
+    def _summarised(self, layer: int, rows: PageRows) -> tuple[Tensor, ...]:
+        return self.selector.summarise(rows, self._fitted[layer])
 
     def _add(self, layer: int, pages: int, parts: tuple[Tensor, ...]) -> None:
         if not self._parts[layer]:

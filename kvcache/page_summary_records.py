@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,14 @@ from ragkit.kvcache.page_summaries import PageSummaries
 SECTION_WINDOWS = 64
 
 _CODEC = "page-summary-1"
+_FITTED = "fitted"  # before the numbers of tensors that are of the document as a whole
+
+
+class StoredSummary(NamedTuple):
+    """What is stored of one layer of some windows: of the document as a whole, and of their pages."""
+
+    fitted: list[Tensor]
+    parts: list[Tensor]
 
 
 class PageSummaryRecords:
@@ -46,7 +55,7 @@ class PageSummaryRecords:
         count = len(self._refs)
         return [range(start, min(start + SECTION_WINDOWS, count)) for start in range(0, count, SECTION_WINDOWS)]
 
-    def load(self, selector: PageSelector, windows: range) -> list[list[Tensor]] | None:
+    def load(self, selector: PageSelector, windows: range) -> list[StoredSummary] | None:
         """Return what is stored of a section, of every layer; None where it is not there, or damaged. Thread-safe."""
         try:
             encoded = self._records.load(self._ref(selector, windows))
@@ -65,7 +74,10 @@ class PageSummaryRecords:
             parts = summaries.between(layer, first_page, stop_page)
             if not parts:
                 return
-            content = save({str(index): part.contiguous().cpu() for index, part in enumerate(parts)})
+            named = [(_FITTED, summaries.fitted(layer)), ("", parts)]
+            content = save({
+                f"{name}{index}": part.contiguous().cpu() for name, some in named for index, part in enumerate(some)
+            })  # fmt: skip
             layers.append(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         self._records.write(EncodedKV.pack(self._ref(summaries.selector, windows), _CODEC, layers))
 
@@ -77,10 +89,13 @@ class PageSummaryRecords:
         """
         self._records.flush()
 
-    def _parts(self, encoded: EncodedKV, layer: int) -> list[Tensor]:
+    def _parts(self, encoded: EncodedKV, layer: int) -> StoredSummary:
         try:
             found = load(encoded.layer(layer).numpy().tobytes())
-            return [found[str(index)] for index in range(len(found))]
+            fitted = [
+                found.pop(f"{_FITTED}{index}") for index in range(sum(name.startswith(_FITTED) for name in found))
+            ]
+            return StoredSummary(fitted, [found[str(index)] for index in range(len(found))])
         except (SafetensorError, KeyError) as error:
             raise KVMissError(MissReason.HEADER, f"a stored summary of pages makes no sense ({error})") from error
 

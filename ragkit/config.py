@@ -273,8 +273,9 @@ class PagesConfig:
     attend to the first `sink_tokens`, to the pages that `reading_selector` finds, `budget_tokens` in all, and to the
     `local_tokens` before. It finds `reading_found_times` as many, of which those stay whose keys would be attended to
     most. Questions and answers do so by `selector` and `found_times`; an answer chooses again every `interval` tokens
-    and in every `layer_interval`-th layer; the layers between share its choice. With `per_key_head` each key head has pages of its own. A choice is also kept where the
-    queries have a cosine of `keep_similarity` with those that made it; 1 never keeps one.
+    and in every `layer_interval`-th layer, and the layers between share its choice. With `per_key_head` each key head
+    has pages of its own. A choice is also kept where the queries have a cosine of `keep_similarity` with those that
+    made it; 1 never keeps one.
 
     `memory_mb` of the encoded pages stay in memory, the others on disk within `kv.disk_mb`. A GPU holds all pages of a
     document that take at most `gpu_mb`; else, and on a CPU, `cache_mb` of them stay decoded there. `keep_received` also
@@ -283,7 +284,7 @@ class PagesConfig:
 
     page_tokens: int = 64
     codec: CodecName = CodecName.INT8
-    selector: PageSelectorName = PageSelectorName.MIN_MAX
+    selector: PageSelectorName = PageSelectorName.LOW_RANK
     reading_selector: PageSelectorName = PageSelectorName.MIN_MAX
     vote: PageVote = PageVote.SOFTMAX
     per_key_head: bool = False

@@ -132,6 +132,7 @@ class PageSelectorName(StrEnum):
     MEAN_KEY = "mean-key"
     REPRESENTATIVE = "representative"
     MIN_MAX = "min-max"
+    LOW_RANK = "low-rank"
     SOFT_VOTE = "soft-vote"
     CENTROIDS = "centroids"
     CENTROIDS_2 = "centroids-2"

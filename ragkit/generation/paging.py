@@ -30,6 +30,7 @@ from ragkit.kvcache.page_cache import PageCache
 from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords, window_refs
+from ragkit.kvcache.page_selector import Takes
 from ragkit.kvcache.page_tokens import TextTokens, TokenRecords
 from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.kvcache.segment_tier import KVCatalogue, SegmentTier
@@ -202,8 +203,20 @@ class Paging:
         return Price(tokens, nbytes, seconds)
 
     def read(self, document: PagedDocument, progress: Progress | None = None, stop: Event | None = None) -> bool:
-        """Read what is missing of a document and return whether all of it is there, as `PagedPrefill.read` does."""
-        return document.pages.is_complete or self.prefill.read(document.pages, progress, stop)
+        """Read what is missing of a document and return whether all of it is there, as `PagedPrefill.read` does.
+
+        What questions are going to be answered by is kept of its pages as well, so that the first need not wait for it.
+        """
+        pages, options = document.pages, self.prefill.options
+        if pages.is_complete:
+            return True
+        if not self.prefill.read(pages, progress, stop):
+            return False
+        count = pages.num_pages
+        if options.selector.takes is Takes.BEST and options.pages_at_once(count) < count:
+            with pages.lock:
+                pages.summaries(options.selector)
+        return True
 
     def answer(
         self, document: PagedDocument, question: str, sampling: SamplingConfig, system_prompt: str = ""

@@ -106,13 +106,14 @@ def test_the_frame_is_what_a_prompt_takes_besides_document_and_question(tools, e
 
 def test_the_command_line_knows_the_strategies_that_there_are(tools):
     assert tuple(ANSWERERS) == STRATEGIES
-    assert [answerer.name for answerer in make_answerers(STRATEGIES, tools)] == ["full", "rag", "pages min-max"]
+    assert [answerer.name for answerer in make_answerers(STRATEGIES, tools)] == ["full", "rag", "pages low-rank"]
 
 
 @pytest.fixture
 def paged(tools) -> AnswererTools:
     pages = PagesConfig(page_tokens=16, sink_tokens=32, budget_tokens=64, local_tokens=64, window_tokens=128)
-    pages = replace(pages, codec=CodecName.BF16, selector=PageSelectorName.MEAN_KEY)
+    mean = PageSelectorName.MEAN_KEY
+    pages = replace(pages, codec=CodecName.BF16, selector=mean, reading_selector=mean)
     return replace(tools, config=replace(tools.config, pages=pages))
 
 
@@ -123,7 +124,7 @@ def test_selectors_and_budgets_are_compared_over_one_reading(paged, monkeypatch)
         "pages mean-key 32", "pages mean-key 64", "pages window 32", "pages window 64",
     ]  # fmt: skip
     read, readings = PagedPrefill.read, []
-    monkeypatch.setattr(PagedPrefill, "read", lambda self, *rest: readings.append(self.options) or read(self, *rest))
+    monkeypatch.setattr(PagedPrefill, "read", lambda self, *rest: readings.append(self.reading) or read(self, *rest))
     document = text_of(1, 30)
     answers = [list(one.answer(document, QUESTIONS, NEW_TOKENS)) for one in answerers]
     assert [(one.selector.selector_id, one.budget_pages) for one in readings] == [("mean-key", 4)]
@@ -138,7 +139,7 @@ def test_with_a_prefill_of_its_own_each_selector_reads(paged, monkeypatch):
     answerers = pages_answerers(replace(paged, pages=variants))
     assert [one.name for one in answerers] == ["pages mean-key own prefill", "pages window own prefill"]
     read, readings = PagedPrefill.read, []
-    monkeypatch.setattr(PagedPrefill, "read", lambda self, *rest: readings.append(self.options) or read(self, *rest))
+    monkeypatch.setattr(PagedPrefill, "read", lambda self, *rest: readings.append(self.reading) or read(self, *rest))
     for answerer in answerers:
         list(answerer.answer(text_of(1, 30), QUESTIONS[:1], NEW_TOKENS))
     assert [one.selector.selector_id for one in readings] == ["mean-key", "window"]
@@ -147,7 +148,8 @@ def test_with_a_prefill_of_its_own_each_selector_reads(paged, monkeypatch):
 def test_with_every_page_answers_are_those_of_full_prefill(paged):
     document = text_of(1, 8)
     [answerer] = pages_answerers(replace(paged, pages=PagesVariants((PageSelectorName.EVERYTHING,))))
-    config = replace(paged.config.pages, codec=CodecName.FP32, selector=PageSelectorName.EVERYTHING)
+    every = PageSelectorName.EVERYTHING
+    config = replace(paged.config.pages, codec=CodecName.FP32, selector=every, reading_selector=every)
     [exact] = pages_answerers(replace(paged, config=replace(paged.config, pages=config)))
     assert answerer.name == exact.name == "pages everything"
     found = [one.text for one in exact.answer(document, QUESTIONS, NEW_TOKENS)]

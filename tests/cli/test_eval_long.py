@@ -129,7 +129,7 @@ def test_selectors_and_budgets_reach_the_answerers_and_the_settings(run, readers
         "budgets": (64, 128),
         "own_prefill": True,
     }
-    assert data["settings"]["pages"]["selector"] == "min-max"
+    assert data["settings"]["pages"]["selector"] == "low-rank"
 
 
 def test_the_default_lengths_are_those_of_the_device(run):

@@ -19,6 +19,7 @@ from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords, window_refs
 from ragkit.kvcache.page_selector import pool_votes
+from ragkit.kvcache.page_selector_low_rank import LowRank
 from ragkit.kvcache.page_selector_mean_key import MeanKey
 from ragkit.kvcache.page_selector_soft_vote import SoftVote
 from ragkit.kvcache.page_selectors import make_page_selector
@@ -393,7 +394,7 @@ def test_a_second_reader_finds_all_pages_and_answers_the_same_without_reading(ll
     assert again.use().bytes_by_tier["disk"] > 0
 
 
-@pytest.mark.parametrize("selector", ["mean-key", "min-max", "centroids", "centroids-2"])
+@pytest.mark.parametrize("selector", ["mean-key", "min-max", "low-rank", "centroids", "centroids-2"])
 def test_what_a_selector_keeps_is_stored_and_no_key_is_read_for_it_again(llama, monkeypatch, selector):
     monkeypatch.setattr("ragkit.kvcache.page_summary_records.SECTION_WINDOWS", 4)
     tier, options = RecordsInMemory(), replace(SMALL, selector=make_page_selector(selector))
@@ -408,6 +409,25 @@ def test_what_a_selector_keeps_is_stored_and_no_key_is_read_for_it_again(llama, 
     torch.testing.assert_close(
         logits_over(llama, again, prefill), logits_over(llama, first, prefill), rtol=0, atol=1e-5
     )
+
+
+def test_sections_that_were_fitted_otherwise_are_made_again(llama, monkeypatch):
+    monkeypatch.setattr("ragkit.kvcache.page_summary_records.SECTION_WINDOWS", 4)
+    tier, options = RecordsInMemory(), replace(SMALL, selector=make_page_selector("low-rank"))
+    first, _ = read(llama, TOKENS[:300], options, tier=tier)
+    sections = [key for key in tier.records if key not in {ref.key for ref in first.refs}]
+    of_first = {key: tier.records.pop(key) for key in sections}
+    fit = LowRank.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(LowRank, "fit", lambda self, rows: tuple(-part for part in fit(self, rows)))
+        pages_of(llama, TOKENS[:300], options, tier=tier).summaries(options.selector)
+    assert set(of_first) <= set(tier.records)
+    tier.records[sections[0]] = of_first[sections[0]]
+    mixed = pages_of(llama, TOKENS[:300], options, tier=tier).summaries(options.selector)
+    for layer in range(3):
+        for mine, other in zip(mixed.of(layer), first.summaries(options.selector).of(layer), strict=True):
+            assert torch.equal(mine, other)
+    assert tier.records == {**tier.records, **of_first}
 
 
 @pytest.mark.parametrize("is_gone", [True, False])

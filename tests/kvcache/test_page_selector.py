@@ -3,10 +3,13 @@ import torch
 
 from ragkit.config import PageSelectorName, PageVote
 from ragkit.errors import KVCacheError
+from ragkit.kernels.page_log_sums import page_log_sums_torch
 from ragkit.kernels.page_scores import KeyBounds, Pooling, page_scores_torch
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache.page_scoring import score_bounds, score_vectors
 from ragkit.kvcache.page_selector import Election, PageRows, pool_votes
 from ragkit.kvcache.page_selector_centroids import Centroids
+from ragkit.kvcache.page_selector_low_rank import LowRank
 from ragkit.kvcache.page_selector_min_max import MinMax
 from ragkit.kvcache.page_selector_representative import RepresentativeKeys
 from ragkit.kvcache.page_selector_soft_vote import SoftVote
@@ -83,7 +86,7 @@ def test_a_page_of_keys_like_the_query_is_found_among_others(name):
     assert scores.argmax().item() + 1 == 23
 
 
-@pytest.mark.parametrize("name", ["min-max", "soft-vote", "centroids", "centroids-2", "representative"])
+@pytest.mark.parametrize("name", ["min-max", "low-rank", "soft-vote", "centroids", "centroids-2", "representative"])
 def test_a_single_row_that_matters_is_not_lost_in_its_page(name):
     selector = make_page_selector(name)
     rows = PageRows(_keys(40) * 0.3, torch.rand(40, PAGE, KV_HEADS) * 0.01)
@@ -127,6 +130,51 @@ def test_the_soft_vote_gives_a_page_the_attention_that_all_heads_would_give_its_
     weights = (torch.einsum("qhd,thd->qht", queries, tokens) * 0.25).softmax(-1)
     torch.testing.assert_close(scores[0], weights.unflatten(2, (4, PAGE)).sum(dim=(0, 1, 3)), rtol=0.02, atol=0.01)
     assert scores.sum().item() == pytest.approx(2 * Q_HEADS, abs=1e-3)
+
+
+def _low_rank_keys(pages, rank, head_dim, noise=0.0):
+    rng = torch.Generator().manual_seed(9)
+    basis = torch.linalg.qr(torch.randn(KV_HEADS, head_dim, rank, generator=rng)).Q
+    along = torch.randn(pages, PAGE, KV_HEADS, rank, generator=rng)
+    keys = torch.einsum("pthr,hdr->pthd", along, basis) + torch.randn(KV_HEADS, head_dim, generator=rng)
+    return (keys + noise * torch.randn(keys.shape, generator=rng)).contiguous()
+
+
+def test_keys_that_differ_in_few_directions_score_in_these_as_in_all():
+    keys = _low_rank_keys(40, 6, 128)
+    queries = torch.randn(3, Q_HEADS, 128, generator=torch.Generator().manual_seed(2))
+    vote, alone = Election(PageVote.SOFTMAX, 1, 0.3), Election(PageVote.SOFTMAX, KV_HEADS, 0.3)
+    for election in (vote, alone):
+        low, exact = (
+            one.score(queries, _summary(one, PageRows(keys)), 2, 37, election) for one in (LowRank(), SoftVote(bits=8))
+        )
+        assert _summary(LowRank(), PageRows(keys))[0].shape == (KV_HEADS, 128, 32)
+        torch.testing.assert_close(low, exact, rtol=0.25, atol=0.02)  # of codes of four bits against eight
+        assert torch.equal(low.argmax(dim=1), exact.argmax(dim=1))
+
+
+def test_a_basis_is_fitted_to_the_first_pages_and_kept_for_those_that_follow():
+    keys = _low_rank_keys(24, 6, 64, noise=0.1)
+    summaries = PageSummaries(LowRank(), 1)
+    fitted = []
+    for start in range(0, 24, 2):
+        summaries.append(0, PageRows(keys[start : start + 2]))
+        fitted.append(summaries.fitted(0)[0])
+    assert not torch.equal(fitted[2], fitted[3])  # the first group is open until it has eight pages
+    assert all(torch.equal(fitted[3], later) for later in fitted[4:])
+    assert torch.equal(fitted[3], LowRank().fit(PageRows(keys[:8]))[0])
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+def test_low_rank_keys_are_summed_without_the_kernel_as_by_it(head_dim):
+    rng = torch.Generator().manual_seed(3)
+    keys, queries = (torch.randn(*shape, head_dim, generator=rng) for shape in ((9, 16, KV_HEADS), (2, Q_HEADS)))
+    basis, _, *codes = _summary(LowRank(), PageRows(keys))
+    along = torch.einsum("nhgd,hdr->nhgr", queries.unflatten(1, (KV_HEADS, -1)), basis).flatten(1, 2)
+    election = Election(PageVote.SOFTMAX, 1, head_dim**-0.5)
+    by_kernel = pool_votes(page_log_sums_torch(along, QuantizedBlocks(*codes, 4), scale=election.scale), election)
+    scores = LowRank().score(queries, (basis, None, *codes), 0, 9, election)
+    torch.testing.assert_close(scores, by_kernel, rtol=1e-4, atol=1e-5)
 
 
 def test_centroids_of_keys_of_as_many_kinds_give_the_soft_vote():
