@@ -31,7 +31,7 @@ KERNELS = (
     "ragkit.kernels.page_top_k", "ragkit.kernels.rope_write_kv", "ragkit.kernels.selected_attention",
     "ragkit.kernels.selected_pages_attention",
 )  # fmt: skip
-SELECTORS = ["mean-key", "min-max", "soft-vote", "centroids", "centroids-2"]
+SELECTORS = ["mean-key", "min-max", "low-rank", "soft-vote", "centroids", "centroids-2"]
 ASKS_THE_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
 
 

@@ -41,7 +41,7 @@ def damage(tier, ref):
     tier.records[ref.key] = bytes(record)
 
 
-@pytest.mark.parametrize("selector", ["mean-key", "soft-vote", "centroids-2"])
+@pytest.mark.parametrize("selector", ["mean-key", "low-rank", "soft-vote", "centroids-2"])
 def test_a_damaged_window_is_mended_while_what_a_selector_keeps_is_made_again(llama, selector):
     tier = RecordsInMemory()
     options = replace(SMALL, selector=make_page_selector(selector))

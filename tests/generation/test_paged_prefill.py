@@ -283,7 +283,7 @@ def test_every_selector_reads_and_answers_beyond_the_window(llama, selector):
     assert bool(logits_over(llama, pages, prefill).isfinite().all())
 
 
-@pytest.mark.parametrize("selector", ["min-max", "centroids-2", "soft-vote", "representative"])
+@pytest.mark.parametrize("selector", ["min-max", "low-rank", "centroids-2", "soft-vote", "representative"])
 def test_another_selector_answers_from_the_pages_that_one_has_read(llama, selector):
     tier = RecordsInMemory()
     read(llama, TOKENS, tier=tier, received=True)
