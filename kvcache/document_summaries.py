@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeAlias
 
 import torch
 
+from ragkit.errors import KVCacheError
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef
 from ragkit.kvcache.page_grid import PageGrid
@@ -16,6 +19,8 @@ from ragkit.kvcache.page_summaries import PageSummaries
 from ragkit.kvcache.page_summary_records import PageSummaryRecords, StoredSummary
 
 _READERS = 4  # threads that read sections: checking what was read takes longer than reading it
+
+_log = logging.getLogger(__name__)
 
 ReadRows: TypeAlias = Callable[[int, range], PageRows]
 
@@ -83,12 +88,19 @@ class DocumentSummaries:
                 for start in range(section.start, stop, at_once):
                     self._add(made, range(start, min(start + at_once, stop)), read)
                 if section.stop <= windows:
-                    self._write(made, section)
-            self._records.flush()
+                    self._store(partial(self._write, made, section))
+            self._store(self._records.flush)
         except BaseException:
             del self._of[selector.selector_id]
             raise
         return made
+
+    def _store(self, write: Callable[[], None]) -> None:
+        """Write what was made for somebody who asks and has it either way."""
+        try:
+            write()
+        except KVCacheError as error:
+            _log.warning("what a selector keeps of a document was not stored, and will be made again: %s", error)
 
     def forget(self) -> None:
         """Let everything go."""

@@ -80,7 +80,10 @@ SETTINGS = {
     "layers share": {"layer_interval": 2},
     "alike choices stay": {"keep_similarity": 0.9},
     "clamped": {"positions": PagePositions.CLAMPED},
-    **{name: {"selector": make_page_selector(name)} for name in ("mean-key", "low-rank", "soft-vote", "centroids-2", "window")},
+    **{
+        name: {"selector": make_page_selector(name)}
+        for name in ("mean-key", "low-rank", "soft-vote", "centroids-2", "window")
+    },
     "everything": {"selector": make_page_selector("everything"), "positions": PagePositions.CLAMPED},
 }
 
