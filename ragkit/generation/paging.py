@@ -290,6 +290,9 @@ class Paging:
             return None
         free, _ = torch.cuda.mem_get_info(device)
         if nbytes > free * _LARGEST_FREE_SHARE:
+            torch.cuda.empty_cache()  # what the document before took is free for nobody else until then
+            free, _ = torch.cuda.mem_get_info(device)
+        if nbytes > free * _LARGEST_FREE_SHARE:
             _log.info("a document's pages take %d MB, and %d MB of the GPU are free", nbytes >> 20, free >> 20)
             return None
         return ResidentPages(self._codec, num_pages, device)
