@@ -33,7 +33,7 @@ from ragkit.kvcache.pool_tier import PoolTier
 from ragkit.types import Prompt, Segment
 
 PREFIX_TOKENS, QUESTION_TOKENS = 30, 60
-HF_BATCHES = (8, 16, 32)
+HF_BATCHES = (16, 32, 64)
 RATIO = 0.15
 COLUMNS = {
     "side": "Side", "requests": "Requests", "seconds": "Seconds", "ms_per_request": "ms a request",
