@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _INCHES = (0.75, 0.32)  # of a cell
 _MARGIN = (2.0, 1.4)
+_PANELS_ACROSS = 3
 _DARK = 45.0  # percent below which a cell is dark, so that its number must be light
 
 
@@ -45,15 +46,20 @@ def write_heat_map(report: LongReport, evaluation: str, rows: str, folder: Path)
     strategies = list(dict.fromkeys(cell.strategy for cell in report.cells))
     names = list(dict.fromkeys(cell.row for cell in report.cells))
     lengths = sorted({cell.length for cell in report.cells})
-    width = _MARGIN[0] + len(strategies) * (1.0 + _INCHES[0] * len(lengths))
-    figure = new_figure(width, _MARGIN[1] + _INCHES[1] * len(names))
-    panels = figure.subplots(1, len(strategies), squeeze=False, sharey=True)[0]
-    for axes, strategy in zip(panels, strategies, strict=True):
+    across = min(len(strategies), _PANELS_ACROSS)
+    down = -(-len(strategies) // across)
+    width = _MARGIN[0] + across * (1.0 + _INCHES[0] * len(lengths))
+    figure = new_figure(width, down * (_MARGIN[1] + _INCHES[1] * len(names)))
+    panels = figure.subplots(down, across, squeeze=False, sharey=True)
+    for axes in panels.flat[len(strategies) :]:
+        axes.set_axis_off()
+    for axes, strategy in zip(panels.flat, strategies, strict=False):
         cells = {(cell.row, cell.length): cell for cell in report.cells if cell.strategy == strategy}
         _draw(axes, cells, names, lengths)
         axes.set_title(strategy)
         axes.set_xlabel("tokens")
-    panels[0].set_ylabel(rows)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(rows)
     model = Path(str(report.settings.get("generator", ""))).name
     figure.suptitle(f"{evaluation}: score in percent, {model}", fontsize="medium")
     path = folder / heat_map_file(evaluation)
