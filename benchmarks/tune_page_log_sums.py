@@ -45,8 +45,8 @@ CASES = {
 }  # fmt: skip
 
 
-def _few(rows: int, warps: int, stages: int, programs: int, **more: Any) -> LogSumsTile:
-    return LogSumsTile(rows, 8, warps, stages, programs, keys_first=True, in_halves=True, **more)
+def _few(rows: int, warps: int, stages: int, programs: int) -> LogSumsTile:
+    return LogSumsTile(rows, 8, warps, stages, programs, keys_first=True, in_halves=True)
 
 
 def _many(rows: int, pairs: int, warps: int, stages: int, programs: int, keys_first: bool) -> LogSumsTile:

@@ -41,17 +41,18 @@ def log_sums_tile(queries: torch.Tensor, keys: Blocks) -> LogSumsTile:
         queries: (tokens, q_heads, head_dim).
         keys: (pages, page_size, kv_heads, head_dim), numbers or codes.
     """
-    coded = isinstance(keys, QuantizedBlocks)
     together = keys.row_group if isinstance(keys, QuantizedBlocks) else keys.shape[1]
     packed = max(1, queries.shape[0] * queries.shape[1] // keys.shape[2])
     if queries.dtype == torch.float32:
         return LogSumsTile(min(16, together), 16, 8, 2, 8)
-    if coded and packed <= 32 and keys.shape[3] <= 128:
+    if isinstance(keys, QuantizedBlocks) and packed <= 32 and keys.shape[3] <= 128:
         # One warp has a page to itself: it reads each code once, and waits for no other.
-        pairs = max(8, next_power_of_2(packed))
-        return LogSumsTile(min(32, together), pairs, 1, 3, 16 if pairs == 8 else 8, keys_first=True, in_halves=True)
+        if packed > 8:
+            return LogSumsTile(min(32, together), next_power_of_2(packed), 1, 3, 8, keys_first=True, in_halves=True)
+        # So many programs of 104 registers a thread, or of 20 KiB of shared memory, run at once.
+        return LogSumsTile(min(64, together), 8, 1, 3, 16 if keys.bits == 4 else 10, keys_first=True, in_halves=True)
     pairs = max(16, min(_MOST_PAIRS, next_power_of_2(packed)))
-    if coded and pairs == _MOST_PAIRS:
+    if isinstance(keys, QuantizedBlocks) and pairs == _MOST_PAIRS:
         return LogSumsTile(min(32, together), pairs, 4, 3, 8, in_halves=True)
     return LogSumsTile(min(32, together), pairs, 4, 2, 8)
 

@@ -49,7 +49,7 @@ def halves_of_nibbles(packed, low_scale, low_zero, high_scale, high_zero, IN_PAI
             fma.rn.f16x2 $3, d, $10, $12;
             }
             """,
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
             [packed, low_scale, low_zero, high_scale, high_zero],
             dtype=(tl.float16, tl.float16),
             is_pure=True,
@@ -79,7 +79,7 @@ def halves_of_bytes(codes, scale, zero, IN_PAIRS: tl.constexpr):
             fma.rn.f16x2 $1, odd, $4, $6;
             }
             """,
-            "=r,=r,r,r,r,r,r",
+            "=&r,=&r,r,r,r,r,r",
             [codes, scale, zero],
             dtype=tl.float16,
             is_pure=True,
