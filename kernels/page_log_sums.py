@@ -6,6 +6,7 @@
 
 Over all pages the softmax of these logits is the attention that each page receives from a query that sees everything,
 so nothing stands for the keys and nothing is overlooked. Keys are numbers, or codes that become numbers in registers.
+Where queries are of 16 bits, `log_sums_tile` may have codes and queries as fp16: a query is then held to +-65,504.
 Of a long document only some pages may be looked at: they are listed on the device, for all key heads or for each.
 
 Source: scores of all tokens, normalised over them: TokenSelect, arXiv 2411.02886, section 4. Cost: reads the keys once;
