@@ -15,11 +15,11 @@ from ragkit.kernels.testing import assert_matches
 
 
 def cases(device: torch.device) -> list[KernelCase]:
-    """Return one query, and eight, over 128K rows and over a million as codes; on a CPU small cases."""
+    """Return one query, eight and a question over 128K rows, and one over a million as codes; on a CPU small cases."""
     if device.type == "cpu":
         return [*(_case(1, 5, bits, device) for bits in (0, 4)), _listed(1, 5, 3, 4, device)]
     sizes = [(tokens, 2048, bits) for tokens in (1, 8) for bits in (0, 8, 4)]
-    cases = [_case(*size, device) for size in (*sizes, (1, 16384, 4))]
+    cases = [_case(*size, device) for size in (*sizes, (1, 8192, 8), (1, 16384, 4), (64, 2048, 4))]
     return [*cases, *(_listed(tokens, 2048, 114, 4, device) for tokens in (1, 8))]
 
 

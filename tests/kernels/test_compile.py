@@ -28,6 +28,16 @@ def test_what_is_launched_early_waits_before_it_reads_and_is_called_by_the_kerne
     }
 
 
+def test_codes_that_are_read_in_pairs_are_copied_ahead_and_never_converted_as_integers(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    script = ROOT / "tests" / "support" / "compile_log_sums.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"int{bits}:{pairs}:{warps}:0:True:0" for bits in (8, 4) for pairs, warps in ((8, 1), (32, 1), (64, 4))
+    ]
+
+
 def test_every_kernel_that_is_measured_compiles_for_a_gpu(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     script = ROOT / "tests" / "support" / "compile_kernels.py"
