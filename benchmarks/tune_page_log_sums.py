@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from kernel_inputs import BLOCK_SIZE, kv_rows, model_shape, normal, quantized
+from kernel_inputs import BLOCK_SIZE, ModelShape, kv_rows, model_shape, normal
 from kernel_speed import Clock
 from torch import Tensor
 from tuning import clock_and_ceiling, report_tiles
@@ -23,6 +24,7 @@ from tuning import clock_and_ceiling, report_tiles
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.log_sums_tile import LogSumsTile, log_sums_tile
 from ragkit.kernels.page_log_sums import page_log_sums, page_log_sums_torch
+from ragkit.kernels.quantize_kv import quantize_kv
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
 
 SECONDS = 72.0  # after which no other way is begun
@@ -32,16 +34,21 @@ WORST, TYPICAL = 0.05, 0.01  # nats that a logit may be off at most, and by its 
 
 
 class Case(NamedTuple):
-    """What is asked of how many pages: by so many tokens, of codes of so many bits."""
+    """What is asked of how many pages: by so many tokens, of codes of so many bits.
+
+    `rank` is how many numbers of a key are kept (all where it is 0), and `group` how many rows share a scale.
+    """
 
     tokens: int
     pages: int
     bits: int
+    group: int
+    rank: int = 0
 
 
 CASES = {
-    "decode": Case(1, 16384, 4), "decode8": Case(1, 8192, 8),
-    "question": Case(64, 16384, 4), "window": Case(8, 8192, 4),
+    "low-rank": Case(1, 16384, 4, 64, 32), "decode": Case(1, 16384, 4, 32), "decode8": Case(1, 8192, 8, 64),
+    "question": Case(64, 16384, 4, 32), "low-rank question": Case(64, 16384, 4, 64, 32), "window": Case(8, 8192, 4, 32),
 }  # fmt: skip
 
 
@@ -56,6 +63,13 @@ def _many(rows: int, pairs: int, warps: int, stages: int, programs: int, keys_fi
 # The first of each case is what was chosen before codes were read in halves. Other numbers of programs share what is
 # compiled: 16 compilations in all.
 TILES: dict[str, tuple[LogSumsTile, ...]] = {
+    "low-rank": (
+        LogSumsTile(32, 16, 4, 2, 8),
+        *(_few(64, 1, 3, programs) for programs in (10, 16, 24, 32)),
+        *(_few(32, 1, 3, programs) for programs in (16, 32)),
+        _few(64, 1, 5, 16),
+    ),
+    "low-rank question": (LogSumsTile(32, 64, 4, 2, 8), _many(64, 64, 4, 3, 8, False), _many(32, 32, 1, 3, 16, True)),
     "decode": (
         LogSumsTile(32, 16, 4, 2, 8),
         *(_few(32, 1, 3, programs) for programs in (8, 12, 16, 32)),
@@ -97,12 +111,13 @@ def main() -> None:
 
 def _timed(name: str, clock: Clock, ceiling: float, end: float) -> list[dict[str, Any]]:
     """Return a row for each way that compiles and agrees."""
-    tokens, pages, bits = CASES[name]
+    tokens, pages, bits, group, rank = CASES[name]
     pages = 5 if clock.tiny else pages
     shape = model_shape(clock.device)
-    queries = normal(tokens, shape.q_heads, shape.head_dim, shape=shape, device=clock.device)
-    keys = _keys(pages, bits, clock)
     scale = shape.head_dim**-0.5
+    shape = replace(shape, head_dim=rank or shape.head_dim)
+    queries = normal(tokens, shape.q_heads, shape.head_dim, shape=shape, device=clock.device)
+    keys = _keys(pages, bits, group, shape, clock.device)
     some = QuantizedBlocks(keys.codes[:CHECKED], keys.scales[:CHECKED], keys.zeros[:CHECKED], bits)
     expected = page_log_sums_torch(queries, some, scale=scale)
     work = keys.nbytes + tokens * shape.q_heads * pages * 4
@@ -131,16 +146,15 @@ def _timed(name: str, clock: Clock, ceiling: float, end: float) -> list[dict[str
     return found
 
 
-def _keys(pages: int, bits: int, clock: Clock) -> QuantizedBlocks:
+def _keys(pages: int, bits: int, group: int, shape: ModelShape, device: torch.device) -> QuantizedBlocks:
     """Return random keys as codes, made some pages at a time: numbers of all of them would take gigabytes."""
-    shape = model_shape(clock.device)
     parts = []
     for start in range(0, pages, AT_A_TIME):
         count = min(AT_A_TIME, pages - start)
-        numbers = kv_rows(count * BLOCK_SIZE, shape, clock.device).unflatten(0, (count, BLOCK_SIZE))
-        parts.append(quantized(numbers, numbers, bits)[0])
-    stored = [torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")]
-    return QuantizedBlocks(stored[0], stored[1], stored[2], bits)
+        rows = kv_rows(count * BLOCK_SIZE, shape, device)
+        codes = quantize_kv(rows, bits=bits, token_group=group, channel_group=1)
+        parts.append([part.unflatten(0, (count, -1)) for part in codes])
+    return QuantizedBlocks(*(torch.cat(some) for some in zip(*parts, strict=True)), bits)
 
 
 def _errors(got: Tensor, expected: Tensor) -> dict[str, float]:
