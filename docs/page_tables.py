@@ -32,15 +32,16 @@ def decode_table(results: Path) -> str:
     if not found:
         return ""
     lines = [
-        "| tokens | pages | layers a choice | GB of pages | ms a token | times the shortest | attention, ms "
-        "| selection, of the step |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| tokens | pages | tokens a choice | layers a choice | GB of pages | ms a token | times the shortest "
+        "| attention, ms | selection, of the step |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for _, record in found:
         for row in record["result"]["decode"]:
             layers = record["result"].get("pages", {}).get("layer_interval", "1")
             lines.append(
-                f"| {row['tokens']:,} | {row['codec']} | {layers} | {row['gb']:.1f} | {row['step_ms']:.2f} | "
+                f"| {row['tokens']:,} | {row['codec']} | {row['interval']} | {layers} "
+                f"| {row['gb']:.1f} | {row['step_ms']:.2f} | "
                 f"{row['times_8k']:.2f} | {row['attention_ms']:.2f} | {row['selection_share']:.1%} |"
             )
     lines.append("")

@@ -10,6 +10,7 @@ from ragkit.kernels.backend import ceil_div, next_power_of_2, num_processors
 from ragkit.kernels.paged_rows import Blocks
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
 
+_FEW_CHANNELS = 32  # of keys that only their main directions are kept of
 _MOST_PAIRS = 64  # queries of one key head that a program takes
 
 
@@ -49,10 +50,17 @@ def log_sums_tile(queries: torch.Tensor, keys: Blocks) -> LogSumsTile:
         # One warp has a page to itself: it reads each code once, and waits for no other.
         if packed > 8:
             return LogSumsTile(min(32, together), next_power_of_2(packed), 1, 3, 8, keys_first=True, in_halves=True)
-        # So many programs of 104 registers a thread, or of 20 KiB of shared memory, run at once.
-        return LogSumsTile(min(64, together), 8, 1, 3, 16 if keys.bits == 4 else 10, keys_first=True, in_halves=True)
+        if keys.bits == 8:
+            return LogSumsTile(min(32, together), 8, 1, 3, 8, keys_first=True, in_halves=True)
+        # Rows that share scales are read at once: twice as many rows a tile took half the time.
+        stages = 4 if together <= 32 else 3
+        return LogSumsTile(min(64, together), 8, 1, stages, 24, keys_first=True, in_halves=True)
     pairs = max(16, min(_MOST_PAIRS, next_power_of_2(packed)))
     if isinstance(keys, QuantizedBlocks) and pairs == _MOST_PAIRS:
+        if keys.shape[3] <= _FEW_CHANNELS:
+            return LogSumsTile(min(64, together), pairs, 4, 3, 8, in_halves=True)
+        if packed > pairs and keys.shape[3] <= 128:
+            return LogSumsTile(min(32, together), 2 * pairs, 8, 3, 4, in_halves=True)
         return LogSumsTile(min(32, together), pairs, 4, 3, 8, in_halves=True)
     return LogSumsTile(min(32, together), pairs, 4, 2, 8)
 

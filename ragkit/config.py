@@ -295,7 +295,7 @@ class PagesConfig:
     reading_found_times: int = 3
     local_tokens: int = 1024
     window_tokens: int = 512
-    interval: int = 4
+    interval: int = 8
     layer_interval: int = 1
     keep_similarity: float = 1.0
     keep_received: bool = False

@@ -11,13 +11,13 @@ FACTS = {"commit": "0123456789", "date": "2026-01-02T03:04:05+00:00", "machine":
 
 
 def test_figures_are_shown_with_their_command_and_file(tmp_path):
-    row = {"tokens": 1048576, "codec": "int4", "gb": 38.6, "step_ms": 7.5, "times_8k": 1.2, "attention_ms": 1.1,
-           "selection_share": 0.123}  # fmt: skip
+    row = {"tokens": 1048576, "codec": "int4", "interval": 8, "gb": 38.6, "step_ms": 7.5, "times_8k": 1.2,
+           "attention_ms": 1.1, "selection_share": 0.123}  # fmt: skip
     reading = {"tokens": 1048576, "seconds": 55.4, "is_extrapolated": True, "peak_gb": 66.2}
     record = {**FACTS, "result": {"decode": [row], "prefill": reading}}
     (tmp_path / "pages_speed.json").write_text(json.dumps(record), encoding="utf-8")
     table = tables.decode_table(tmp_path)
-    assert "| 1,048,576 | int4 | 1 | 38.6 | 7.50 | 1.20 | 1.10 | 12.3% |" in table
+    assert "| 1,048,576 | int4 | 8 | 1 | 38.6 | 7.50 | 1.20 | 1.10 | 12.3% |" in table
     assert "Reading 1,048,576 tokens takes 55 s, from windows at three places, with at most 66 GB" in table
     assert "`python benchmarks/pages_speed.py` at commit 0123456, 2026-01-02, H100." in table
 
@@ -51,8 +51,8 @@ def test_runs_of_some_lengths_each_make_one_table_and_models_stay_apart(tmp_path
 
 
 def test_decoding_and_reading_that_were_measured_apart_stand_with_a_command_each(tmp_path):
-    row = {"tokens": 8192, "codec": "int4", "gb": 0.3, "step_ms": 6.5, "times_8k": 1.0, "attention_ms": 1.0,
-           "selection_share": 0.1}  # fmt: skip
+    row = {"tokens": 8192, "codec": "int4", "interval": 8, "gb": 0.3, "step_ms": 6.5, "times_8k": 1.0,
+           "attention_ms": 1.0, "selection_share": 0.1}  # fmt: skip
     reading = {"tokens": 8192, "seconds": 55.4, "is_extrapolated": False, "peak_gb": 66.2}
     results = {
         "pages_speed": {"decode": [row]},
@@ -62,7 +62,7 @@ def test_decoding_and_reading_that_were_measured_apart_stand_with_a_command_each
     for name, result in results.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({**FACTS, "result": result}), encoding="utf-8")
     table = tables.decode_table(tmp_path)
-    assert [line.split(" | ")[2] for line in table.splitlines() if line.startswith("| 8,192")] == ["1", "2"]
+    assert [line.split(" | ")[3] for line in table.splitlines() if line.startswith("| 8,192")] == ["1", "2"]
     assert "Reading 8,192 tokens takes 55 s, with at most 66 GB of GPU memory." in table
     assert "`python benchmarks/pages_speed.py --parts prefill` at commit 0123456" in table
     assert table.count("Raw numbers:") == 3

@@ -135,7 +135,9 @@ def test_few_queries_of_codes_take_a_warp_a_page_and_many_do_not(device, rng):
     assert (few.pairs, few.warps, few.keys_first, few.in_halves) == (8, 1, True, True)
     window, question = log_sums_tile(queries[:8], codes), log_sums_tile(queries, codes)
     assert (window.pairs, window.warps, window.keys_first) == (32, 1, True)
-    assert (question.pairs, question.warps, question.keys_first) == (64, 4, False)
+    assert (question.pairs, question.warps, question.keys_first) == (128, 8, False)
+    low_rank = log_sums_tile(queries[:2, :, :32], _codes(keys[..., :32].contiguous(), 4, 64))
+    assert (low_rank.rows, low_rank.warps) == (64, 1)  # as many as share scales
     assert not log_sums_tile(queries[:2].float(), codes).in_halves
     assert not log_sums_tile(queries[:2], keys).keys_first
 
