@@ -6,6 +6,7 @@ from ragkit.errors import KVCacheError
 from ragkit.kernels.page_log_sums import page_log_sums_torch
 from ragkit.kernels.page_scores import KeyBounds, Pooling, page_scores_torch
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
+from ragkit.kvcache import page_selector_centroids
 from ragkit.kvcache.page_scoring import score_bounds, score_vectors
 from ragkit.kvcache.page_selector import Election, PageRows, pool_votes
 from ragkit.kvcache.page_selector_centroids import Centroids
@@ -183,6 +184,16 @@ def test_centroids_of_keys_of_as_many_kinds_give_the_soft_vote():
     one, exact = Centroids(group_pages=8), SoftVote(bits=8)
     mine, other = (select.score(_queries(2), _summary(select, rows), 0, 8, LAYER) for select in (one, exact))
     torch.testing.assert_close(mine, other, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_groups_that_are_clustered_at_once_have_the_centroids_of_each_alone(monkeypatch, levels, kv_heads):
+    monkeypatch.setattr(page_selector_centroids, "_GROUPS_AT_ONCE", 2)
+    selector, keys = Centroids(levels), torch.randn(29, 32, kv_heads, DIM, generator=torch.Generator().manual_seed(3))
+    alone = [selector.summarise(PageRows(keys[start : start + 8])) for start in range(0, 29, 8)]
+    for part, parts in zip(selector.summarise(PageRows(keys)), zip(*alone, strict=True), strict=True):
+        assert torch.equal(part, torch.cat(parts))
 
 
 def test_a_cluster_without_a_row_weighs_nothing_and_logits_may_be_large():
