@@ -317,12 +317,15 @@ class Paging:
         layout, size = self._engine.decoder.layout, self._config.page_tokens
         fitting = (self._config.cache_mb << 20) // (layout.bytes_per_token * size)
         heads = max(spec.num_kv_heads for spec in layout.layers)
-        wanted = max(one.pages_needed(num_pages, heads) for one in (self.prefill.options, self.prefill.reading))
+        asking, reading = (one.pages_needed(num_pages, heads) for one in (self.prefill.options, self.prefill.reading))
+        wanted = max(asking, reading)
         if fitting < wanted:
+            of = "reading_" if reading > asking else ""
             megabytes = -(-wanted * size * layout.bytes_per_token >> 20)
             raise CacheCapacityError(
                 f"{wanted:,} pages of each layer are needed at once, {megabytes:,} MB decoded, and pages.cache_mb is "
-                f"{self._config.cache_mb:,}: raise it, or lower pages.budget_tokens or pages.found_times"
+                f"{self._config.cache_mb:,}: raise it, lower pages.budget_tokens or pages.{of}found_times, or take "
+                f"another pages.{of}selector"
             )
         return PageCache(layout, size, max(1, min(fitting, num_pages)), 0, self._engine.decoder.device)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ragkit.config import KVConfig, PagesConfig
+from ragkit.errors import CacheCapacityError
 from ragkit.generation import paging
 from ragkit.generation.paging import Paging
 from ragkit.kvcache.layout import KVLayout, LayerSpec
@@ -56,3 +57,13 @@ def test_what_finds_the_pages_needs_room_beside_them(holds, codec):
     assert not holds(codec, int((nbytes + kept) / 0.92))
     only_bounds = PAGES * 16 * 8 * 64 * 2 * 4 * 2
     assert holds(codec, int((nbytes + only_bounds) / 0.88), selector="min-max")
+
+
+@pytest.mark.parametrize("kind", ["", "reading_"])
+@pytest.mark.parametrize("setting", [{"found_times": 50}, {"selector": "everything"}])
+def test_a_cache_that_is_too_small_names_the_settings_that_ask_for_more(engine, setting, kind):
+    config = PagesConfig(cache_mb=2, **{kind + name: value for name, value in setting.items()})
+    own = Paging(engine, config, KVConfig(), None)
+    named = f"lower pages.budget_tokens or pages.{kind}found_times, or take another pages.{kind}selector"
+    with pytest.raises(CacheCapacityError, match=named):
+        own._cache(PAGES)
