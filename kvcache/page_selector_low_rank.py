@@ -68,9 +68,9 @@ class LowRank:
 
     def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
         """Return (groups, pages) fp32."""
-        basis, _, *codes = summary
+        basis, _, codes, scales, zeros = summary
         along = torch.einsum("nhgd,hdr->nhgr", queries.unflatten(1, (len(basis), -1)).float(), basis).flatten(1, 2)
-        some = QuantizedBlocks(*(part[first:stop] for part in codes), _BITS)
+        some = QuantizedBlocks(codes[first:stop], scales[first:stop], zeros[first:stop], _BITS)
         if resolve_backend(queries) is Backend.TRITON and some.shape[1] >= _LEAST_BLOCK:
             return pool_votes(page_log_sums(along.to(queries.dtype), some, scale=election.scale), election)
         logits = [
