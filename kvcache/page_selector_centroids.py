@@ -91,7 +91,8 @@ class Centroids(Unfitted):
         groups, pages, page_size, kv_heads, head_dim = keys.shape
         count = max(1, self.group_pages * page_size // _KEYS_PER_CENTROID)  # of a group that is not full as many
         # Every key head of every group is clustered by itself, all of them at once: a head more costs no launch.
-        rows = keys.flatten(1, 2).transpose(0, 1).flatten(1, 2)  # (tokens, groups * kv_heads, head_dim)
+        # (tokens, groups * kv_heads, head_dim); of a single key head the groups would stay strided.
+        rows = keys.flatten(1, 2).transpose(0, 1).flatten(1, 2).contiguous()
         fine, labels = _clusters(rows, count)
         counts = torch.zeros((pages, groups * kv_heads, count), dtype=torch.int32, device=keys.device)
         of_pages = labels.unflatten(0, (pages, page_size)).transpose(1, 2).long()

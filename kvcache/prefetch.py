@@ -133,7 +133,8 @@ class KVPrefetcher:
         return None
 
     def _expected_bytes(self, ref: ChunkRef) -> int:
-        return self._sizes.get(ref, int(len(ref.token_ids) * self._bytes_a_token))
+        # At most all there is: by the most that a token took a chunk may be thought too large; reading it tells.
+        return min(self._budget, self._sizes.get(ref, int(len(ref.token_ids) * self._bytes_a_token)))
 
     def _bring(self, ref: ChunkRef) -> None:
         pool = self._store.pool

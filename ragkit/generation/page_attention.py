@@ -160,12 +160,15 @@ class PageAttention:
         seen = self._seen[layer]
         if seen is None or (self._chooses and not self._stays(layer, queries)):
             seen = seen or self._room(keys)
+            # Rows that an error leaves half replaced are of no choice: a pass that is done again chooses them again.
+            chooser, self._choosers[layer] = self._choosers[layer], None
             before = self._pages.use()
             listed = self.choices.choose(layer, queries)
             count = self.layout.num_rows
             held, self._held[layer] = self._held[layer], None
             self._source.load(layer, listed, seen.keys[:count], seen.values[:count], held)
             self.use += self._pages.use(before)
+            self._choosers[layer] = chooser
             if not self._keep_rows:
                 self._seen[layer], self._held[layer] = seen, listed
         return seen

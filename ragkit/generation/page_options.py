@@ -126,5 +126,6 @@ class PageOptions:
             raise GenerationError(
                 f"{most:,} positions would be in use at once ({own_tokens:,} of them for the tokens of one pass), and "
                 f"the model's window has {max_context:,}: lower pages.budget_tokens, pages.local_tokens or "
-                "pages.window_tokens, or take another pages.selector or pages.positions"
+                "pages.window_tokens, or take another pages.selector (for windows pages.reading_selector) or "
+                "pages.positions"
             )

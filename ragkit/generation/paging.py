@@ -31,6 +31,7 @@ from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords, window_refs
 from ragkit.kvcache.page_selector import Takes
+from ragkit.kvcache.page_summaries import summary_bytes
 from ragkit.kvcache.page_tokens import TextTokens, TokenRecords
 from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.kvcache.segment_tier import KVCatalogue, SegmentTier
@@ -42,6 +43,7 @@ from ragkit.types import AttendedSpan
 _LARGEST_SHARE = 0.7  # of the disk's budget that one document may take: the tier keeps a quarter free when it evicts
 _LISTED_SPANS = 32
 _LARGEST_FREE_SHARE = 0.8  # of a GPU's free memory that pages may take: attention and activations need the rest
+_LARGEST_KEPT_SHARE = 0.9  # that pages and what selectors keep of them may take together
 _LEAST_BLOCK = 16  # rows of a block, and of a group of them, that kernels read
 
 _log = logging.getLogger(__name__)
@@ -288,14 +290,24 @@ class Paging:
         fits_blocks = min(size, self._codec.group) >= _LEAST_BLOCK
         if device.type != "cuda" or not fits_blocks or nbytes > self._config.gpu_mb << 20:
             return None
+        # What finds the pages lies there as well, and is made at the end of reading: then it would be too late.
+        needed = max(nbytes / _LARGEST_FREE_SHARE, (nbytes + self._summary_bytes(num_pages)) / _LARGEST_KEPT_SHARE)
         free, _ = torch.cuda.mem_get_info(device)
-        if nbytes > free * _LARGEST_FREE_SHARE:
+        if needed > free:
             torch.cuda.empty_cache()  # what the document before took is free for nobody else until then
             free, _ = torch.cuda.mem_get_info(device)
-        if nbytes > free * _LARGEST_FREE_SHARE:
+        if needed > free:
             _log.info("a document's pages take %d MB, and %d MB of the GPU are free", nbytes >> 20, free >> 20)
             return None
         return ResidentPages(self._codec, num_pages, device)
+
+    def _summary_bytes(self, num_pages: int) -> int:
+        """Return the bytes of what selectors keep of so many pages: where not all are attended to, they are scored."""
+        both = (self.prefill.options, self.prefill.reading)
+        scoring = [one.selector for one in both if one.pages_at_once(num_pages) < num_pages]
+        selectors = {one.selector_id: one for one in scoring}.values()
+        layout, size = self._engine.decoder.layout, self._config.page_tokens
+        return sum(summary_bytes(one, layout, size, num_pages) for one in selectors)
 
     def _no_cache(self) -> PageCache:
         decoder = self._engine.decoder
@@ -305,12 +317,15 @@ class Paging:
         layout, size = self._engine.decoder.layout, self._config.page_tokens
         fitting = (self._config.cache_mb << 20) // (layout.bytes_per_token * size)
         heads = max(spec.num_kv_heads for spec in layout.layers)
-        wanted = max(one.pages_needed(num_pages, heads) for one in (self.prefill.options, self.prefill.reading))
+        asking, reading = (one.pages_needed(num_pages, heads) for one in (self.prefill.options, self.prefill.reading))
+        wanted = max(asking, reading)
         if fitting < wanted:
+            of = "reading_" if reading > asking else ""
             megabytes = -(-wanted * size * layout.bytes_per_token >> 20)
             raise CacheCapacityError(
                 f"{wanted:,} pages of each layer are needed at once, {megabytes:,} MB decoded, and pages.cache_mb is "
-                f"{self._config.cache_mb:,}: raise it, or lower pages.budget_tokens or pages.found_times"
+                f"{self._config.cache_mb:,}: raise it, lower pages.budget_tokens or pages.{of}found_times, or take "
+                f"another pages.{of}selector"
             )
         return PageCache(layout, size, max(1, min(fitting, num_pages)), 0, self._engine.decoder.device)
 

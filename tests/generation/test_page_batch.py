@@ -19,6 +19,7 @@ from ragkit.generation.page_attention import PageAttention
 from ragkit.generation.page_batch import PageBatch
 from ragkit.generation.page_decode import PageSteps
 from ragkit.generation.page_request import PageRequest
+from ragkit.generation.page_rows import CachedRows
 from ragkit.generation.paged_answer import PagedAnswer
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.paged_question import PagedQuestion
@@ -262,6 +263,27 @@ def test_where_memory_runs_out_fewer_run_and_answers_stay(engine, monkeypatch, c
     assert batch.stats.given_way == 2
     assert max(running) == 2
     assert "memory ran out with 3 questions over a document's pages at once: 2 from now on" in caplog.text
+
+
+def test_rows_that_were_half_replaced_when_memory_ran_out_are_not_attended_to(engine, monkeypatch):
+    pages, prefill = opened(engine, replace(OPTIONS, keep_similarity=0.2, interval=2))
+    expected = {one.name: alone(engine, pages, prefill, one)[:3] for one in requests()}
+    load, counts = CachedRows.load, []
+
+    def failing(self, layer, listed, keys, values, before=None):
+        load(self, layer, listed, keys, values, before)
+        if before is not None:  # a choice that replaces another one
+            counts[-1] += 1
+            if counts[-1] == len(counts) + 7:
+                keys.zero_()
+                raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(CachedRows, "load", failing)
+    for _ in range(6):
+        counts.append(0)
+        batch = batch_of(engine, pages, prefill, requests())
+        assert {name: one[:3] for name, one in together(batch).items()} == expected
+        assert batch.stats.given_way == 1
 
 
 def test_a_question_that_finds_no_memory_alone_is_told_so(engine, monkeypatch):

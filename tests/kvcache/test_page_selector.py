@@ -6,6 +6,8 @@ from ragkit.errors import KVCacheError
 from ragkit.kernels.page_log_sums import page_log_sums_torch
 from ragkit.kernels.page_scores import KeyBounds, Pooling, page_scores_torch
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
+from ragkit.kvcache import page_selector_centroids
+from ragkit.kvcache.layout import KVLayout, LayerSpec
 from ragkit.kvcache.page_scoring import score_bounds, score_vectors
 from ragkit.kvcache.page_selector import Election, PageRows, pool_votes
 from ragkit.kvcache.page_selector_centroids import Centroids
@@ -14,7 +16,7 @@ from ragkit.kvcache.page_selector_min_max import MinMax
 from ragkit.kvcache.page_selector_representative import RepresentativeKeys
 from ragkit.kvcache.page_selector_soft_vote import SoftVote
 from ragkit.kvcache.page_selectors import make_page_selector
-from ragkit.kvcache.page_summaries import PageSummaries
+from ragkit.kvcache.page_summaries import PageSummaries, summary_bytes
 
 KV_HEADS, Q_HEADS, DIM, PAGE = 2, 6, 16, 8
 
@@ -185,6 +187,16 @@ def test_centroids_of_keys_of_as_many_kinds_give_the_soft_vote():
     torch.testing.assert_close(mine, other, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_groups_that_are_clustered_at_once_have_the_centroids_of_each_alone(monkeypatch, levels, kv_heads):
+    monkeypatch.setattr(page_selector_centroids, "_GROUPS_AT_ONCE", 2)
+    selector, keys = Centroids(levels), torch.randn(29, 32, kv_heads, DIM, generator=torch.Generator().manual_seed(3))
+    alone = [selector.summarise(PageRows(keys[start : start + 8])) for start in range(0, 29, 8)]
+    for part, parts in zip(selector.summarise(PageRows(keys)), zip(*alone, strict=True), strict=True):
+        assert torch.equal(part, torch.cat(parts))
+
+
 def test_a_cluster_without_a_row_weighs_nothing_and_logits_may_be_large():
     keys = torch.ones(8, PAGE, KV_HEADS, DIM) * 300.0
     selector = Centroids()
@@ -257,6 +269,22 @@ def test_scores_on_a_cpu_rank_pages_as_the_kernels_definition_does(vote, groups)
             2 * Q_HEADS / groups if vote is PageVote.SUM else 1.0
         )  # the kernel takes the mean of what is added here
         torch.testing.assert_close(mine, kernel * factor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BEST)
+@pytest.mark.parametrize(("kv_heads", "head_dim", "size"), [(2, 64, 64), (1, 128, 16)])
+def test_the_bytes_that_summaries_take_are_known_before_there_are_any(name, kv_heads, head_dim, size):
+    selector, pages = make_page_selector(name), 8000
+    spec = LayerSpec(kv_heads, head_dim, None)
+    expected = summary_bytes(selector, KVLayout((spec, spec), torch.bfloat16), size, pages)
+    made = PageSummaries(selector, 2)
+    rows = PageRows(torch.randn(48, size, kv_heads, head_dim).bfloat16(), torch.rand(48, size, kv_heads))
+    for layer in range(2):
+        made.append(layer, rows)
+    fitted = 2 * sum(part.nbytes for part in made.fitted(0))  # of the document, however many pages it has
+    assert expected == (made.nbytes - fitted) * pages / 48
+    small = summary_bytes(selector, KVLayout((spec,), torch.bfloat16), size, pages // 2)
+    assert expected == 4 * small
 
 
 def test_an_unknown_selector_is_refused_by_name():

@@ -132,6 +132,17 @@ def test_a_chunk_larger_than_the_bound_is_not_kept_and_stops_no_other(store, tie
         assert reader.bytes_held == ONE
 
 
+def test_a_chunk_that_is_expected_to_be_larger_than_the_bound_stops_no_other(store, tier):
+    large = ref_of("large", 90)
+    tier.records[large.key] = write_record(encoded_of(CODEC, large))
+    with contextlib.closing(KVPrefetcher(store, 2 * ONE)) as reader:
+        reader.want(REFS[:1])
+        assert until(lambda: not store.missing(REFS[:1]))  # from now on it is known what a token takes
+        reader.want([large, REFS[1]])
+        assert until(lambda: not store.missing(REFS[1:2]))
+        assert reader.bytes_held == ONE
+
+
 def test_what_was_read_ahead_is_not_driven_out_before_its_use_and_may_leave_after_it(store, tier):
     with contextlib.closing(KVPrefetcher(store, 4 * ONE)) as reader:
         reader.want(REFS[:4])
