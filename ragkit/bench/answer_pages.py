@@ -60,6 +60,11 @@ class _Reader:
         self._keep = keep
         self._seconds = 0.0
 
+    @property
+    def reading(self) -> PageOptions:
+        """What windows attend to while documents are read, or a damaged one is read again."""
+        return self._paging.prefill.reading
+
     @contextmanager
     def read(self, document: str) -> Iterator[tuple[PagedDocument, float]]:
         """Give the document, read to its end, and the seconds that took."""
@@ -92,7 +97,7 @@ class PagesAnswerer:
         self._tools = tools
         self._reader = reader
         self._options = options
-        self._prefill = PagedPrefill(tools.engine.decoder, tools.engine.rotary, options)
+        self._prefill = PagedPrefill(tools.engine.decoder, tools.engine.rotary, options, reader.reading)
 
     @property
     def name(self) -> str:
