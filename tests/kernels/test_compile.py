@@ -34,7 +34,7 @@ def test_codes_that_are_read_in_pairs_are_copied_ahead_and_never_converted_as_in
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        f"int{bits}:{pairs}:{warps}:0:True:0" for bits in (8, 4) for pairs, warps in ((8, 1), (32, 1), (64, 4))
+        f"int{bits}:{pairs}:{warps}:0:True:0" for bits in (8, 4) for pairs, warps in ((8, 1), (32, 1), (128, 8))
     ]
 
 
