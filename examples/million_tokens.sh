@@ -9,7 +9,7 @@ RAGKIT="${RAGKIT:-ragkit}"
 export RAGKIT_STORE="${RAGKIT_STORE:-.ragkit-million}"
 # int4 pages of a million tokens of the bundled model take about 7 GB; one document may have seven tenths of the disk's.
 export RAGKIT_PAGES_CODEC="${RAGKIT_PAGES_CODEC:-int4}" RAGKIT_KV_DISK_MB="${RAGKIT_KV_DISK_MB:-16384}"
-export RAGKIT_PAGES_MEMORY_MB="${RAGKIT_PAGES_MEMORY_MB:-2048}"
+export RAGKIT_PAGES_MEMORY_MB="${RAGKIT_PAGES_MEMORY_MB:-1024}"
 
 if [ $# -gt 0 ]; then
     text="$1"
