@@ -11,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from prefetch_threads import running, until
 
 from ragkit.config import BatchConfig
 from ragkit.generation.batch_engine import BatchEngine
@@ -112,18 +113,6 @@ class Bench:
             assert result.error is None
             results[result.request_id] = result
         return results
-
-
-def until(condition):
-    for _ in range(1000):
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
-
-
-def running():
-    return [one for one in threading.enumerate() if one.name == "ragkit-kv-prefetch"]
 
 
 @pytest.fixture

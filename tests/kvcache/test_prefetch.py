@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from kv_samples import LAYOUT, chunk_of, encoded_of, ref_of
+from prefetch_threads import running, until
 
 from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.eviction import make_policy
@@ -68,24 +69,12 @@ def store(tier):
         yield store
 
 
-def until(condition):
-    for _ in range(1000):
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
-
-
 def is_idle(reader):
     return not reader._reading
 
 
 def computing(refs):
     return [chunk_of(ref) for ref in refs]
-
-
-def running():
-    return [one for one in threading.enumerate() if one.name == "ragkit-kv-prefetch"]
 
 
 def test_what_is_wanted_is_in_memory_when_it_is_asked_for(store, tier):
