@@ -1,18 +1,11 @@
-"""What tests of jobs begin with: a store whose answers are known, and the engine that gives them."""
+"""What tests of jobs begin with: the folder of a store whose answers are known."""
 
 from pathlib import Path
 
 import pytest
-from batch_world import load_engine, write_world
-
-from ragkit.generation.engine import Engine
+from batch_world import write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def engine(world: Path) -> Engine:
-    return load_engine(world)

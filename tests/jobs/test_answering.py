@@ -12,7 +12,7 @@ from threading import Event
 from typing import Any
 
 import pytest
-from batch_world import FULL, open_world, questions
+from batch_world import FULL, load_engine, open_world, questions
 
 from ragkit import Answer, Pipeline
 from ragkit.answers.options import QuestionChanges
@@ -25,6 +25,11 @@ from ragkit.jobs import answering, paged_rows, ray_answering, retrieved_rows
 from ragkit.jobs.answering import answer_many
 from ragkit.jobs.one_by_one import OneByOne
 from ragkit.jobs.rows import QuestionRow
+
+
+@pytest.fixture(scope="module")
+def engine(world: Path) -> Engine:
+    return load_engine(world)
 
 
 @pytest.fixture

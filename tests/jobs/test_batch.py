@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 import pytest
-from batch_world import FULL, open_world, questions, read_jsonl, write_jsonl
+from batch_world import FULL, load_engine, open_world, questions, read_jsonl, write_jsonl
 
 from ragkit import Pipeline
 from ragkit.config import DraftMode, Strategy
@@ -22,6 +22,11 @@ from ragkit.jobs.answering import answer_many
 from ragkit.jobs.batch import BatchJob, run_batch
 from ragkit.jobs.batch_estimate import estimate_batch
 from ragkit.jobs.rows import QuestionRow, RowOutcome
+
+
+@pytest.fixture(scope="module")
+def engine(world: Path) -> Engine:
+    return load_engine(world)
 
 
 @pytest.fixture

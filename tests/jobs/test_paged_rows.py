@@ -10,7 +10,7 @@ from threading import Event
 from typing import Any
 
 import pytest
-from batch_world import FULL, open_world, questions
+from batch_world import FULL, load_engine, open_world, questions
 
 from ragkit import Answer, Pipeline
 from ragkit.answers.options import QuestionChanges
@@ -29,6 +29,11 @@ SMALL = PagesConfig(
     page_tokens=16, codec=CodecName.FP32, sink_tokens=32, budget_tokens=64, local_tokens=64, window_tokens=128
 )
 ANSWERS = (9, 5, 12, 7, 3, 8)
+
+
+@pytest.fixture(scope="module")
+def engine(world: Path) -> Engine:
+    return load_engine(world)
 
 
 @pytest.fixture
