@@ -52,7 +52,7 @@ from ragkit.kvcache.resident_pages import ResidentPages
 QUESTION, RUNS, READ_WINDOWS = 32, 20, 16
 SECTIONS = {"decode": "decode", "layer": "one_layer", "full": "against_full", "prefill": "prefill"}  # of the raw file
 PARTS = tuple(SECTIONS)
-BUDGET_ROWS = 4096  # rows attended to in the row about one layer's kernel
+BUDGET_ROWS = (4096, 16384, 65536)  # attended to in the rows about one layer's kernel
 
 COLUMNS = {
     "tokens": "Tokens", "codec": "Pages", "gb": "GB of pages", "step_ms": "ms a token", "attention_ms": "attention",
@@ -93,7 +93,9 @@ def main() -> None:
     print(markdown_table(result["decode"], COLUMNS))
     for name in ("against_full", "one_layer", "prefill"):
         if result.get(name):
-            print(f"\n{name}:", ", ".join(f"{key} {_shown(value)}" for key, value in result[name].items()))
+            found = result[name]
+            for row in found if isinstance(found, list) else [found]:
+                print(f"\n{name}:", ", ".join(f"{key} {_shown(value)}" for key, value in row.items()))
 
 
 class Bench:
@@ -120,8 +122,8 @@ class Bench:
             result["decode"].append(row)
             row["times_8k"] = row["step_ms"] / result["decode"][0]["step_ms"]
             keep(result)
-        measured: dict[str, Callable[[], dict[str, float]]] = {
-            "layer": lambda: self.one_layer(sizes.lengths[0]),
+        measured: dict[str, Callable[[], Any]] = {
+            "layer": lambda: self.one_layer(max(sizes.lengths)),
             "full": lambda: self.against_full(sizes.compared),
             "prefill": lambda: (self.whole_reading if whole else self.reading)(sizes.lengths[-1]),
         }
@@ -183,22 +185,29 @@ class Bench:
             "attend_gb_per_s": layer_bytes / kernel_ms / 1e6, "attend_read_mb": layer_bytes / 1e6,
         }  # fmt: skip
 
-    def one_layer(self, tokens: int) -> dict[str, float]:
+    def one_layer(self, tokens: int) -> list[dict[str, float]]:
         """Return microseconds of one layer's attention over `BUDGET_ROWS` rows of pages, at batch 1."""
         around = self.options.sink_pages + self.options.local_pages
-        budget = max(1, min(BUDGET_ROWS, tokens) // self.options.page_size - around)
-        prefill = PagedPrefill(self.decoder, RotaryCache(self.decoder), replace(self.options, budget_pages=budget))
-        pages = self.filled(tokens, self.sizes.config.codec)
-        attend = self.asked(pages, prefill)
-        attend.begin_at(torch.full((1,), QUESTION, device=self.device), choose=False)
         layers = self.decoder.config.num_layers
-        queries = self.heads()[0].contiguous()
-        seen = [attend._seen[layer] for layer in range(layers)]
-        alone = self.time(lambda: [attend._attend(queries, one) for one in seen])
-        return {
-            "rows": attend.layout.num_rows, "attend_us": 1e3 * alone / layers,
-            "with_row_written_us": 1e3 * self.time(lambda: self.over_layers(attend)) / layers,
-        }  # fmt: skip
+        result = []
+        for rows in sorted({min(count, tokens // 2) for count in BUDGET_ROWS}):
+            budget = max(1, rows // self.options.page_size - around)
+            options = replace(self.options, budget_pages=budget, found_times=1)
+            pages = self.filled(2 * rows, self.sizes.config.codec)
+            attend = self.asked(pages, PagedPrefill(self.decoder, RotaryCache(self.decoder), options))
+            attend.begin_at(torch.full((1,), QUESTION, device=self.device), choose=False)
+            queries = self.heads()[0].contiguous()
+            seen = [attend._seen[layer] for layer in range(layers)]
+            alone = self.time(lambda: [attend._attend(queries, one) for one in seen]) / layers  # noqa: B023 (at once)
+            written = self.time(lambda: self.over_layers(attend)) / layers  # noqa: B023
+            nbytes = attend.layout.num_rows * self.decoder.layout.bytes_per_token / layers
+            result.append({
+                "rows": attend.layout.num_rows, "attend_us": 1e3 * alone, "with_row_written_us": 1e3 * written,
+                "read_mb": nbytes / 1e6, "gb_per_s": nbytes / alone / 1e6,
+            })  # fmt: skip
+            if self.ceilings:
+                result[-1]["share_of_copy"] = result[-1]["gb_per_s"] / self.ceilings["copy_gb_per_s"]
+        return result
 
     def reading(self, tokens: int) -> dict[str, float]:
         """Return what reading a document takes, from windows at its beginning, its middle and its end."""
@@ -240,7 +249,7 @@ class Bench:
         self.prefill.read(pages)
         self.synchronise()
         read = time.perf_counter()
-        pages.summaries(self.options.selector)  # what questions find pages by
+        self.prefill.prepare(pages)
         self.synchronise()
         ended = time.perf_counter()
         return {

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from prefill_decode import SHAPE_8B, random_models
+from pages_documents import LARGE, random_decoder
+from prefill_decode import SHAPE_8B
 from report import data_folder, markdown_table, write_result
 from store_speed import DOCUMENT_CHUNKS, Collection
 
@@ -174,7 +175,7 @@ def on_cuda() -> dict[str, Any]:
         tokens = sum(len(ids) for ids in embedder.token_ids(texts)) if hasattr(embedder, "token_ids") else 0
         embedder.encode(texts[:500])
         embed = tokens / seconds_of(lambda: embedder.encode(texts))
-    _, decoder = random_models(device)
+    decoder = random_decoder(LARGE, device)
     with tempfile.TemporaryDirectory() as folder:
         rows = [chunk_kv(decoder, codec, Path(folder)) for codec in (CodecName.BF16, CodecName.INT8, CodecName.INT4)]
     return {"embed_tokens_per_s": embed, "chunk_kv": rows}

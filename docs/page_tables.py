@@ -149,7 +149,7 @@ def _sentences(result: Mapping[str, Any]) -> Iterator[str]:
         )
         yield ""
     if layer:
-        yield f"Attention of one layer over {layer['rows']:,} rows of pages: {layer['attend_us']:.1f} us at batch 1."
+        yield "Attention of one layer at batch 1: " + "; ".join(map(_of_layer, layer)) + "."
         yield ""
     if reading:
         how = ", from windows at three places" if reading["is_extrapolated"] else ""
@@ -158,6 +158,11 @@ def _sentences(result: Mapping[str, Any]) -> Iterator[str]:
             f"{reading['peak_gb']:.0f} GB of GPU memory."
         )
         yield ""
+
+
+def _of_layer(row: Row) -> str:
+    share = f", {row['share_of_copy']:.0%} of a copy's rate" if "share_of_copy" in row else ""
+    return f"{row['attend_us']:.1f} us over {row['rows']:,} rows of pages ({row['read_mb']:,.0f} MB{share})"
 
 
 def _of_copy(full: Row) -> str:

@@ -102,9 +102,12 @@ class DocumentSummaries:
         except KVCacheError as error:
             _log.warning("what a selector keeps of a document was not stored, and will be made again: %s", error)
 
-    def forget(self) -> None:
-        """Let everything go."""
-        self._of.clear()
+    def forget(self, selector: PageSelector | None = None) -> None:
+        """Let go what a selector keeps, or everything."""
+        if selector is None:
+            self._of.clear()
+        else:
+            self._of.pop(selector.selector_id, None)
 
     def flush(self) -> None:
         """Write what waits.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class EncodedWindows:
     Attributes:
         stored: windows that are on disk, whole or not.
         nbytes: bytes that were read from each place.
+        next_window: the window behind those that were added in order.
     """
 
     def __init__(
@@ -44,12 +46,15 @@ class EncodedWindows:
     ) -> None:
         self.stored = records.present(refs)
         self.nbytes = {MEMORY: 0, DISK: 0}
+        self.next_window = 0
         self._codec = codec
         self._refs = refs
         self._grid = grid
         self._memory = memory
         self._records = records
         self._layers = codec.layout.num_layers
+        self._coming: ComingWindow | None = None
+        self._spare: Tensor | None = None  # memory that the last window came into
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-load")
         self._loading: set[tuple[int, int]] = set()
 
@@ -61,8 +66,53 @@ class EncodedWindows:
 
     def add(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> bool:
         """Keep the pieces of all layers of a window; return whether all windows so far are on disk now."""
+        self.next_window = window
         self._memory.hold(window)
-        return self._records.write(self._packed(window, pieces, recompute_ms))
+        packed = self._packed(window, pieces, recompute_ms)
+        self.next_window = window + 1
+        return self._records.write(packed)
+
+    def expect(self, window: int, data: Tensor, recompute_ms: float) -> bool:
+        """Keep a window that the device has not computed yet, when the next one is expected or `settle` is called.
+
+        So the host stores one window while the device computes the next.
+
+        Args:
+            window: its number.
+            data: (bytes,) uint8, the pages of all layers behind each other; it may be written again after this.
+            recompute_ms: what computing it takes.
+
+        Returns:
+            Whether all windows before it are on disk now.
+
+        Raises:
+            KVCacheError: the window before it cannot be stored, or the disk could not be written; then neither is kept.
+        """
+        coming = ComingWindow.of(window, data, recompute_ms, self._spare)
+        self._spare = None
+        is_written = self.settle()
+        self._coming = coming
+        return is_written
+
+    def settle(self) -> bool:
+        """Keep the window that is expected, if one is; return whether all windows so far are on disk now.
+
+        Raises:
+            KVCacheError: it cannot be stored, or the disk could not be written.
+        """
+        coming, self._coming = self._coming, None
+        if coming is None:
+            return False
+        self.next_window = coming.window
+        data = coming.wait()
+        self._spare = coming.data
+        pages, pieces, start = len(self._grid.pages_of(coming.window)), [], 0
+        for layer in range(self._layers):
+            stop = start + pages * self._codec.page_bytes(layer)
+            pieces.append(data[start:stop].view(pages, -1))
+            self._codec.require_finite(layer, pieces[layer])
+            start = stop
+        return self.add(coming.window, pieces, coming.recompute_ms)
 
     def replace(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> None:
         """Keep a window again that was damaged; memory holds it until it is let go."""
@@ -154,3 +204,37 @@ class EncodedWindows:
                 _log.info("window %d of a document was not read ahead: %s", window, error)
             finally:
                 self._loading.discard((layer, window))
+
+
+class ComingWindow(NamedTuple):
+    """A window on its way from the device.
+
+    Attributes:
+        window: its number.
+        data: (bytes,) uint8 in host memory, page-locked where a GPU copies into it.
+        recompute_ms: what computing it takes.
+        arrived: says when it is there; None where it is.
+    """
+
+    window: int
+    data: Tensor
+    recompute_ms: float
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, window: int, data: Tensor, recompute_ms: float, into: Tensor | None) -> ComingWindow:
+        """Begin to bring a window, into memory that may be there already."""
+        if not data.is_cuda:
+            return cls(window, data.clone(), recompute_ms, None)
+        if into is None or into.numel() != data.numel():
+            into = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+        into.copy_(data, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(data.device))
+        return cls(window, into, recompute_ms, arrived)
+
+    def wait(self) -> Tensor:
+        """Return its bytes, in memory of their own, when they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.data.clone()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -149,8 +150,38 @@ class KVPages:
         if self._is_only_resident:
             if self.num_windows - self._num_checked >= _CHECKED_WINDOWS:
                 self._check_resident()
-        elif self._windows.add(window, pieces, recompute_ms):
-            self._let_go()
+            return
+        with self._kept_windows():
+            self._windows.settle()
+        if self._windows.add(window, pieces, recompute_ms):
+            self._let_go(self.num_windows)
+
+    @property
+    def takes_coming(self) -> bool:
+        """Whether windows can be placed that only the device has: see `append_coming`."""
+        return self.resident is not None and bool(self.codec.bits) and not self.codec.with_received
+
+    def append_coming(self, data: Tensor | None, recompute_ms: float = 0.0) -> None:
+        """Count the next window as there, which was placed on the device, with its part of what selectors keep.
+
+        Args:
+            data: (bytes,) uint8, its pages in all layers behind each other; None where only the device keeps pages.
+            recompute_ms: what computing it takes.
+
+        Raises:
+            KVCacheError: an earlier window cannot be stored, or the disk could not be written; the windows from there
+                on are not there then.
+        """
+        window = self.num_windows
+        self.num_windows = self._num_resident = window + 1
+        self._summaries.close_window(self.num_windows)
+        if data is None:
+            if self.num_windows - self._num_checked >= _CHECKED_WINDOWS:
+                self._check_resident()
+            return
+        with self._kept_windows():
+            if self._windows.expect(window, data, recompute_ms):
+                self._let_go(window)
 
     def adopt(self) -> int:
         """Count the next windows as there that are stored behind a gap, and return how many those are.
@@ -202,9 +233,11 @@ class KVPages:
         """
         if self._is_only_resident:
             self._check_resident()
+        with self._kept_windows():
+            self._windows.settle()
         self._windows.flush()
         self._summaries.flush()
-        self._let_go()
+        self._let_go(self.num_windows)
 
     def bring(self, layer: int, pages: Sequence[int]) -> Tensor:
         """Return (pages,) int64, the blocks of the cache's pool that hold `pages` of a layer, brought where missing.
@@ -260,6 +293,10 @@ class KVPages:
         """
         at_once = len(self.refs) if self._has_resident(self.num_windows) else 1
         return self._summaries.of(selector, self.num_windows, self._keys_of, at_once)
+
+    def forget_summaries(self, selector: PageSelector) -> None:
+        """Let go what `selector` keeps; who asks for it again has it read or made again."""
+        self._summaries.forget(selector)
 
     def use(self, since: KVUse | None = None) -> KVUse:
         """Return what was used so far, or since an earlier call.
@@ -343,8 +380,19 @@ class KVPages:
         _log.warning("%s: its window is computed again", damage.cause)
         self.repair(damage.window)
 
-    def _let_go(self) -> None:
+    @contextmanager
+    def _kept_windows(self) -> Iterator[None]:
+        """Forget the windows behind the last one that is kept where what comes from the device cannot be."""
+        try:
+            yield
+        except KVCacheError:
+            self.num_windows = min(self.num_windows, self._windows.next_window)
+            self._num_resident = min(self._num_resident, self.num_windows)
+            self._summaries.forget()
+            raise
+
+    def _let_go(self, windows: int) -> None:
         if self.records.tier is None:
             return
-        self.memory.let_go(range(self._first_unwritten, self.num_windows))
-        self._first_unwritten = self.num_windows
+        self.memory.let_go(range(self._first_unwritten, windows))
+        self._first_unwritten = windows

@@ -8,6 +8,7 @@ of `QuantizedPool` as it is. What was encoded once gives the same numbers wherev
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ from ragkit.kvcache.layout import KVLayout
 
 _RAW = {CodecName.FP32: torch.float32, CodecName.BF16: torch.bfloat16, CodecName.FP16: torch.float16}
 _QUANTIZED = {CodecName.INT8: (8, 64), CodecName.INT4: (4, 32)}  # bits, and tokens that share a scale at most
+
+NOT_FINITE = (
+    "keys or values hold a number that is not finite or too large for scales of fp16: this KV cannot be stored by a "
+    "low-bit codec, take pages.codec = bf16"
+)
 
 _Section = tuple[torch.dtype, tuple[int, ...]]
 
@@ -83,7 +89,7 @@ class PageCodec:
             require_encodable([(keys, values)])
         pages = -(-len(keys) // self.page_size)
         keys, values = self.filled(keys), self.filled(values)
-        parts = [keys.to(self._raw), values.to(self._raw)] if self._raw is not None else self._codes(keys, values)
+        parts = [keys.to(self._raw), values.to(self._raw)] if self._raw is not None else self.quantized(keys, values)
         if self.with_received:
             assert received is not None, "the codec stores what rows received"
             parts.append(self.filled(received.unsqueeze(2)).half())
@@ -113,6 +119,19 @@ class PageCodec:
         dequantize_kv(QuantizedHeads(*parts), out, token_group=self.group)
         return out.view(shape)
 
+    def join(self, parts: Sequence[Tensor], out: Tensor) -> None:
+        """Write what `quantized` gave as encoded pages into `out` (pages, page_bytes) uint8."""
+        torch.cat([_bytes(part).view(len(out), -1) for part in parts], dim=1, out=out)
+
+    def require_finite(self, layer: int, data: Tensor) -> None:
+        """Raise `KVCacheError` where encoded pages were no numbers: then a scale or a zero of their codes is none."""
+        start = 0
+        for dtype, shape in self._sections(layer):
+            stop = start + math.prod(shape) * dtype.itemsize
+            if dtype == torch.float16 and not bool(data[:, start:stop].view(dtype).isfinite().all()):
+                raise KVCacheError(NOT_FINITE)
+            start = stop
+
     def codes(self, layer: int, data: Tensor) -> tuple[QuantizedHeads, QuantizedHeads]:
         """Return keys and values of (pages, page_bytes) uint8 as codes of their tokens behind each other."""
         parts = [part.flatten(0, 1) for part in self._split(layer, data)]
@@ -122,7 +141,8 @@ class PageCodec:
         """Return (pages, page_size, kv_heads) fp32, the attention that rows received; None where it is not stored."""
         return self._split(layer, data)[-1].squeeze(3).float() if self.with_received else None
 
-    def _codes(self, keys: Tensor, values: Tensor) -> list[Tensor]:
+    def quantized(self, keys: Tensor, values: Tensor) -> list[Tensor]:
+        """Return codes, scales and zeros of the keys and of the values, whole pages of (tokens, kv_heads, head_dim)."""
         channels = value_channels(values.shape[2], self.group)
         key_codes = quantize_kv(keys, bits=self.bits, token_group=self.group, channel_group=1)
         value_codes = quantize_kv(values, bits=self.bits, token_group=1, channel_group=channels)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -105,6 +105,24 @@ class PageSelector(Protocol):
             queries: (queries, q_heads, head_dim), turned to one distance from the keys.
             summary: what `fit` gave, then what `summarise` gave of all pages, joined along the first dimension.
             first, stop: the pages that can be chosen, at least one.
+            election: how voters share a choice.
+        """
+        ...
+
+
+@runtime_checkable
+class ScoresWithin(Protocol):
+    """A selector that can score pages of which only the device knows how many there are: what a CUDA graph needs."""
+
+    def score_within(
+        self, queries: Tensor, summary: tuple[Tensor, ...], within: Tensor, election: Election
+    ) -> Tensor:  # fmt: skip
+        """Return (groups, pages) fp32: scores of all pages that there is room for, -inf where none is.
+
+        Args:
+            queries: as `PageSelector.score` takes them.
+            summary: what was kept of all pages, with the room behind it, in which anything may stand.
+            within: (3,) int32 on the device: pages from `within[0]` up to `within[1]` are scored.
             election: how voters share a choice.
         """
         ...

@@ -37,3 +37,10 @@ class MeanKey(Unfitted):
         """Return (groups, pages) fp32."""
         (means,) = summary
         return score_vectors(queries, means[first:stop].unsqueeze(1), election)
+
+    def score_within(
+        self, queries: Tensor, summary: tuple[Tensor, ...], within: Tensor, election: Election
+    ) -> Tensor:  # fmt: skip
+        """Return (groups, pages) fp32, as `ScoresWithin` says."""
+        (means,) = summary
+        return score_vectors(queries, means.unsqueeze(1), election, within)

@@ -55,3 +55,9 @@ class MinMax(Unfitted):
         """Return (groups, pages) fp32."""
         lower, upper = summary
         return score_bounds(queries, KeyBounds(lower[first:stop], upper[first:stop]), election)
+
+    def score_within(
+        self, queries: Tensor, summary: tuple[Tensor, ...], within: Tensor, election: Election
+    ) -> Tensor:  # fmt: skip
+        """Return (groups, pages) fp32, as `ScoresWithin` says."""
+        return score_bounds(queries, KeyBounds(*summary), election, within)

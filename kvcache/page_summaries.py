@@ -90,6 +90,35 @@ class PageSummaries:
         """Return what was kept of a layer, of the document and of its pages; views that hold until pages are added."""
         return (*self._fitted[layer], *(part.view() for part in self._parts[layer]))
 
+    def has_room(self, pages: int) -> bool:
+        """Return whether the first `pages` pages have their places, so that `put` can take those that are missing."""
+        is_apart = self.selector.group_pages == 1 and self.is_closed
+        return is_apart and all(parts and min(part.room for part in parts) >= pages for parts in self._parts)
+
+    def with_room(self, layer: int, pages: int) -> tuple[Tensor, ...]:
+        """Return what `of` does with the room behind it, `pages` pages together."""
+        return (*self._fitted[layer], *(part.all(pages) for part in self._parts[layer]))
+
+    def put(self, layer: int, rows: PageRows, at: Tensor) -> None:
+        """Write what is kept of pages where they belong, which only the device knows; `count` tells the host.
+
+        Args:
+            layer: index of the layer.
+            rows: the pages.
+            at: (pages,) int64 on the device, which pages those are.
+        """
+        for part, more in zip(self._parts[layer], self._summarised(layer, rows), strict=True):
+            part.put(at, more)
+
+    def count(self, pages: int) -> None:
+        """Count `pages` more pages of every layer as there, which `put` has written."""
+        for layer, parts in enumerate(self._parts):
+            self.num_pages[layer] += pages
+            for part in parts:
+                part.length += pages
+            self._closed[layer] = tuple(part.length for part in parts)
+            self._marks[layer][self.num_pages[layer]] = self._closed[layer]
+
     def fitted(self, layer: int) -> tuple[Tensor, ...]:
         """Return what was kept of a layer of the document as a whole."""
         return self._fitted[layer]
@@ -165,6 +194,16 @@ class _Growing:
             self._buffer = grown
         self._buffer[self.length : wanted] = rows
         self.length = wanted
+
+    @property
+    def room(self) -> int:
+        return len(self._buffer)
+
+    def put(self, at: Tensor, rows: Tensor) -> None:
+        self._buffer.index_copy_(0, at, rows)
+
+    def all(self, rows: int) -> Tensor:
+        return self._buffer[:rows]
 
     def cut(self, length: int) -> None:
         self.length = length

@@ -12,7 +12,7 @@ from ragkit.kernels.dequantize_kv import dequantize_kv
 from ragkit.kernels.paged_rows import Blocks
 from ragkit.kernels.quantize_kv import QuantizedHeads, quantize_kv
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
-from ragkit.kvcache.page_codec import PageCodec
+from ragkit.kvcache.page_codec import NOT_FINITE, PageCodec
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.quantized_pool import QuantizedPool
 
@@ -57,6 +57,27 @@ class ResidentPages:
             else:
                 blocks[pages.start : pages.stop].copy_(filled.view(len(pages), self._codec.page_size, *rows.shape[1:]))
         return self.keys(layer, pages)
+
+    def place(self, layer: int, pages: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """Place pages that `PageCodec.quantized` made codes of, and return their keys as `keys` does.
+
+        Args:
+            layer: index of the layer.
+            pages: (pages,) int64 on the device, which pages those are: only the device needs to know.
+            parts: codes, scales and zeros of the keys and of the values.
+        """
+        keys, values = self._pool.keys[layer], self._pool.values[layer]
+        assert isinstance(keys, QuantizedBlocks), "of a quantised pool"
+        assert isinstance(values, QuantizedBlocks), "of a quantised pool"
+        targets = (keys.codes, keys.scales, keys.zeros, values.codes, values.scales, values.zeros)
+        for target, part in zip(targets, parts, strict=True):
+            target.index_copy_(0, pages, part.view(len(pages), *target.shape[1:]))
+        _, page_size, kv_heads, head_dim = keys.shape
+        out = torch.empty(
+            (len(pages) * page_size, kv_heads, head_dim), dtype=self._codec.layout.dtype, device=self._pool.device
+        )
+        dequantize_kv(QuantizedHeads(*parts[:3]), out, token_group=keys.row_group)
+        return out.view(len(pages), page_size, kv_heads, head_dim)
 
     def put(self, layer: int, first: int, data: Tensor) -> None:
         """Place encoded pages (pages, page_bytes) uint8 of a layer from page `first` on."""
@@ -110,10 +131,7 @@ class ResidentPages:
         parts = [part[pages.start : pages.stop] for side in sides for part in (side.scales, side.zeros)]
         finite = torch.stack([part.isfinite().all() for part in parts])
         if not bool(finite.all()):
-            raise KVCacheError(
-                "keys or values hold a number that is not finite or too large for scales of fp16: this KV cannot be "
-                "stored by a low-bit codec, take pages.codec = bf16"
-            )
+            raise KVCacheError(NOT_FINITE)
 
     def _moved(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Return the pieces on the device."""

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ragkit.generation.host_attention import one_token_host_attention
 from ragkit.generation.page_choices import PageChoices
-from ragkit.generation.page_lists import PageLayout
+from ragkit.generation.page_lists import MovingEnd, PageLayout
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.page_rows import page_source
 from ragkit.kernels.backend import Backend, ceil_div, resolve_backend
@@ -33,6 +33,7 @@ from ragkit.kernels.selected_pages_attention import MOST_PAIRS, selected_pages_a
 from ragkit.kvcache.kv_pages import KVPages
 from ragkit.kvcache.page_window import WindowRows
 from ragkit.kvcache.rope import RotaryTable
+from ragkit.kvcache.window_writer import WindowWriter
 from ragkit.types import KVUse
 
 _ROW_BLOCK = 64  # rows of the buffer that attention of few queries takes as one page
@@ -52,6 +53,8 @@ class PageAttention:
         num_tokens: tokens of the document that stand before, whole windows of it or all.
         own_tokens: most tokens of all passes together.
         keep_rows: whether to keep the rows of the one pass in `rows`, for the document.
+        writer: takes those rows layer by layer instead, and says how many pages there are before them, for a pass that
+            a CUDA graph replays; `most_pages` are looked at then.
 
     Attributes:
         layout: which pages can be chosen, and where they stand.
@@ -72,12 +75,16 @@ class PageAttention:
         own_tokens: int,
         *,
         keep_rows: bool = False,
+        writer: WindowWriter | None = None,
+        most_pages: int = 0,
     ) -> None:
         self.layout = PageLayout.of(num_tokens, options)
         self._source = page_source(pages, self.layout, options, rotary)
+        self._writer = writer
+        moving = None if writer is None else MovingEnd(writer.end, most_pages)
         self.choices = PageChoices(
-            pages, self.layout, options, rotary, scale, self._source, for_window=keep_rows
-        )  # fmt: skip
+            pages, self.layout, options, rotary, scale, self._source, for_window=keep_rows, moving=moving
+        )
         self.rows: list[WindowRows] = []
         self.rotary = rotary
         self.scale = scale
@@ -125,11 +132,18 @@ class PageAttention:
         self._last_rows = self._slots.int()
         self._chooses = choose
         self.rows = []
+        self.choices.move()
+        if self._writer is not None:
+            self._writer.begin()
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Return the attention output, as `Attend` says."""
         seen = self.find(layer, queries, keys)
-        kept = keys.clone() if self._keep_rows else None
+        kept = None
+        if self._writer is not None:
+            self._writer.write(layer, keys, values)
+        elif self._keep_rows:
+            kept = keys.clone()
         rope_write_kv(
             queries, keys, values, self._positions, self._slots, self.rotary.cos, self.rotary.sin,
             self._unturned, seen.values.unsqueeze(0), rotate_keys=True,

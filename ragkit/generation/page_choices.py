@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ragkit.config import PageVote
-from ragkit.generation.page_lists import PageLayout
+from ragkit.generation.page_lists import MovingEnd, PageLayout
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.page_rows import PageSource
 from ragkit.kernels.page_top_k import page_top_k
 from ragkit.kvcache.kv_pages import KVPages
-from ragkit.kvcache.page_selector import Election, Takes, pool_votes
+from ragkit.kvcache.page_selector import Election, ScoresWithin, Takes, pool_votes
 from ragkit.kvcache.rope import RotaryTable
 
 _VOTERS = 8  # means of neighbouring queries that choose for a whole window
@@ -38,6 +38,7 @@ class PageChoices:
         scale: factor on the scores.
         source: gives the keys of pages.
         for_window: whether a window of the document is read: fewer voters speak for it, and choices are not counted.
+        moving: the pass is replayed where more pages than those of `layout` stand before it.
 
     Attributes:
         listed: (groups, pages) int32 of each layer: sinks, the pages of its last choice, and the local window.
@@ -54,6 +55,7 @@ class PageChoices:
         source: PageSource,
         *,
         for_window: bool,
+        moving: MovingEnd | None = None,
     ) -> None:
         self._layout = layout
         self._options = options
@@ -79,6 +81,13 @@ class PageChoices:
         self._competing = _bounds(layout.first, layout.stop, layout.end, device)
         last = layout.first + layout.num_found
         self._of_found = _bounds(layout.first, last, last + layout.end - layout.stop, device)
+        self._moving = moving
+        if moving is not None:
+            assert layout.is_steady, "as is asked before"
+            local = layout.end - layout.stop
+            self._all = _bounds(0, 0, 0, device)
+            self._from_end = torch.tensor([[0, 0, 0], [layout.first, -local, 0]], device=device)
+            self._of_end = torch.tensor([[0, 1, 1], [0, 1, 1]], device=device)
         # Queries as they stand while pages are scored, all at one distance.
         cos, sin = (part[options.score_distance] for part in (rotary.cos, rotary.sin))
         self._cos, self._sin = torch.cat((cos, cos)), torch.cat((-sin, sin))
@@ -87,6 +96,12 @@ class PageChoices:
         """Return (groups, num_chosen) int64, the pages that the layer's last choice found."""
         first = self._layout.first
         return self.listed[layer][:, first : first + self._layout.num_chosen].long()
+
+    def move(self) -> None:
+        """Look on the device where the pages end now, for the pass that begins; nothing where they do not move."""
+        if self._moving is not None:
+            bounds = (self._from_end + self._of_end * self._moving.end).int()
+            self._all, self._competing = bounds[0], bounds[1]
 
     def choose(self, layer: int, queries: Tensor) -> Tensor:
         """Return the new list of a layer, for the queries of a pass (tokens, q_heads, head_dim), not turned yet."""
@@ -97,7 +112,7 @@ class PageChoices:
                 return self.listed[layer]
             turned = self._turned(_voters(queries, _VOTERS if self._for_window else _MOST_VOTERS))
             election = self._elections[layer]
-            scores = options.selector.score(turned, self._summaries.of(layer), 0, layout.end, election)
+            scores = self._scores(layer, turned, election)
             count = layout.num_listed - layout.num_chosen + layout.num_found
             listed, _ = page_top_k(
                 scores.contiguous(), count, bounds=self._competing, keep_rest=True, follow=self._follow
@@ -108,6 +123,15 @@ class PageChoices:
             flat = self.listed[layer][:, layout.first : layout.first + layout.num_chosen].flatten()
             self.times_chosen.index_add_(0, flat, self._one.expand(len(flat)))
         return self.listed[layer]
+
+    def _scores(self, layer: int, turned: Tensor, election: Election) -> Tensor:
+        """Return (groups, pages) fp32, the selector's scores of all pages."""
+        selector, summaries, moving = self._options.selector, self._summaries, self._moving
+        assert summaries is not None, "as asked"
+        if moving is None:
+            return selector.score(turned, summaries.of(layer), 0, self._layout.end, election)
+        assert isinstance(selector, ScoresWithin), "as asked"
+        return selector.score_within(turned, summaries.with_room(layer, moving.most), self._all, election)
 
     def _best_of(self, layer: int, turned: Tensor, listed: Tensor) -> Tensor:
         """Return the list of those pages of `listed` that the voters would attend to most."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,18 @@ from torch import Tensor
 from ragkit.config import PagePositions
 from ragkit.generation.page_options import PageOptions
 from ragkit.kvcache.page_selector import Takes
+
+
+class MovingEnd(NamedTuple):
+    """How many pages stand before a pass that a CUDA graph replays behind ever more of them.
+
+    Attributes:
+        end: (1,) int64 on the device, the pages.
+        most: as many pages are looked at, and never more stand there.
+    """
+
+    end: Tensor
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,11 @@ class PageLayout:
             chosen = min(chosen, options.budget_pages)
         rows = (first + chosen + end - stop) * size - (-num_tokens % size)
         return cls(first, stop, end, found, chosen, rows, options.positions_before(num_tokens), size)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the layout of a pass behind more whole pages differs in `stop` and `end` alone."""
+        return self.num_chosen < self.num_candidates and self.num_found < self.num_candidates
 
     @property
     def num_candidates(self) -> int:

@@ -12,7 +12,8 @@ device in every window and layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from threading import Event
 
 import torch
@@ -20,11 +21,15 @@ from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.generation.decoder import Decoder
+from ragkit.generation.graph_recorder import GraphRecorder, Recorder
 from ragkit.generation.page_attention import PageAttention
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.generation.window_graph import WindowGraph
 from ragkit.kvcache.kv_pages import KVPages
+from ragkit.kvcache.page_selector import Takes
 from ragkit.kvcache.page_window import WindowRows
+from ragkit.kvcache.window_writer import WindowWriter
 from ragkit.progress import Progress, Silent
 
 
@@ -36,15 +41,24 @@ class PagedPrefill:
         rotary: its rotary tables.
         options: what questions and answers attend to.
         reading: what every window attends to; the same where left out.
+        make_recorder: makes what records windows; None takes CUDA graphs on a GPU.
     """
 
     def __init__(
-        self, decoder: Decoder, rotary: RotaryCache, options: PageOptions, reading: PageOptions | None = None
+        self,
+        decoder: Decoder,
+        rotary: RotaryCache,
+        options: PageOptions,
+        reading: PageOptions | None = None,
+        make_recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         self.options = options
         self.reading = reading or options
         self._decoder = decoder
         self._rotary = rotary
+        if make_recorder is None and decoder.device.type == "cuda":
+            make_recorder = partial(GraphRecorder, decoder.device)
+        self._make_recorder = make_recorder
 
     @torch.inference_mode()
     def read(self, pages: KVPages, progress: Progress | None = None, stop: Event | None = None) -> bool:
@@ -68,20 +82,38 @@ class PagedPrefill:
             left = len(pages.refs) - pages.num_windows
             missing = pages.pages_for(pages.total_tokens) - pages.num_pages
             progress.start(left, missing * pages.codec.bytes_per_page, "windows")
+            graph: WindowGraph | None = None
             try:
                 while not pages.is_complete and not (stop is not None and stop.is_set()):
                     if adopted := pages.adopt():
                         progress.advance(documents=adopted)
                         continue
-                    started = time.perf_counter()
-                    rows = self._rows(pages, pages.num_windows)
-                    pages.append(rows, 1e3 * (time.perf_counter() - started))
-                    tokens = len(pages.refs[pages.num_windows - 1].token_ids)
-                    nbytes = pages.codec.bytes_per_page * pages.pages_for(tokens)
-                    progress.advance(documents=1, bytes=nbytes, tokens=tokens)
+                    graph = graph or self._graph(pages)
+                    token_ids = pages.refs[pages.num_windows].token_ids
+                    if graph is None or not graph.read(token_ids):
+                        started = time.perf_counter()
+                        rows = self._rows(pages, pages.num_windows)
+                        pages.append(rows, 1e3 * (time.perf_counter() - started))
+                    nbytes = pages.codec.bytes_per_page * pages.pages_for(len(token_ids))
+                    progress.advance(documents=1, bytes=nbytes, tokens=len(token_ids))
             finally:
+                if graph is not None:
+                    graph.close()
                 pages.flush()
         return pages.is_complete
+
+    def prepare(self, pages: KVPages) -> None:
+        """Make what questions find the pages of a document by that was read, and let go what reading found them by.
+
+        Raises:
+            KVCacheError: a page is damaged and cannot be computed again.
+        """
+        count, asking = pages.num_pages, self.options.selector
+        with pages.lock:
+            if self.reading.selector.selector_id != asking.selector_id:
+                pages.forget_summaries(self.reading.selector)
+            if asking.takes is Takes.BEST and self.options.pages_at_once(count) < count:
+                pages.summaries(asking)
 
     def attention(self, pages: KVPages, own_tokens: int) -> PageAttention:
         """Return the attention of a question and its answer, `own_tokens` together, behind a document.
@@ -115,6 +147,19 @@ class PagedPrefill:
             attend.rows.append(WindowRows(projected.keys, projected.values))
         return attend.rows
 
+    def _graph(self, pages: KVPages) -> WindowGraph | None:
+        """Return what reads the next windows as CUDA graphs, where that can be and pays."""
+        if self._make_recorder is None or not WindowGraph.pays(pages, self.reading):
+            return None
+
+        def attention(writer: WindowWriter, most_pages: int) -> PageAttention:
+            before, own = pages.num_tokens, pages.window_tokens
+            return self._attention(
+                pages, self.reading, before, own, keep_rows=True, writer=writer, most_pages=most_pages
+            )  # fmt: skip
+
+        return WindowGraph(self._decoder, pages, self.reading, attention, self._make_recorder())
+
     def _on_device(self, token_ids: Sequence[int]) -> Tensor:
         """Return (tokens,) int64; from page-locked memory, because a copy from other memory waits for the device."""
         ids, device = torch.tensor(token_ids, dtype=torch.int64), self._decoder.device
@@ -126,7 +171,15 @@ class PagedPrefill:
         pages.replace(window, rows, 1e3 * (time.perf_counter() - started))
 
     def _attention(
-        self, pages: KVPages, options: PageOptions, num_tokens: int, own_tokens: int, *, keep_rows: bool = False
+        self,
+        pages: KVPages,
+        options: PageOptions,
+        num_tokens: int,
+        own_tokens: int,
+        *,
+        keep_rows: bool = False,
+        writer: WindowWriter | None = None,
+        most_pages: int = 0,
     ) -> PageAttention:
         # Scoring turns queries by a local window, also where less stands before them; and the rows of a last page that
         # is not full are turned as well, although nobody sees them.
@@ -135,7 +188,10 @@ class PagedPrefill:
         rotary = self._rotary.table(positions, positions)
         before, scale = pages.use(), self._decoder.scale
         pages.bring_windows(-(-num_tokens // pages.window_tokens))
-        attend = PageAttention(pages, options, rotary, scale, num_tokens, own_tokens, keep_rows=keep_rows)
+        attend = PageAttention(
+            pages, options, rotary, scale, num_tokens, own_tokens,
+            keep_rows=keep_rows, writer=writer, most_pages=most_pages,
+        )  # fmt: skip
         attend.use += pages.use(before)  # also what a selector keeps was read from somewhere
         return attend
 

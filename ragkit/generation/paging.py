@@ -30,7 +30,6 @@ from ragkit.kvcache.page_cache import PageCache
 from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords, window_refs
-from ragkit.kvcache.page_selector import Takes
 from ragkit.kvcache.page_summaries import summary_bytes
 from ragkit.kvcache.page_tokens import TextTokens, TokenRecords
 from ragkit.kvcache.resident_pages import ResidentPages
@@ -209,15 +208,12 @@ class Paging:
 
         What questions are going to be answered by is kept of its pages as well, so that the first need not wait for it.
         """
-        pages, options = document.pages, self.prefill.options
+        pages = document.pages
         if pages.is_complete:
             return True
         if not self.prefill.read(pages, progress, stop):
             return False
-        count = pages.num_pages
-        if options.selector.takes is Takes.BEST and options.pages_at_once(count) < count:
-            with pages.lock:
-                pages.summaries(options.selector)
+        self.prefill.prepare(pages)
         return True
 
     def answer(

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.engine import Engine
 from ragkit.generation.weights import assemble_weights
+from ragkit.kernels.backend import Backend
 from ragkit.models.model_config import model_config
 
 TEMPLATE = (
@@ -24,6 +25,13 @@ SIZES = {
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 2,
     "initializer_range": 0.3,
 }  # fmt: skip
+
+KERNELS = (
+    "ragkit.generation.page_attention", "ragkit.kvcache.page_scoring", "ragkit.kvcache.page_selector_soft_vote",
+    "ragkit.kernels.gather_pages", "ragkit.kernels.page_log_sums", "ragkit.kernels.page_scores",
+    "ragkit.kernels.page_top_k", "ragkit.kernels.rope_write_kv", "ragkit.kernels.selected_attention",
+    "ragkit.kernels.selected_pages_attention",
+)  # fmt: skip
 
 
 def hf_model(family: str, **changes):
@@ -45,6 +53,21 @@ def decoder_of(model) -> Decoder:
     config = model_config(model.config.to_dict(), model.config.eos_token_id)
     state = model.state_dict()
     return Decoder(config, assemble_weights(lambda name: state[name].clone(), config))
+
+
+@pytest.fixture
+def be_a_gpu(monkeypatch):
+    """Have attention over pages take its kernels from now on, and look at no number, as it does on a GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted where there is no GPU")
+
+    def be() -> None:
+        for module in KERNELS:
+            monkeypatch.setattr(f"{module}.resolve_backend", lambda tensor, backend=None: backend or Backend.TRITON)
+        for module in ("selected_attention", "selected_pages_attention"):
+            monkeypatch.setattr(f"ragkit.kernels.{module}._check_inputs", lambda *arguments: None)
+
+    return be
 
 
 def write_tokenizer(folder: Path) -> None:

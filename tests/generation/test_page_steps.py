@@ -13,7 +13,6 @@ from ragkit.generation.page_decode import PageSteps
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.rotary_cache import RotaryCache
-from ragkit.kernels.backend import Backend
 from ragkit.kernels.launched import LaunchedKernel
 from ragkit.kvcache.page_selectors import make_page_selector
 from ragkit.kvcache.page_window import WindowRows
@@ -25,12 +24,6 @@ OPTIONS = PageOptions(
     make_page_selector("min-max"), page_size=16, sink_pages=1, local_pages=1, budget_pages=2, found_times=2,
     window_tokens=32,
 )  # fmt: skip
-KERNELS = (
-    "ragkit.generation.page_attention", "ragkit.kvcache.page_scoring", "ragkit.kvcache.page_selector_soft_vote",
-    "ragkit.kernels.gather_pages", "ragkit.kernels.page_log_sums", "ragkit.kernels.page_scores",
-    "ragkit.kernels.page_top_k", "ragkit.kernels.rope_write_kv", "ragkit.kernels.selected_attention",
-    "ragkit.kernels.selected_pages_attention",
-)  # fmt: skip
 SELECTORS = ["mean-key", "min-max", "low-rank", "soft-vote", "centroids", "centroids-2"]
 ASKS_THE_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
 
@@ -38,21 +31,6 @@ ASKS_THE_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"
 @pytest.fixture(scope="module")
 def llama():
     return decoder_of(hf_model("llama", num_hidden_layers=2))
-
-
-@pytest.fixture
-def be_a_gpu(monkeypatch):
-    """Have attention over pages take its kernels from now on, and look at no number, as it does on a GPU."""
-    if torch.cuda.is_available():
-        pytest.skip("kernels are interpreted where there is no GPU")
-
-    def be() -> None:
-        for module in KERNELS:
-            monkeypatch.setattr(f"{module}.resolve_backend", lambda tensor, backend=None: backend or Backend.TRITON)
-        for module in ("selected_attention", "selected_pages_attention"):
-            monkeypatch.setattr(f"ragkit.kernels.{module}._check_inputs", lambda *arguments: None)
-
-    return be
 
 
 @pytest.fixture
