@@ -103,12 +103,12 @@ class WindowGraph:
         self._replay = self._attend = None
 
     def _record(self) -> None:
-        room = self._pages.grid.num_pages
-        if self._replay is not None:
-            self.close()
-        self._most = min(room, next_power_of_2(self._pages.num_pages + 1))
+        self._recorder.wait()
+        before = self._attend, self._replay  # the memory that graphs share goes with the last one: not before the next
+        self._most = min(self._pages.grid.num_pages, next_power_of_2(self._pages.num_pages + 1))
         self._attend = self._attention(self._writer, self._most)
         self._replay = self._recorder.record(self._work)
+        del before
 
     def _work(self) -> None:
         decoder, attend, last = self._decoder, self._attend, self._pages.num_layers - 1

@@ -239,7 +239,7 @@ class Launches:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("selector", ["min-max", "mean-key"])
 @pytest.mark.parametrize("codec", ["int8", "int4"])
-def test_graphs_give_the_pages_of_launched_windows(selector, codec):
+def test_graphs_give_the_pages_of_launched_windows(selector, codec, caplog):
     decoder = decoder_of(hf_model("llama", num_hidden_layers=2, head_dim=32, hidden_size=192).cuda())
     options = replace(OPTIONS, selector=make_page_selector(selector))
     tiers, documents, asked = (RecordsInMemory(), RecordsInMemory()), [], []
@@ -255,6 +255,7 @@ def test_graphs_give_the_pages_of_launched_windows(selector, codec):
         for layer in range(again.num_layers):
             stored, kept = (one.resident.keys(layer, range(one.num_pages)) for one in (again, pages))
             assert torch.equal(stored, kept)
+    assert "could not be recorded" not in caplog.text
     everything = range(documents[0].num_pages)
     for layer in range(documents[0].num_layers):
         launched, replayed = (pages.resident.keys(layer, everything) for pages in documents)
