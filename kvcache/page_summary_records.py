@@ -69,6 +69,8 @@ class PageSummaryRecords:
         Raises:
             KVCacheError: the tier could not be written.
         """
+        if self._records.tier is None:
+            return  # to bring gigabytes from the device for nobody takes as long as a tenth of reading
         layers = []
         for layer in range(self._num_layers):
             parts = summaries.between(layer, first_page, stop_page)

@@ -324,6 +324,15 @@ def test_pages_without_a_disk_are_kept_on_the_device_alone(llama):
             torch.testing.assert_close(mine, other)
 
 
+def test_what_a_selector_keeps_never_leaves_the_device_where_nobody_stores_it(llama, monkeypatch):
+    def save(_):
+        raise AssertionError("it was brought to the host")
+
+    monkeypatch.setattr("ragkit.kvcache.page_summary_records.save", save)
+    pages, _ = read(llama, TOKENS[:297], WIDE, codec="int8", resident=True)
+    assert pages.summaries(make_page_selector("low-rank")).num_pages == [19, 19, 19]
+
+
 def test_resident_pages_are_brought_from_disk_and_mended(llama):
     tier = RecordsInMemory()
     first, prefill = read(llama, TOKENS[:297], WIDE, codec="int8", tier=tier)
