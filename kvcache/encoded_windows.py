@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -53,6 +54,7 @@ class EncodedWindows:
         self._memory = memory
         self._records = records
         self._layers = codec.layout.num_layers
+        self._unwritten: deque[int] = deque()
         self._coming: ComingWindow | None = None
         self._spare: Tensor | None = None  # memory that the last window came into
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-load")
@@ -64,15 +66,19 @@ class EncodedWindows:
             window += 1
         return window
 
-    def add(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> bool:
-        """Keep the pieces of all layers of a window; return whether all windows so far are on disk now."""
+    def add(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> int:
+        """Keep the pieces of all layers of a window; return the first window that is not on disk yet."""
         self.next_window = window
         self._memory.hold(window)
         packed = self._packed(window, pieces, recompute_ms)
         self.next_window = window + 1
-        return self._records.write(packed)
+        self._unwritten.append(window)
+        waiting = self._records.write(packed)
+        while len(self._unwritten) > waiting:
+            self._unwritten.popleft()
+        return self._unwritten[0] if self._unwritten else self.next_window
 
-    def expect(self, window: int, data: Tensor, recompute_ms: float) -> bool:
+    def expect(self, window: int, data: Tensor, recompute_ms: float) -> int:
         """Keep a window that the device has not computed yet, when the next one is expected or `settle` is called.
 
         So the host stores one window while the device computes the next.
@@ -83,26 +89,26 @@ class EncodedWindows:
             recompute_ms: what computing it takes.
 
         Returns:
-            Whether all windows before it are on disk now.
+            The first window that is not on disk yet; 0 where that is not known.
 
         Raises:
             KVCacheError: the window before it cannot be stored, or the disk could not be written; then neither is kept.
         """
         coming = ComingWindow.of(window, data, recompute_ms, self._spare)
         self._spare = None
-        is_written = self.settle()
+        first = self.settle()
         self._coming = coming
-        return is_written
+        return first
 
-    def settle(self) -> bool:
-        """Keep the window that is expected, if one is; return whether all windows so far are on disk now.
+    def settle(self) -> int:
+        """Keep the window that is expected, if one is; return the first one that is not on disk yet, 0 without.
 
         Raises:
             KVCacheError: it cannot be stored, or the disk could not be written.
         """
         coming, self._coming = self._coming, None
         if coming is None:
-            return False
+            return 0
         self.next_window = coming.window
         data = coming.wait()
         self._spare = coming.data
@@ -166,6 +172,7 @@ class EncodedWindows:
             KVCacheError: the disk could not be written.
         """
         self._records.flush()
+        self._unwritten.clear()
 
     def stop(self) -> None:
         """End reading ahead."""

@@ -153,8 +153,7 @@ class KVPages:
             return
         with self._kept_windows():
             self._windows.settle()
-        if self._windows.add(window, pieces, recompute_ms):
-            self._let_go(self.num_windows)
+        self._let_go(self._windows.add(window, pieces, recompute_ms))
 
     @property
     def takes_coming(self) -> bool:
@@ -180,8 +179,7 @@ class KVPages:
                 self._check_resident()
             return
         with self._kept_windows():
-            if self._windows.expect(window, data, recompute_ms):
-                self._let_go(window)
+            self._let_go(self._windows.expect(window, data, recompute_ms))
 
     def adopt(self) -> int:
         """Count the next windows as there that are stored behind a gap, and return how many those are.
@@ -391,8 +389,8 @@ class KVPages:
             self._summaries.forget()
             raise
 
-    def _let_go(self, windows: int) -> None:
-        if self.records.tier is None:
-            return
-        self.memory.let_go(range(self._first_unwritten, windows))
-        self._first_unwritten = windows
+    def _let_go(self, stop: int) -> None:
+        """Let memory forget the windows before `stop`, which are on disk."""
+        if self.records.tier is not None and stop > self._first_unwritten:
+            self.memory.let_go(range(self._first_unwritten, stop))
+            self._first_unwritten = stop

@@ -13,6 +13,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.kv_key import ChunkContext, ContextKind, KVRecipe
 from ragkit.kvcache.kv_segment import KVMissError, MissReason, RecordReader
 
-_SAVED_BYTES = 64 << 20  # that are written together: what a kill costs
+_SAVED_BYTES = 64 << 20  # that are written together; a kill costs what is being written and what waits
 _OPEN_RECORDS = 128
 
 
@@ -65,6 +66,8 @@ class PageRecords:
         self._lock = threading.Lock()
         self._readers: OrderedDict[ChunkRef, tuple[RecordReader, contextlib.ExitStack]] = OrderedDict()
         self._waiting: list[EncodedKV] = []
+        self._saving: tuple[list[EncodedKV], Future[None]] | None = None
+        self._writer: ThreadPoolExecutor | None = None
 
     def present(self, refs: Sequence[ChunkRef]) -> set[int]:
         """Return which of `refs` are there, whole or not, by their place."""
@@ -101,16 +104,24 @@ class PageRecords:
         with self.tier.open(ref, self._codec_id, self._num_layers) as reader:
             return reader.load()
 
-    def write(self, encoded: EncodedKV) -> bool:
-        """Keep a record; return whether it and all before it are written now, else they wait for others.
+    def write(self, encoded: EncodedKV) -> int:
+        """Keep a record, and return how many of those that were kept are not written yet, the last ones.
+
+        What fills a batch is written by a thread of its own while the next records come.
 
         Raises:
             KVCacheError: the tier could not be written.
         """
         self._waiting.append(encoded)
-        if sum(one.nbytes for one in self._waiting) >= _SAVED_BYTES:
-            self.flush()
-        return not self._waiting
+        is_full = sum(one.nbytes for one in self._waiting) >= _SAVED_BYTES
+        if is_full or (self._saving is not None and self._saving[1].done()):
+            self._settle()
+        if is_full:
+            batch, self._waiting = self._waiting, []
+            if self.tier is not None:
+                self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-save")
+                self._saving = batch, self._writer.submit(self._save, self.tier, batch)
+        return len(self._waiting) + (0 if self._saving is None else len(self._saving[0]))
 
     def flush(self) -> None:
         """Write what waits; it goes on waiting where the tier cannot be written now.
@@ -118,25 +129,44 @@ class PageRecords:
         Raises:
             KVCacheError: the tier could not be written, or refused some of it.
         """
+        self._settle()
         waiting, self._waiting = self._waiting, []
         if self.tier is None or not waiting:
             return
         try:
-            kept = self.tier.save(waiting)
+            self._save(self.tier, waiting)
         except KVCacheError:
             self._waiting = waiting + self._waiting
             raise
-        if kept < len(waiting):
-            raise KVCacheError(
-                f"the tier {self.tier.name} kept {kept} of {len(waiting)} windows of a document: the document left the "
-                f"store meanwhile, or kv.disk_mb is too small for what is stored beside it"
-            )
 
     def close(self) -> None:
         """Close what is open."""
         with self._lock:
             for ref in list(self._readers):
                 self._close(ref)
+        if self._writer is not None:
+            self._writer.shutdown()
+            self._writer = None
+
+    def _settle(self) -> None:
+        """Wait until the batch that is being written is; it waits again where it cannot be."""
+        if self._saving is None:
+            return
+        (batch, saved), self._saving = self._saving, None
+        try:
+            saved.result()
+        except KVCacheError:
+            self._waiting = batch + self._waiting
+            raise
+
+    @staticmethod
+    def _save(tier: BackingTier, batch: Sequence[EncodedKV]) -> None:
+        kept = tier.save(batch)
+        if kept < len(batch):
+            raise KVCacheError(
+                f"the tier {tier.name} kept {kept} of {len(batch)} windows of a document: the document left the "
+                f"store meanwhile, or kv.disk_mb is too small for what is stored beside it"
+            )
 
     def _reader(self, ref: ChunkRef) -> RecordReader:
         found = self._readers.get(ref)

@@ -26,7 +26,7 @@ _MOVED_TOGETHER = 64  # records
 
 
 class _KVWriter(Protocol):
-    def add_kv(self, parts: Iterator[bytes], entries: Sequence[KVEntry]) -> str: ...
+    def add_kv(self, parts: Iterator[bytes | memoryview], entries: Sequence[KVEntry]) -> str: ...
 
     def remove_kv(self, keys: Sequence[str]) -> None: ...
 
@@ -74,6 +74,7 @@ class SegmentTier:
         self._catalogue = catalogue
         self.budget_bytes = budget_bytes
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # one thread at a time: others write what selectors keep of a document's pages
         self._queue: EvictionQueue[KVKey] = EvictionQueue(policy)
         self._records: dict[KVKey, tuple[Path, KVEntry]] = {}
         self._reload()
@@ -119,6 +120,10 @@ class SegmentTier:
 
     def save(self, chunks: Sequence[EncodedKV]) -> int:
         """Write chunks in segments of up to 64 MiB; those whose text has left the store meanwhile are left out."""
+        with self._writing:
+            return self._saved(chunks)
+
+    def _saved(self, chunks: Sequence[EncodedKV]) -> int:
         kept = 0
         for group in _groups(chunks, min(_SEGMENT_BYTES, int(self.budget_bytes * _FILLED / 4))):
             try:

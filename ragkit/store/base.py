@@ -288,7 +288,7 @@ class StoreWriter(Protocol):
         """Store a derived index of `row_ids` at `generation`: `write` fills a temporary file, the rest is durable."""
         ...
 
-    def add_kv(self, parts: Iterable[bytes], entries: Sequence[KVEntry]) -> str:
+    def add_kv(self, parts: Iterable[bytes | memoryview], entries: Sequence[KVEntry]) -> str:
         """Store one KV segment and where its chunks lie in it; return its sha256."""
         ...
 

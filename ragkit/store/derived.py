@@ -96,7 +96,7 @@ def is_intact(record: IndexRecord) -> bool:
     return True
 
 
-def write_kv(folder: Path, parts: Iterable[bytes], entries: Sequence[KVEntry]) -> SegmentRow:
+def write_kv(folder: Path, parts: Iterable[bytes | memoryview], entries: Sequence[KVEntry]) -> SegmentRow:
     """Write a KV segment durably, check that the entries lie within it, and return its catalogue row."""
     segment = write_kv_segment(folder, parts, len(entries))
     with segment_path(folder, segment.sha256, KV_SEGMENT).open("rb") as file:

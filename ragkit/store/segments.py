@@ -65,7 +65,7 @@ def write_vector_segment(folder: Path, row_ids: RowIds, vectors: Vectors) -> Seg
     )
 
 
-def write_kv_segment(folder: Path, parts: Iterable[bytes], rows: int) -> SegmentRow:
+def write_kv_segment(folder: Path, parts: Iterable[bytes | memoryview], rows: int) -> SegmentRow:
     """Write one KV segment from its bytes and return its catalogue row, with `segment_id` 0."""
     temporary = temporary_path(folder / "segments")
     try:

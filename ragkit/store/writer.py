@@ -226,7 +226,7 @@ class Writer:
         cleaning.remove_unreferenced(self._folder, self._connection, timeout_s=0.0)
         return record
 
-    def add_kv(self, parts: Iterable[bytes], entries: Sequence[KVEntry]) -> str:
+    def add_kv(self, parts: Iterable[bytes | memoryview], entries: Sequence[KVEntry]) -> str:
         """Store one KV segment and where its chunks lie in it; return its sha256."""
         with translated(self._folder):
             segment = derived.write_kv(self._folder, parts, entries)

@@ -194,7 +194,7 @@ def test_a_full_disk_ends_replayed_reading_and_it_goes_on_when_there_is_room(lla
 
     with pytest.raises(KVCacheError, match="the disk is full"):
         prefill.read(pages, FullAtTwelve())
-    assert 11 <= tier.saved <= pages.num_windows <= 13
+    assert 10 <= tier.saved <= pages.num_windows <= 14  # a window comes from the device, and one is being written
     tier.is_full = False
     assert prefill.read(pages)
     assert tier.saved == WINDOWS
