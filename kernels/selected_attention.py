@@ -36,6 +36,7 @@ from ragkit.kernels.merge_splits import merge_splits
 from ragkit.kernels.row_scores import padded_rows, row_scores
 
 _CPU_QUERY_BLOCK = 64  # queries at once on a CPU: fewer multiply too slowly, more waste work on what is masked
+_MERGED_TILES = 8  # as many tiles of keys take as long as a part of a program's sums
 _LOG2_E = 1.4426950408889634  # the kernel works with powers of two
 
 
@@ -55,7 +56,14 @@ class AttentionTile(NamedTuple):
 
 
 def selected_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scale: float, backend: Backend | None = None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    seen_by_all: int = 0,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Return (tokens, q_heads, head_dim), contiguous, in the dtype of `queries`.
 
@@ -65,6 +73,7 @@ def selected_attention(
         positions: (tokens,) int32, ascending, below `rows`. On a GPU the caller answers for that: to look would stop
             the stream.
         scale: factor on the scores, above zero.
+        seen_by_all: rows that every query sees, as far as is known on the host: how the work is cut follows from it.
         backend: an implementation to insist on.
 
     Raises:
@@ -74,7 +83,9 @@ def selected_attention(
     if resolve_backend(queries, backend) is Backend.TORCH:
         return selected_attention_torch(queries, keys, values, positions, scale=scale)
     tile = attention_tile(queries.shape[2], queries.dtype, queries.device)
-    return launch_selected_attention(queries, keys, values, positions, scale=scale, tile=tile)
+    return launch_selected_attention(
+        queries, keys, values, positions, scale=scale, tile=tile, seen_by_all=seen_by_all
+    )  # fmt: skip
 
 
 def selected_attention_torch(
@@ -161,8 +172,29 @@ def num_key_splits(programs: int, tiles: int, device: torch.device) -> int:
     return max(1, min(ceil_div(2 * processors, programs), tiles // 4, 32))
 
 
+def even_key_splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Return the same where every query sees about as many rows, so that programs take equally long.
+
+    A multiprocessor has room for one program of the tile that is taken, so programs run in rounds. A part leaves sums
+    in fp32, which are written, read and merged: on an H100 about as long as `_MERGED_TILES` tiles of keys take.
+    """
+    processors = num_processors(device) if device.type == "cuda" else 4
+
+    def spent(splits: int) -> int:
+        return ceil_div(programs * splits, processors) * (ceil_div(tiles, splits) + _MERGED_TILES * (splits > 1))
+
+    return min(range(1, max(1, min(tiles // 4, 32)) + 1), key=spent)
+
+
 def launch_selected_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scale: float, tile: AttentionTile
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    tile: AttentionTile,
+    seen_by_all: int = 0,
 ) -> Tensor:
     """Return what `selected_attention` returns, from the kernel, cut as `tile` says; nothing is checked."""
     tokens, q_heads, head_dim = queries.shape
@@ -173,7 +205,8 @@ def launch_selected_attention(
     group = q_heads // kv_heads
     pairs = max(tile.pairs, next_power_of_2(group))
     programs = ceil_div(tokens, pairs // group) * kv_heads
-    splits = num_key_splits(programs, ceil_div(rows, tile.rows), queries.device)
+    choose_splits = even_key_splits if 2 * seen_by_all > rows else num_key_splits
+    splits = choose_splits(programs, ceil_div(rows, tile.rows), queries.device)
     partial, weights = out, out
     if splits > 1:
         partial = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=queries.device)

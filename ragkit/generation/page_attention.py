@@ -205,7 +205,9 @@ class PageAttention:
                 )  # fmt: skip
         elif len(queries) == 1:
             return _attend_one(queries, *self._view(seen), self.scale)
-        return selected_attention(queries, seen.keys, seen.values, self._last_rows, scale=self.scale)
+        return selected_attention(
+            queries, seen.keys, seen.values, self._last_rows, scale=self.scale, seen_by_all=self.layout.num_rows
+        )
 
     def _view(self, seen: SeenRows) -> tuple[Tensor, Tensor]:
         length = self.layout.num_rows + int(self._own[-1]) + 1

@@ -9,6 +9,7 @@ from ragkit.kernels.backend import Backend
 from ragkit.kernels.selected_attention import (
     AttentionTile,
     attention_tile,
+    even_key_splits,
     launch_selected_attention,
     num_key_splits,
     selected_attention,
@@ -101,6 +102,24 @@ def test_few_queries_are_split_along_their_keys_and_merged(tokens, device, rng):
 def test_a_part_of_the_keys_that_a_query_does_not_see_counts_for_nothing(device, rng):
     rows = _rows_of_several_splits(device)
     _compare(_inputs(torch.tensor([0, rows - 1], device=device).int(), rows, 2, 1, 64, torch.float32, device, rng))
+
+
+def test_work_that_is_even_is_split_as_rounds_and_merging_cost_least(monkeypatch):
+    monkeypatch.setattr("ragkit.kernels.selected_attention.num_processors", lambda device: 132)
+    gpu = torch.device("cuda")
+    assert even_key_splits(128, 30, gpu) == 1  # a window: one round is nearly full
+    assert even_key_splits(57, 30, gpu) == 2  # a window of a small model: half of a round
+    assert even_key_splits(8, 30, gpu) == 6  # a question
+    assert even_key_splits(1, 3, gpu) == 1  # too few rows to be split
+
+
+@pytest.mark.parametrize("tokens", [2, 33])
+def test_even_work_gives_what_uneven_work_does(tokens, device, rng):
+    rows = _rows_of_several_splits(device)
+    inputs = _inputs(torch.arange(rows - tokens, rows, device=device).int(), rows, 4, 2, 64, torch.float32, device, rng)
+    expected = selected_attention(*inputs, scale=0.125, backend=Backend.TRITON)
+    got = selected_attention(*inputs, scale=0.125, backend=Backend.TRITON, seen_by_all=rows - tokens)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
