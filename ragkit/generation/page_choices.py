@@ -90,7 +90,7 @@ class PageChoices:
             self._of_end = torch.tensor([[0, 1, 1], [0, 1, 1]], device=device)
         # Queries as they stand while pages are scored, all at one distance.
         cos, sin = (part[options.score_distance] for part in (rotary.cos, rotary.sin))
-        self._cos, self._sin = torch.cat((cos, cos)), torch.cat((-sin, sin))
+        self._turn = torch.stack((torch.cat((cos, cos)), torch.cat((-sin, sin))))
 
     def chosen(self, layer: int) -> Tensor:
         """Return (groups, num_chosen) int64, the pages that the layer's last choice found."""
@@ -144,7 +144,9 @@ class PageChoices:
         return listed.gather(1, best.long())
 
     def _turned(self, queries: Tensor) -> Tensor:
-        cos, sin = self._cos.to(queries.dtype), self._sin.to(queries.dtype)
+        if self._turn.dtype != queries.dtype:
+            self._turn = self._turn.to(queries.dtype)  # once, and not in every layer
+        cos, sin = self._turn
         return torch.addcmul(queries * cos, queries.roll(queries.shape[2] // 2, dims=2), sin)
 
 
