@@ -4,8 +4,9 @@ r"""What `ragkit eval needle` and `ragkit eval ruler` measure, with the document
     python benchmarks/pages_quality.py ruler --tasks kv_retrieval --lengths 32768 --items 5 --questions 10 \
         --strategies full,rag,pages --selectors min-max,window --budgets 2048,4096
 
-Reading a document window by window keeps one core busy and leaves most of a card idle, so documents are read side by
-side; every needle has a document of its own. Documents and answers are those of the commands, and so is the raw file,
+A small model's kernels leave most of a card idle, so documents are read side by side: by threads of a process, each
+with a stream of its own, whose kernels run at once, and by several processes, which take turns on a card. Every needle
+has a document of its own. Documents and answers are those of the commands, and so is the raw file,
 benchmarks/results/pages_NAME.json, which is written while it is measured. Settings come from the environment
 (`RAGKIT_GENERATION_MODEL`, `RAGKIT_PAGES_...`).
 """
@@ -18,20 +19,26 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
+import torch
 from report import RESULTS, commit
 
+from ragkit.bench.long_answers import AnswererTools, LongContextAnswerer, PagesVariants, frame_tokens
 from ragkit.bench.long_context import LongContextEval, LongPlan
 from ragkit.bench.long_items import LongTask, Material
 from ragkit.bench.long_report import LongReport, Outcome, depth_cells, score_rows, task_cells
+from ragkit.bench.long_strategies import make_answerers
 from ragkit.bench.needle import NeedleTask, spaced_depths
 from ragkit.bench.ruler_tasks import ruler_tasks
-from ragkit.cli.eval_long import LongTools, long_tools, report_facts, report_json
+from ragkit.cli.eval_long import report_facts, report_json
 from ragkit.cli.output import json_text
-from ragkit.config import PageSelectorName, PipelineConfig
+from ragkit.config import PageSelectorName
+from ragkit.pipeline import Pipeline
 from ragkit.progress import Silent
 from ragkit.settings import load_settings
 
@@ -50,8 +57,8 @@ def main() -> None:
     for place in places:
         waiting.put(place)
     workers = [
-        context.Process(target=work, args=(arguments, waiting, done), daemon=True)
-        for _ in range(min(arguments.processes, len(places)))
+        context.Process(target=work, args=(arguments, number % arguments.gpus, waiting, done), daemon=True)
+        for number in range(min(arguments.processes, len(places)))
     ]
     for worker in workers:
         worker.start()
@@ -74,6 +81,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=1, help="about each document of a task that has several")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--gpus", type=int, default=1, help="that processes are shared out among")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; then what is done is written")
     parser.add_argument("--name", default="", help="behind pages_ in the name of the raw file")
     return parser.parse_args()
@@ -94,34 +103,53 @@ def variants_of(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def work(arguments: argparse.Namespace, waiting: Any, done: Any) -> None:
+def work(arguments: argparse.Namespace, gpu: int, waiting: Any, done: Any) -> None:
     """Answer documents until none waits; runs in a process of its own."""
+    if arguments.gpus > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # nothing has looked at the GPUs yet
     config = load_settings().config
-    tools = long_tools(config, arguments.strategies.split(","), variants_of(arguments))
+    models = Pipeline(Path(), config)  # for its models alone: no store is opened
+    strategies = arguments.strategies.split(",")
+    embedder = models.embedder if "rag" in strategies else None
+    tools = AnswererTools(models.engine, embedder, config, PagesVariants(**variants_of(arguments)))
     data = os.environ.get("RAGKIT_DATA")
     material = Material(
-        tools.tokenizer,
+        models.tokenizer,
         Path(data) if data else None,
         seed=arguments.seed,
-        frame_tokens=tools.frame_tokens,
+        frame_tokens=frame_tokens(tools),
         questions=arguments.questions,
     )
-    tasks = tasks_of(arguments)
-    while True:
-        try:
-            place = waiting.get(timeout=1)
-        except Empty:
-            return
-        done.put((place, *answered(place, tasks, material, tools, config)))
+
+    device = models.engine.decoder.device
+    if device.type == "cuda":  # what all streams use is there before the first of them begins
+        models.engine.rotary.table(1, 1)
+        torch.cuda.synchronize()
+
+    def take() -> None:
+        tasks = tasks_of(arguments)
+        stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+        with stream:
+            answerers = make_answerers(strategies, tools)
+            while True:
+                try:
+                    place = waiting.get(timeout=1)
+                except Empty:
+                    return
+                done.put((place, *answered(place, tasks, material, answerers)))
+
+    with ThreadPoolExecutor(arguments.threads) as threads:
+        for taken in [threads.submit(take) for _ in range(arguments.threads)]:
+            taken.result()
 
 
 def answered(
-    place: Place, tasks: Sequence[LongTask], material: Material, tools: LongTools, config: PipelineConfig
+    place: Place, tasks: Sequence[LongTask], material: Material, answerers: Sequence[LongContextAnswerer]
 ) -> tuple[Sequence[Outcome], Sequence[str]]:
     """Return the answers to one document by every strategy, and what was left out."""
     length, task, index = place
     plan = LongPlan([tasks[task]], [length], [[index]])
-    measured = LongContextEval(plan, material, tools.answerers, lambda outcomes: [], {})
+    measured = LongContextEval(plan, material, answerers, lambda outcomes: [], {})
     measured.run(Silent())
     report = measured.report()
     return report.outcomes, report.notes
@@ -181,7 +209,7 @@ def write(
     }
     facts = report_facts(load_settings().config, arguments.seed, public_texts=bool(os.environ.get("RAGKIT_DATA")))
     facts |= {"lengths": lengths, "strategies": arguments.strategies.split(","), **variants_of(arguments), **own}
-    facts |= {"processes": arguments.processes}
+    facts |= {name: getattr(arguments, name) for name in ("processes", "threads", "gpus")}
     order = {name: at for at, name in enumerate(dict.fromkeys(one.strategy for one in outcomes))}
     ordered = sorted(outcomes, key=lambda one: (order[one.strategy], one.task, one.length, one.index, one.number))
     report = LongReport(score_rows(ordered), cells(ordered), ordered, notes, facts, seconds)
