@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ragkit.errors import KVCacheError
+from ragkit.kvcache.arriving_windows import Allocate, arriving_windows
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.kv_segment import KVMissError, MissReason
 from ragkit.kvcache.page_codec import PageCodec
@@ -21,7 +22,6 @@ from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.page_window import DamagedWindowError
 
 MEMORY, DISK = "ram", "disk"  # how the places of encoded pages are called in reports
-_READERS = 8  # threads that read whole windows: checking what was read takes longer than reading it
 
 _log = logging.getLogger(__name__)
 
@@ -144,17 +144,19 @@ class EncodedWindows:
         self.nbytes[DISK] += piece.nbytes
         return self._memory.put(layer, window, piece)
 
-    def whole(self, windows: range) -> list[list[Tensor]]:
-        """Return the bytes of all layers of each window, read by several threads; memory keeps none of them.
+    def whole(self, windows: range, device: torch.device) -> Iterator[tuple[range, list[list[Tensor]]]]:
+        """Yield the bytes of all layers of windows, some at a time, on their way to `device`; memory keeps none.
+
+        What is yielded holds until the next is asked for.
 
         Raises:
             DamagedWindowError: one cannot be read.
         """
-        with ThreadPoolExecutor(min(_READERS, len(windows))) as readers:
-            found = list(readers.map(self._whole, windows))
-        for place, pieces in found:
-            self.nbytes[place] += sum(piece.nbytes for piece in pieces)
-        return [pieces for _, pieces in found]
+        nbytes = self._codec.bytes_per_page * self._grid.window_tokens // self._grid.page_size
+        for some, found in arriving_windows(windows, nbytes, self._whole, device):
+            for place, pieces in found:
+                self.nbytes[place] += sum(piece.nbytes for piece in pieces)
+            yield some, [pieces for _, pieces in found]
 
     def read_ahead(self, layer: int, windows: Sequence[int]) -> Future[None] | None:
         """Start to read from disk what memory does not have of a layer; None where that is nothing."""
@@ -183,14 +185,14 @@ class EncodedWindows:
         flat = [piece.flatten() for piece in kept]
         return EncodedKV.pack(self._refs[window], self._codec.codec_id, flat, recompute_ms)
 
-    def _whole(self, window: int) -> tuple[str, list[Tensor]]:
+    def _whole(self, window: int, allocate: Allocate) -> tuple[str, list[Tensor]]:
         if all(self._memory.holds(layer, window) for layer in range(self._layers)):
             found = [self._memory.get(layer, window) for layer in range(self._layers)]
             pieces = [piece for piece in found if piece is not None]
             if len(pieces) == self._layers:  # none left meanwhile
                 return MEMORY, pieces
         try:
-            record = self._records.load(self._refs[window])
+            record = self._records.load(self._refs[window], allocate)
         except KVMissError as error:
             raise DamagedWindowError(window, error) from error
         return DISK, [self._shaped(layer, window, record.layer(layer)) for layer in range(self._layers)]

@@ -7,6 +7,7 @@ than a wrong answer. The digest depends on no process state (hash seeds, object 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -116,18 +117,10 @@ class KVRecipe:
 
     def keys_behind(self, context: ChunkContext) -> Callable[[Sequence[int]], KVKey]:
         """Return what gives the keys of chunks computed behind `context`, by their token ids."""
-        settings = {
-            "weights": self.weights_fingerprint,
-            "config": dataclasses.asdict(self.config),
-            "tokenizer": self.tokenizer_id,
-            "dtype": str(self.dtype),
-            "codec": self.codec_id,
-            "salt": self.tenant_salt,
-            "format": self.format_version,
-            "context": context.context_id,
-        }
+        before, behind = _settings_around_context(self)
+        common = before.copy()
         # JSON keeps the fields apart whatever they hold, and escapes the zero byte that ends it here.
-        common = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + b"\0")
+        common.update(json.dumps(context.context_id).encode() + behind + b"\0")
 
         def key(token_ids: Sequence[int]) -> KVKey:
             digest = common.copy()
@@ -135,6 +128,29 @@ class KVRecipe:
             return KVKey(digest.hexdigest())
 
         return key
+
+
+@functools.lru_cache(maxsize=8)
+def _settings_around_context(recipe: KVRecipe) -> tuple[hashlib._Hash, bytes]:
+    """Return the digest of what stands before a key's context, and what stands behind it.
+
+    A document of a million tokens has thousands of keys that differ in context and tokens alone, and to write the
+    model's sizes takes most of the time of each.
+    """
+    settings = {
+        "weights": recipe.weights_fingerprint,
+        "config": dataclasses.asdict(recipe.config),
+        "tokenizer": recipe.tokenizer_id,
+        "dtype": str(recipe.dtype),
+        "codec": recipe.codec_id,
+        "salt": recipe.tenant_salt,
+        "format": recipe.format_version,
+    }
+    # The fields stand in the order of their names.
+    before = {name: value for name, value in settings.items() if name < "context"}
+    behind = {name: value for name, value in settings.items() if name > "context"}
+    first, last = (json.dumps(some, sort_keys=True) for some in (before, behind))
+    return hashlib.sha256((first[:-1] + ', "context": ').encode()), (", " + last[1:]).encode()
 
 
 def _token_digest(token_ids: Sequence[int]) -> hashlib._Hash:

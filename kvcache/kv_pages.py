@@ -31,7 +31,6 @@ from ragkit.kvcache.page_window import DamagedWindowError, WindowRows
 from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.types import KVUse
 
-_BROUGHT_BYTES = 256 << 20  # of windows that are brought to the device together
 _CHECKED_WINDOWS = 64  # that are looked at together: each look waits for the device
 
 _log = logging.getLogger(__name__)
@@ -268,15 +267,13 @@ class KVPages:
         """
         if self.resident is None:
             return
-        at_once = max(1, _BROUGHT_BYTES // max(1, self.codec.bytes_per_page * self.window_tokens // self.page_size))
         while self._num_resident < count:
-            windows = range(self._num_resident, min(count, self._num_resident + at_once))
             try:
-                self.resident.put_windows(self.grid.first_page(windows.start), self._windows.whole(windows))
+                for windows, pieces in self._windows.whole(range(self._num_resident, count), self.device):
+                    self.resident.put_windows(self.grid.first_page(windows.start), pieces)
+                    self._num_resident = windows.stop
             except DamagedWindowError as damage:
                 self._mend(damage)
-                continue
-            self._num_resident = windows.stop
 
     def prefetch(self, layer: int, pages: Sequence[int]) -> Future[None] | None:
         """Start to read from disk what memory does not have of `pages`; None where that is nothing."""

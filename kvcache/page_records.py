@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
@@ -93,8 +93,8 @@ class PageRecords:
                 self._close(ref)
                 raise
 
-    def load(self, ref: ChunkRef) -> EncodedKV:
-        """Return a whole record.
+    def load(self, ref: ChunkRef, allocate: Callable[[int], Tensor] | None = None) -> EncodedKV:
+        """Return a whole record; `allocate(bytes)` gives the uint8 memory that it is read into.
 
         Raises:
             KVMissError: it is not there, or damaged.
@@ -102,7 +102,7 @@ class PageRecords:
         if self.tier is None:
             raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not on disk")
         with self.tier.open(ref, self._codec_id, self._num_layers) as reader:
-            return reader.load()
+            return reader.load(allocate)
 
     def write(self, encoded: EncodedKV) -> int:
         """Keep a record, and return how many of those that were kept are not written yet, the last ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -97,12 +98,13 @@ class ResidentPages:
     def put_windows(self, first: int, windows: Sequence[Sequence[Tensor]]) -> None:
         """Place the encoded pages of all layers of some neighbouring windows from page `first` on, layer by layer.
 
-        They travel as they lie in host memory, a window of a record in one copy, and are placed at once: a copy and a
-        placement for each window and layer would take longer than the bytes do.
+        They travel as they lie in host memory, neighbours in one copy, and are placed at once: a copy and a placement
+        for each window and layer would take longer than the bytes do.
         """
-        moved = [self._moved(pieces) for pieces in windows]
-        for layer in range(self._codec.layout.num_layers):
-            self.put(layer, first, torch.cat([pieces[layer] for pieces in moved]))
+        moved = self._moved([piece for pieces in windows for piece in pieces])
+        layers = self._codec.layout.num_layers
+        for layer in range(layers):
+            self.put(layer, first, torch.cat(moved[layer::layers]))
 
     def keys(self, layer: int, pages: range) -> Tensor:
         """Return the keys (pages, page_size, kv_heads, head_dim) of `pages`, in the model's type."""
@@ -134,13 +136,24 @@ class ResidentPages:
             raise KVCacheError(NOT_FINITE)
 
     def _moved(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Return the pieces on the device."""
-        device, memory = self._pool.device, pieces[0].untyped_storage()
-        is_one = all(piece.untyped_storage().data_ptr() == memory.data_ptr() for piece in pieces)
-        if not is_one or memory.nbytes() > 2 * sum(piece.nbytes for piece in pieces):
-            return [piece.to(device, non_blocking=True) for piece in pieces]
-        whole = torch.empty(0, dtype=torch.uint8, device=pieces[0].device).set_(memory).to(device, non_blocking=True)
-        return [whole.as_strided(piece.shape, piece.stride(), piece.storage_offset()) for piece in pieces]
+        """Return the pieces on the device: memory that they fill at least half of is copied whole."""
+        memories = {piece.untyped_storage().data_ptr(): piece.untyped_storage() for piece in pieces}
+        filled = Counter[int]()
+        for piece in pieces:
+            filled[piece.untyped_storage().data_ptr()] += piece.nbytes
+        whole = {
+            place: torch.empty(0, dtype=torch.uint8).set_(memory).to(self._pool.device, non_blocking=True)
+            for place, memory in memories.items()
+            if memory.nbytes() <= 2 * filled[place]
+        }
+
+        def moved(piece: Tensor) -> Tensor:
+            copy = whole.get(piece.untyped_storage().data_ptr())
+            if copy is None:
+                return piece.to(self._pool.device, non_blocking=True)
+            return copy.as_strided(piece.shape, piece.stride(), piece.storage_offset())
+
+        return [moved(piece) for piece in pieces]
 
     def _first_groups(self, count: int) -> Tensor:
         if len(self._groups) < count:

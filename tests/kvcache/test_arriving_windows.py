@@ -1,0 +1,75 @@
+import threading
+
+import pytest
+import torch
+
+from ragkit.kvcache import arriving_windows as module
+from ragkit.kvcache.arriving_windows import arriving_windows
+
+CPU = torch.device("cpu")
+
+
+def numbered(window, allocate):
+    piece = allocate(4)
+    piece.fill_(window)
+    return "disk", [piece]
+
+
+def test_windows_come_in_order_a_batch_at_a_time(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 12)
+    found = [(span, [int(pieces[0][0]) for _, pieces in batch]) for span, batch in arriving(range(2, 10))]
+    assert found == [(range(2, 5), [2, 3, 4]), (range(5, 8), [5, 6, 7]), (range(8, 10), [8, 9])]
+    assert list(arriving(range(3, 3))) == []
+
+
+def test_one_batch_is_read_while_the_one_before_is_placed_and_no_more(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 8)
+    began, more = set(), threading.Semaphore(0)
+
+    def read(window, allocate):
+        began.add(window)
+        more.release()
+        return numbered(window, allocate)
+
+    windows = arriving_windows(range(8), 4, read, CPU)
+    next(windows)
+    for _ in range(4):
+        assert more.acquire(timeout=10)
+    assert began == {0, 1, 2, 3}
+    windows.close()
+
+
+def test_what_cannot_be_read_is_told_when_its_batch_comes(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 8)
+
+    def read(window, allocate):
+        if window == 5:
+            raise OSError("gone")
+        return numbered(window, allocate)
+
+    seen = []
+    with pytest.raises(OSError, match="gone"):
+        for span, _ in arriving_windows(range(8), 4, read, CPU):
+            seen.append(span)
+    assert seen == [range(2), range(2, 4)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_page_locked_memory_is_written_again_only_when_it_was_copied(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 1 << 20)
+    size, copies = 1 << 18, []
+
+    def read(window, allocate):
+        piece = allocate(size)
+        assert piece.is_pinned()
+        return "disk", [piece.fill_(window)]
+
+    device = torch.device("cuda")
+    for _, batch in arriving_windows(range(64), size, read, device):
+        copies += [pieces[0].to(device, non_blocking=True) for _, pieces in batch]
+    assert [int(one.float().mean()) for one in copies] == list(range(64))
+
+
+def arriving(windows):
+    return arriving_windows(windows, 4, numbered, CPU)
