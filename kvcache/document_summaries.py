@@ -79,9 +79,11 @@ class DocumentSummaries:
             return found
         made = PageSummaries(selector, self._num_layers, self._grid.num_pages)
         self._of[selector.selector_id] = made
+        first: list[StoredSummary] | None = None
         try:
             for section, stored in self._stored(selector, windows):
-                if stored is not None and made.is_closed and self._fits(made, stored):
+                if stored is not None and made.is_closed and self._fits(made, stored, first):
+                    first = first or stored
                     self._extend(made, section, stored)
                     continue
                 stop = min(section.stop, windows)
@@ -135,9 +137,20 @@ class DocumentSummaries:
             fitted, parts = ([part.to(self._device, non_blocking=True) for part in some] for some in one)
             made.extend(layer, pages, parts, fitted)
 
-    def _fits(self, made: PageSummaries, stored: list[StoredSummary]) -> bool:
-        """Return whether a section was summarised for the same document: its bases are those of the one before."""
-        return all(made.fits(layer, [part.to(self._device) for part in one.fitted]) for layer, one in enumerate(stored))
+    def _fits(self, made: PageSummaries, stored: list[StoredSummary], first: list[StoredSummary] | None) -> bool:
+        """Return whether a section was summarised for the same document: its bases are those of the ones before.
+
+        They are compared in memory with those of the `first` section that was stored and taken, if there is one: to
+        compare them on the device waits for it, once a layer and section.
+        """
+        if first is None:
+            return all(
+                made.fits(layer, [part.to(self._device) for part in one.fitted]) for layer, one in enumerate(stored)
+            )  # fmt: skip
+        return all(
+            len(one.fitted) == len(other.fitted) and all(map(torch.equal, one.fitted, other.fitted))
+            for one, other in zip(stored, first, strict=True)
+        )
 
     def _add(self, made: PageSummaries, windows: range, read: ReadRows) -> None:
         """Add the pages of some windows, in all layers."""

@@ -49,8 +49,7 @@ def test_what_cannot_be_read_is_told_when_its_batch_comes(monkeypatch):
 
     seen = []
     with pytest.raises(OSError, match="gone"):
-        for span, _ in arriving_windows(range(8), 4, read, CPU):
-            seen.append(span)
+        seen.extend(span for span, _ in arriving_windows(range(8), 4, read, CPU))
     assert seen == [range(2), range(2, 4)]
 
 
