@@ -47,7 +47,7 @@ def decode_table(results: Path) -> str:
     lines.append("")
     for name, record in found:
         command = " ".join(("python benchmarks/pages_speed.py", *record["result"].get("arguments", ())))
-        lines += [*_sentences(record["result"]), origin(record, command, name), ""]
+        lines += [*_sentences(_latest(record, found)), origin(record, command, name), ""]
     return "\n".join(lines[:-1]) + "\n"
 
 
@@ -136,6 +136,12 @@ def _model(record: Mapping[str, Any]) -> str:
 
 def _score(row: Row | None) -> str:
     return "" if row is None else f"{row['score']:.0f} ({row['low']:.0f} to {row['high']:.0f})"
+
+
+def _latest(record: Row, found: Sequence[tuple[str, Row]]) -> Row:
+    """Return the parts of a run's result that no later run measured again."""
+    later = [other["result"] for _, other in found if other["date"] > record["date"]]
+    return {name: part for name, part in record["result"].items() if not any(other.get(name) for other in later)}
 
 
 def _sentences(result: Mapping[str, Any]) -> Iterator[str]:
