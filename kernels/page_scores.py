@@ -9,7 +9,8 @@ v is a voter, a query head of a token; r a part of the page: its parts' scores a
 lower <= upper the bound is max(q, 0) . upper + min(q, 0) . lower, two products instead of a maximum per channel. All
 voters that share a row of the result are pooled: the mean or the maximum of s, or the sum of softmax_page(s_v).
 The softmax takes two passes: the first keeps the scores, which are far fewer than the summaries, and the log-sum-exp of
-each tile of pages; the second merges those and adds up the shares.
+each tile of pages; the second adds up the shares (`page_votes`), and has the tiles merged by a launch ahead of it where
+there are many.
 
 Source: representative keys: InfLLM, arXiv 2402.04617, section 3.2; bounds: Quest, arXiv 2406.10774, section 3.2, in
 parts of a page: LServe, arXiv 2502.14866, section 3.5; softmax: the vote of TokenSelect, arXiv 2411.02886, section 4.2.
@@ -27,10 +28,10 @@ from torch import Tensor
 from ragkit.errors import KernelInputError
 from ragkit.kernels.backend import Backend, ceil_div, jit, next_power_of_2, num_processors, resolve_backend, tl
 from ragkit.kernels.launched import launched
+from ragkit.kernels.page_votes import add_page_votes, competing_pages
 
 _LOG2_E = 1.4426950408889634  # the kernels work with powers of two
 _KEPT_SCORES = 1 << 24  # scores that the torch definition, or the vote between its passes, holds at a time: 64 MB
-_VOTE_PAGES = 64  # pages of which a program adds the shares
 
 
 class Pooling(StrEnum):
@@ -101,7 +102,7 @@ def page_scores(
     }  # fmt: skip
     high, span = lower if upper is None else upper, out if bounds is None else bounds
     if pooling is Pooling.VOTE:
-        _vote(queries, lower, high, span, out, scale * _LOG2_E, constants)
+        _vote(queries, lower, high, bounds, out, scale * _LOG2_E, constants)
         return out
     pairs, tile = _tile_sizes(packed, lower, rows)
     _page_scores_kernel[(ceil_div(pages, tile), rows)](
@@ -160,33 +161,29 @@ def _vote(
     queries: Tensor,
     lower: Tensor,
     high: Tensor,
-    span: Tensor,
+    bounds: Tensor | None,
     out: Tensor,
     scale_log2: float,
     constants: dict[str, int],
 ) -> None:
     """Write the sum of all voters' shares into `out`, some tokens at a time: scores are kept between the passes."""
     pages, _, kv_heads, _ = lower.shape
-    tokens, q_heads, rows = queries.shape[0], queries.shape[1], len(out)
+    tokens, q_heads = queries.shape[:2]
     at_once = min(tokens, max(1, _KEPT_SCORES // (q_heads * pages)))
     group = q_heads // kv_heads
     pairs, tile = _tile_sizes(at_once * group, lower, kv_heads)
-    tiles, merged = ceil_div(pages, tile), 64 if queries.is_cuda else 2
-    scores = torch.empty(at_once * q_heads * pages, dtype=torch.float32, device=queries.device)
-    weights = torch.empty(at_once * q_heads * tiles, dtype=torch.float32, device=queries.device)
+    tiles = ceil_div(pages, tile)
+    kept = torch.empty((at_once * q_heads, pages), dtype=torch.float32, device=queries.device)
     for start in range(0, tokens, at_once):
         part = queries[start : start + at_once]
-        packed = len(part) * group
+        scores, packed = kept[: len(part) * q_heads], len(part) * group
+        weights = torch.empty((tiles, len(scores)), dtype=torch.float32, device=queries.device)
         _voter_scores_kernel[(tiles, kv_heads, ceil_div(packed, pairs))](
-            part, lower, high, span, scores, weights, scale_log2, packed, pages, queries.stride(0), lower.stride(0),
+            part, lower, high, out if bounds is None else bounds, scores, weights, scale_log2, packed, pages,
+            queries.stride(0), lower.stride(0),
             **constants, PAIRS=pairs, PAGES=tile, num_warps=8 if pairs > 64 else 4, num_stages=2,
         )  # fmt: skip
-        _page_votes_kernel[(ceil_div(pages, _VOTE_PAGES), rows)](
-            scores, weights, span, out, packed * kv_heads // rows, pages, tiles,
-            VOTERS=max(4, min(32, next_power_of_2(packed * kv_heads // rows))),
-            TILES=min(merged, next_power_of_2(tiles)), PAGES=_VOTE_PAGES, HAS_BOUNDS=constants["HAS_BOUNDS"],
-            ADD=start > 0, num_warps=8,
-        )  # fmt: skip
+        add_page_votes(scores, weights, out, bounds=bounds, add=start > 0)
 
 
 def _tile_sizes(packed: int, lower: Tensor, programs: int) -> tuple[int, int]:
@@ -227,15 +224,6 @@ def _check_inputs(queries: Tensor, lower: Tensor, upper: Tensor | None, scale: f
         raise KernelInputError(f"scale must be above zero, got {scale}")
     if bounds is not None and (bounds.shape != (3,) or bounds.dtype != torch.int32 or not bounds.is_contiguous()):
         raise KernelInputError(f"bounds must be (3,) int32, got {tuple(bounds.shape)} {bounds.dtype}")
-
-
-@jit
-def _competing(bounds_ptr, pages, HAS_BOUNDS: tl.constexpr):
-    # The first page that competes, and the one after the last.
-    first, last = 0, pages
-    if HAS_BOUNDS:
-        first, last = tl.load(bounds_ptr), tl.minimum(tl.load(bounds_ptr + 1), pages)
-    return first, last
 
 
 @jit
@@ -283,7 +271,7 @@ def _page_scores_kernel(
     # This program pools what all voters of one row say about some pages.
     tile, row = tl.program_id(0), tl.program_id(1)
     page = tile * PAGES + tl.arange(0, PAGES)
-    first, last = _competing(bounds_ptr, pages, HAS_BOUNDS)
+    first, last = competing_pages(bounds_ptr, pages, HAS_BOUNDS)
     is_page = (page >= first) & (page < last)
     pooled = tl.full((PAGES,), float("-inf") if MAX else 0.0, tl.float32)
     if (first < last) & (tile * PAGES < last) & (tile * PAGES + PAGES > first):
@@ -314,7 +302,7 @@ def _voter_scores_kernel(
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     pair = tl.program_id(2) * PAIRS + tl.arange(0, PAIRS)
     page = tile * PAGES + tl.arange(0, PAGES)
-    first, last = _competing(bounds_ptr, pages, HAS_BOUNDS)
+    first, last = competing_pages(bounds_ptr, pages, HAS_BOUNDS)
     is_page = (page >= first) & (page < last)
     voter = (kv_head * packed + pair).to(tl.int64)
     log_sum = tl.full((PAIRS,), float("-inf"), tl.float32)
@@ -328,41 +316,4 @@ def _voter_scores_kernel(
         tl.store(score_ptr + voter[:, None] * pages + page[None, :], scores, mask=mask)
         highest = tl.max(scores, axis=1)  # finite: a tile that overlaps the bounds has a page within them
         log_sum = highest + tl.log2(tl.sum(tl.exp2(scores - highest[:, None]), axis=1))
-    tl.store(weight_ptr + voter * tl.num_programs(0) + tile, log_sum, mask=pair < packed)
-
-
-@launched(do_not_specialize=("voters", "pages", "tiles"))
-def _page_votes_kernel(
-    score_ptr, weight_ptr, bounds_ptr, out_ptr, voters, pages, tiles,
-    VOTERS: tl.constexpr, TILES: tl.constexpr, PAGES: tl.constexpr, HAS_BOUNDS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    # This program adds up the shares that all voters of one row give to some pages.
-    row = tl.program_id(1)
-    start_page = tl.program_id(0) * PAGES
-    page = start_page + tl.arange(0, PAGES)
-    first, last = _competing(bounds_ptr, pages, HAS_BOUNDS)
-    is_page = (page >= first) & (page < last)
-    shares = tl.zeros((PAGES,), tl.float32)
-    if ADD:
-        shares = tl.load(out_ptr + row * pages + page, mask=is_page, other=0.0)
-    if (first < last) & (start_page < last) & (start_page + PAGES > first):
-        for start in range(0, voters, VOTERS):
-            is_voter = start + tl.arange(0, VOTERS) < voters
-            voter = (row * voters + start + tl.arange(0, VOTERS)).to(tl.int64)
-            score_at = score_ptr + voter[:, None] * pages + page[None, :]
-            scores = tl.load(score_at, mask=is_voter[:, None] & is_page[None, :], other=float("-inf"))
-            highest = tl.full((VOTERS,), float("-inf"), tl.float32)
-            total = tl.zeros((VOTERS,), tl.float32)
-            for begin in range(0, tiles, TILES):
-                tile = begin + tl.arange(0, TILES)
-                weight_at = weight_ptr + voter[:, None] * tiles + tile[None, :]
-                mask = is_voter[:, None] & (tile < tiles)[None, :]
-                weight = tl.load(weight_at, mask=mask, other=float("-inf"))
-                new_highest = tl.maximum(highest, tl.max(weight, axis=1))
-                # While no page competed the maximum is -inf, and -inf - -inf would be NaN.
-                base = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-                total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(weight - base[:, None]), axis=1)
-                highest = new_highest
-            log_sum = tl.where(is_voter, highest + tl.log2(tl.where(is_voter, total, 1.0)), 0.0)
-            shares += tl.sum(tl.exp2(scores - log_sum[:, None]), axis=0)
-    tl.store(out_ptr + row * pages + page, tl.where(is_page, shares, float("-inf")), mask=page < pages)
+    tl.store(weight_ptr + tile * (tl.num_programs(1) * packed) + voter, log_sum, mask=pair < packed)

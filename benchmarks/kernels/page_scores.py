@@ -15,9 +15,14 @@ from ragkit.kernels.testing import assert_matches
 
 
 def cases(device: torch.device) -> list[KernelCase]:
-    """Return one query over 2K and 16K pages by mean keys and by bounds, and a window of 512; on a CPU small cases."""
+    """Return one query over 2K and 16K pages by mean keys and by bounds, 8 and 512 of a window; on a CPU small cases.
+
+    Eight are what a window votes by while a document is read. The last of the small ones has so many tiles of pages
+    that they are merged by a launch of their own.
+    """
     if device.type == "cpu":
-        return [_case(1, 40, parts, pooling, device) for parts in (0, 2) for pooling in Pooling]
+        small = [_case(1, 40, parts, pooling, device) for parts in (0, 2) for pooling in Pooling]
+        return [*small, _case(64, 528, 1, Pooling.VOTE, device)]
     return [
         *(
             _case(1, pages, parts, pooling, device)
@@ -25,6 +30,7 @@ def cases(device: torch.device) -> list[KernelCase]:
             for parts in (0, 1, 4)
             for pooling in (Pooling.MAX, Pooling.VOTE)
         ),
+        *(_case(8, pages, 1, Pooling.VOTE, device) for pages in (2048, 16384)),
         _case(512, 4096, 0, Pooling.MAX, device),
         _case(512, 4096, 0, Pooling.VOTE, device),
     ]
@@ -46,15 +52,15 @@ def _case(tokens: int, pages: int, bounded: int, pooling: Pooling, device: torch
         assert_matches(run(), page_scores_torch(queries, summaries, **options), reduced=4)
 
     read = sum(side.nbytes for side in sides)
-    # Every product once; a window's are many for each byte.
-    work = 2.0 * tokens * shape.q_heads * shape.head_dim * pages * len(sides) if tokens > 1 else read + 4 * pages
+    # Every product once; those of a whole window are many for each byte.
+    work = 2.0 * tokens * shape.q_heads * shape.head_dim * pages * len(sides) if tokens > 8 else read + 4 * pages
     return KernelCase(
         name=f"page_scores, {pooling}",
         shape=f"{tokens} tokens, {pages:,} pages of {f'{bounded} bounds' if bounded else 'a mean'}, {shape.heads}",
         run=run,
         check=check,
         work=work,
-        kind="bandwidth" if tokens == 1 else "compute",
+        kind="bandwidth" if tokens <= 8 else "compute",
         baseline_name="torch.compile of products and pooling",
         baseline=_materialised(queries, sides, shape, options, device),
     )

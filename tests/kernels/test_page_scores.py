@@ -5,6 +5,7 @@ import torch
 
 from ragkit.errors import KernelInputError
 from ragkit.kernels import page_scores as module
+from ragkit.kernels import page_votes
 from ragkit.kernels.backend import Backend
 from ragkit.kernels.page_scores import KeyBounds, Pooling, page_scores, page_scores_torch
 from ragkit.kernels.testing import assert_matches, guarded
@@ -119,6 +120,20 @@ def test_scores_are_the_formula_however_few_are_held(kind, pooling, backend, hel
     for per_head in (False, True):
         got = page_scores(queries, summaries, pooling=pooling, per_head=per_head, scale=0.3, backend=backend)
         assert_matches(got, _formula(queries, sides, pooling, per_head, 0.3), reduced=4)
+
+
+@pytest.mark.parametrize("each", [0, 1 << 30], ids=["merged ahead", "merged by each"])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("bounds", [None, (51, 58, 100), (15, 70, 100)])
+def test_votes_of_several_rounds_over_many_tiles_match_the_definition(
+    bounds, per_head, each, device, rng, monkeypatch
+):  # fmt: skip
+    monkeypatch.setattr(module, "_KEPT_SCORES", 2 * 4 * 100)  # of two tokens; the second round has one
+    monkeypatch.setattr(page_votes, "_MERGED_BY_EACH", each)
+    queries = _queries(3, 4, 16, torch.float32, device, rng)
+    summaries = _keys(100, 1, 2, 16, torch.float32, device, rng)
+    chosen = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
+    _compare(queries, summaries, pooling=Pooling.VOTE, per_head=per_head, bounds=chosen)
 
 
 @pytest.mark.parametrize("backend", list(Backend))
