@@ -13,7 +13,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
@@ -101,8 +101,12 @@ class PageRecords:
         """
         if self.tier is None:
             raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not on disk")
-        with self.tier.open(ref, self._codec_id, self._num_layers) as reader:
-            return reader.load(allocate)
+        try:
+            return self._whole(self.tier, ref, allocate)
+        except KVMissError as error:
+            if error.reason is not MissReason.UNREADABLE:
+                raise
+        return self._whole(self.tier, ref, allocate)  # its segment was written anew meanwhile
 
     def write(self, encoded: EncodedKV) -> int:
         """Keep a record, and return how many of those that were kept are not written yet, the last ones.
@@ -130,14 +134,9 @@ class PageRecords:
             KVCacheError: the tier could not be written, or refused some of it.
         """
         self._settle()
-        waiting, self._waiting = self._waiting, []
-        if self.tier is None or not waiting:
-            return
-        try:
-            self._save(self.tier, waiting)
-        except KVCacheError:
-            self._waiting = waiting + self._waiting
-            raise
+        if self.tier is not None and self._waiting:
+            self._save(self.tier, self._waiting)
+        self._waiting = []
 
     def close(self) -> None:
         """Close what is open."""
@@ -152,12 +151,18 @@ class PageRecords:
         """Wait until the batch that is being written is; it waits again where it cannot be."""
         if self._saving is None:
             return
-        (batch, saved), self._saving = self._saving, None
+        batch, saved = self._saving
+        wait([saved])  # an interrupt meanwhile leaves the batch as it is: being written
+        self._saving = None
         try:
             saved.result()
-        except KVCacheError:
+        except BaseException:  # memory may have been short, for one
             self._waiting = batch + self._waiting
             raise
+
+    def _whole(self, tier: BackingTier, ref: ChunkRef, allocate: Callable[[int], Tensor] | None) -> EncodedKV:
+        with tier.open(ref, self._codec_id, self._num_layers) as reader:
+            return reader.load(allocate)
 
     @staticmethod
     def _save(tier: BackingTier, batch: Sequence[EncodedKV]) -> None:
