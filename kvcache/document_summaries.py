@@ -93,7 +93,7 @@ class DocumentSummaries:
                     self._store(partial(self._write, made, section))
             self._store(self._records.flush)
         except BaseException:
-            del self._of[selector.selector_id]
+            self.forget(selector)
             raise
         return made
 
@@ -118,6 +118,10 @@ class DocumentSummaries:
             KVCacheError: the disk could not be written.
         """
         self._records.flush()
+
+    def close(self) -> None:
+        """End writing; what waits is lost."""
+        self._records.close()
 
     def _stored(
         self, selector: PageSelector, windows: int

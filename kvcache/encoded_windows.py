@@ -94,6 +94,7 @@ class EncodedWindows:
         Raises:
             KVCacheError: the window before it cannot be stored, or the disk could not be written; then neither is kept.
         """
+        self.next_window = window if self._coming is None else self._coming.window
         coming = ComingWindow.of(window, data, recompute_ms, self._spare)
         self._spare = None
         first = self.settle()

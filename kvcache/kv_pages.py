@@ -145,14 +145,13 @@ class KVPages:
             self._summaries.append(layer, PageRows(self._kept(layer, pages, piece), self._received(layer, piece)))
         self.num_windows = window + 1
         self._num_resident += self._num_resident == window
-        self._summaries.close_window(self.num_windows)
         if self._is_only_resident:
-            if self.num_windows - self._num_checked >= _CHECKED_WINDOWS:
-                self._check_resident()
+            self._check_resident(_CHECKED_WINDOWS)
             return
         with self._kept_windows():
             self._windows.settle()
         self._let_go(self._windows.add(window, pieces, recompute_ms))
+        self._summaries.close_window(self.num_windows)  # last: where that cannot be stored, the window is kept
 
     @property
     def takes_coming(self) -> bool:
@@ -172,13 +171,12 @@ class KVPages:
         """
         window = self.num_windows
         self.num_windows = self._num_resident = window + 1
-        self._summaries.close_window(self.num_windows)
         if data is None:
-            if self.num_windows - self._num_checked >= _CHECKED_WINDOWS:
-                self._check_resident()
+            self._check_resident(_CHECKED_WINDOWS)
             return
         with self._kept_windows():
             self._let_go(self._windows.expect(window, data, recompute_ms))
+        self._summaries.close_window(self.num_windows)
 
     def adopt(self) -> int:
         """Count the next windows as there that are stored behind a gap, and return how many those are.
@@ -205,17 +203,19 @@ class KVPages:
         """Keep a window again that was damaged; in memory, where the disk does not take it.
 
         Raises:
-            KVCacheError: a number cannot be stored.
+            KVCacheError: a number cannot be stored, or a window that was expected before it.
         """
+        with self._kept_windows():
+            self._windows.settle()
         pages = self.grid.pages_of(window)
         self.cache.discard(pages)
         encoded = [self.codec.encode(layer, one.keys, one.values, one.received) for layer, one in enumerate(rows)]
         if self.resident is not None:
             for layer, piece in enumerate(encoded):
                 self.resident.put(layer, pages.start, piece)
-        self._windows.replace(window, encoded, recompute_ms)
         self.repaired += 1
         try:
+            self._windows.replace(window, encoded, recompute_ms)
             self.flush()
         except KVCacheError as error:  # whoever asks has an answer all the same
             _log.warning("a window that was computed again stays in memory: %s", error)
@@ -230,9 +230,11 @@ class KVPages:
         """
         if self._is_only_resident:
             self._check_resident()
-        with self._kept_windows():
-            self._windows.settle()
-        self._windows.flush()
+        try:
+            with self._kept_windows():
+                self._windows.settle()
+        finally:
+            self._windows.flush()
         self._summaries.flush()
         self._let_go(self.num_windows)
 
@@ -313,6 +315,8 @@ class KVPages:
         try:
             self.flush()
         finally:
+            self.repair = None  # it refers to these pages, whose memory would wait for the garbage collector
+            self._summaries.close()
             self.records.close()
 
     @property
@@ -334,9 +338,11 @@ class KVPages:
         self.cache.put(layer, kept, (keys[-len(kept) :], values[-len(kept) :]))
         return keys
 
-    def _check_resident(self) -> None:
-        """Let everything go that the device alone has, where some of it could not be stored."""
+    def _check_resident(self, least: int = 1) -> None:
+        """Look at the last windows if they are `least`; where one cannot be stored, let all go that nobody else has."""
         assert self.resident is not None, "asked where pages are there alone"
+        if self.num_windows - self._num_checked < least:
+            return
         first, stop = self.grid.first_page(self._num_checked), self.grid.first_page(self.num_windows)
         try:
             self.resident.require_finite(range(first, stop))
@@ -380,7 +386,7 @@ class KVPages:
         """Forget the windows behind the last one that is kept where what comes from the device cannot be."""
         try:
             yield
-        except KVCacheError:
+        except BaseException:  # an interrupt as well
             self.num_windows = min(self.num_windows, self._windows.next_window)
             self._num_resident = min(self._num_resident, self.num_windows)
             self._summaries.forget()

@@ -91,6 +91,10 @@ class PageSummaryRecords:
         """
         self._records.flush()
 
+    def close(self) -> None:
+        """End writing; what waits is lost."""
+        self._records.close()
+
     def _parts(self, encoded: EncodedKV, layer: int) -> StoredSummary:
         try:
             found = load(encoded.layer(layer).numpy().tobytes())

@@ -97,9 +97,11 @@ class PagedPrefill:
                     nbytes = pages.codec.bytes_per_page * pages.pages_for(len(token_ids))
                     progress.advance(documents=1, bytes=nbytes, tokens=len(token_ids))
             finally:
-                if graph is not None:
-                    graph.close()
-                pages.flush()
+                try:
+                    if graph is not None:
+                        graph.close()
+                finally:
+                    pages.flush()
         return pages.is_complete
 
     def prepare(self, pages: KVPages) -> None:

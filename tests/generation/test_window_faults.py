@@ -1,0 +1,187 @@
+"""Faults while a document's windows come from the device: those that were kept are written, none is mixed up."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+from page_doubles import RecordsInMemory
+
+from ragkit.errors import KVCacheError
+from ragkit.generation.paged_prefill import PagedPrefill
+from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.kvcache import page_records
+from ragkit.kvcache.encoded_windows import ComingWindow, EncodedWindows
+
+from .conftest import decoder_of, hf_model
+from .test_paged_faults import FullDisk
+from .test_paged_prefill import Replays, logits_over, pages_of
+from .test_window_graph import OPTIONS, TOKENS, WINDOWS, assert_alike
+
+
+@pytest.fixture
+def llama():
+    return decoder_of(hf_model("llama", num_hidden_layers=2))
+
+
+def reader(decoder, make_recorder=Replays):
+    return PagedPrefill(decoder, RotaryCache(decoder), OPTIONS, make_recorder=make_recorder)
+
+
+def document(decoder, tier=None, tokens=TOKENS):
+    return pages_of(decoder, tokens, OPTIONS, codec="int8", resident=True, tier=tier)
+
+
+class At:
+    """A progress that does something when so many windows were read."""
+
+    def __init__(self, windows, act):
+        self.left, self.act = windows, act
+
+    def start(self, *_):
+        pass
+
+    def advance(self, documents=0, **_):
+        self.left -= documents
+        if self.left == 0:
+            self.act()
+
+
+def launched(decoder):
+    pages = document(decoder)
+    assert reader(decoder, None).read(pages)
+    return pages
+
+
+@pytest.mark.parametrize("step", ["of", "wait"])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, RuntimeError])
+def test_a_window_that_could_not_be_brought_is_read_again(llama, monkeypatch, step, error):
+    tier, pages = RecordsInMemory(), None
+
+    def fails(*_):
+        raise error
+
+    def from_now_on():
+        patch.setattr(ComingWindow, step, fails)
+
+    pages = document(llama, tier)
+    with monkeypatch.context() as patch, pytest.raises(error):
+        reader(llama).read(pages, At(12, from_now_on))
+    assert pages.num_windows in (11, 12)
+    pages.flush()
+    assert tier.saved >= pages.num_windows  # none counts that nobody keeps
+    assert reader(llama).read(pages)
+    assert tier.holds([ref.key for ref in pages.refs]) == {ref.key for ref in pages.refs}
+    assert_alike(llama, OPTIONS, launched(llama), pages)
+
+
+def test_windows_before_one_that_cannot_be_stored_are_written_at_once(llama):
+    tier = RecordsInMemory()
+    pages = document(llama, tier, TOKENS[: 20 * 32])
+    # The last window is looked at when reading ends.
+    with pytest.raises(KVCacheError, match="not finite"):
+        reader(llama).read(pages, At(19, lambda: llama.weights.embedding.fill_(float("nan"))))
+    assert (tier.saved, pages.num_windows) == (19, 19)
+
+
+def test_windows_are_written_although_the_device_fails_at_the_end(llama):
+    tier, pages = RecordsInMemory(), None
+
+    class Broken(Replays):
+        def wait(self):
+            if "end" in self.log and self.log[-1] == "end" and pages.num_windows == 12:
+                raise RuntimeError("the device is gone")
+
+    def stops():
+        raise KeyboardInterrupt
+
+    pages = document(llama, tier)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        reader(llama, Broken).read(pages, At(12, stops))
+    assert tier.saved == 12
+
+
+def test_a_window_is_kept_where_what_selectors_keep_of_its_section_cannot_be(llama, monkeypatch):
+    monkeypatch.setattr("ragkit.kvcache.page_summary_records.SECTION_WINDOWS", 10)
+
+    class NoSummaries(RecordsInMemory):
+        is_full = True
+
+        def save(self, chunks):
+            if self.is_full and any(not chunk.ref.token_ids for chunk in chunks):
+                raise KVCacheError("the disk is full")
+            return super().save(chunks)
+
+    for make in (None, Replays):
+        tier = NoSummaries()
+        pages = document(llama, tier)
+        with monkeypatch.context() as patch:
+            prefill = reader(llama, make)
+
+            def writes_at_once(patch=patch):
+                patch.setattr(page_records, "_SAVED_BYTES", 1)
+
+            with pytest.raises(KVCacheError, match="the disk is full"):
+                prefill.read(pages, At(2, writes_at_once))
+        with pytest.raises(KVCacheError, match="the disk is full"):
+            pages.flush()
+        assert pages.num_windows >= 10
+        assert tier.holds([ref.key for ref in pages.refs[: pages.num_windows]]) == {
+            ref.key for ref in pages.refs[: pages.num_windows]
+        }
+
+
+def test_a_window_is_mended_although_the_batch_before_it_was_not_written(llama, monkeypatch, caplog):
+    tier = FullDisk()
+    first = document(llama, tier, TOKENS[:320])
+    assert reader(llama).read(first)
+    again = document(llama, tier, TOKENS[:320])
+    rows = reader(llama)._rows(again, 3)
+    monkeypatch.setattr(EncodedWindows, "flush", lambda _: None)
+    tier.is_full = True
+    monkeypatch.setattr(page_records, "_SAVED_BYTES", 1)
+    again.replace(2, reader(llama)._rows(again, 2))  # fails while the next is computed
+    again.replace(3, rows)
+    assert again.repaired == 2
+    assert "stays in memory: the disk is full" in caplog.text
+
+
+def test_the_memory_of_a_closed_document_is_free_at_once(llama):
+    pages = document(llama)
+    prefill = reader(llama)
+    assert prefill.read(pages)
+    assert logits_over(llama, pages, prefill).isfinite().all()
+    gc.collect()
+    gc.disable()
+    try:
+        room = weakref.ref(pages.resident)
+        pages.close()
+        del pages
+        assert room() is None
+    finally:
+        gc.enable()
+
+
+def test_a_window_behind_a_gap_that_is_damaged_before_it_is_placed_is_mended(llama, monkeypatch):
+    tier, recorder = RecordsInMemory(), Replays()
+    first = document(llama, tier)
+    assert reader(llama).read(first)
+    for gone in (12, 25):
+        del tier.records[first.refs[gone].key]
+    again = document(llama, tier)
+    again.memory.budget_bytes = 1  # adopted windows stay on disk
+    adopt = again.adopt
+
+    def adopt_and_damage():
+        adopted = adopt()
+        if adopted:
+            tier.records[again.refs[20].key] = b"cut off"
+        return adopted
+
+    monkeypatch.setattr(again, "adopt", adopt_and_damage)
+    assert reader(llama, lambda: recorder).read(again)
+    assert again.repaired == 1
+    assert "record" in recorder.log
+    again.bring_windows(WINDOWS)
+    assert_alike(llama, OPTIONS, first, again)
