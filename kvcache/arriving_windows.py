@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _READERS = 8  # checking what was read takes longer than reading it
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 56 << 20  # with what stands around them below 64 MB: torch locks powers of two
 _ALIGNMENT = 256  # bytes; what a GPU copies fastest from
 
 Allocate: TypeAlias = Callable[[int], Tensor]
@@ -36,7 +36,7 @@ def arriving_windows(
     Raises:
         Whatever `read` does.
     """
-    count = max(1, _BATCH_BYTES // max(1, window_bytes))
+    count = max(1, min(len(windows), _BATCH_BYTES // max(1, window_bytes)))
     spans = [range(start, min(start + count, windows.stop)) for start in range(windows.start, windows.stop, count)]
     batches = [_Batch(device, count * (window_bytes + window_bytes // 8 + _ALIGNMENT)) for _ in spans[:2]]
     with ThreadPoolExecutor(_READERS, thread_name_prefix="ragkit-window-read") as readers:

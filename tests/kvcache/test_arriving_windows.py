@@ -53,6 +53,22 @@ def test_what_cannot_be_read_is_told_when_its_batch_comes(monkeypatch):
     assert seen == [range(2), range(2, 4)]
 
 
+@pytest.mark.parametrize(("windows", "batches"), [(3, [3 * (9 << 18) + 3 * 256]), (60, [63 << 20, 63 << 20])])
+def test_batches_take_no_more_memory_than_windows_need(monkeypatch, windows, batches):
+    taken = []
+
+    class Counted(module._Batch):
+        def __init__(self, device, nbytes):
+            taken.append(nbytes)
+            super().__init__(device, nbytes)
+
+    monkeypatch.setattr(module, "_Batch", Counted)
+    for _ in arriving_windows(range(windows), 2 << 20, numbered, CPU):
+        pass
+    assert taken == pytest.approx(batches, rel=0.001)
+    assert max(taken) <= 64 << 20  # page-locked memory comes in powers of two
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_page_locked_memory_is_written_again_only_when_it_was_copied(monkeypatch):

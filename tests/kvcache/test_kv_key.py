@@ -1,5 +1,7 @@
 import dataclasses
+import hashlib
 import json
+import struct
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import torch
 from kv_samples import CONFIG
 
 from ragkit.errors import KVCacheError
-from ragkit.kvcache.kv_key import ChunkContext, KVKey, KVRecipe
+from ragkit.kvcache.kv_key import KV_FORMAT_VERSION, ChunkContext, KVKey, KVRecipe
 from ragkit.models.model_config import RopeType
 
 RECIPE = KVRecipe("a" * 64, CONFIG, "tokenizer", torch.bfloat16, "int4")
@@ -36,6 +38,19 @@ def test_equal_inputs_have_one_key():
 )
 def test_everything_that_changes_the_numbers_changes_the_key(change):
     assert dataclasses.replace(RECIPE, **change).key(TOKENS, ISOLATED) != RECIPE.key(TOKENS, ISOLATED)
+
+
+@pytest.mark.parametrize("salt", ["", 'Käse "\\ \0'])
+@pytest.mark.parametrize("context", [ISOLATED, ChunkContext.neighbours((1, 2), (3,)), ChunkContext.prefix(())])
+def test_a_key_is_the_digest_of_all_settings_in_the_order_of_their_names(salt, context):
+    recipe = dataclasses.replace(RECIPE, tenant_salt=salt)
+    settings = {
+        "weights": "a" * 64, "config": dataclasses.asdict(CONFIG), "tokenizer": "tokenizer", "dtype": "torch.bfloat16",
+        "codec": "int4", "salt": salt, "format": KV_FORMAT_VERSION, "context": context.context_id,
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + b"\0")
+    digest.update(hashlib.sha256(struct.pack("=3q", *TOKENS)).digest())
+    assert recipe.key(TOKENS, context).digest == digest.hexdigest()
 
 
 @pytest.mark.parametrize("tokens", [(1, 2), (1, 3, 2), (1, 2, 3, 0), (1, 2 + 256, 3), ()])
