@@ -75,7 +75,8 @@ class DocumentSummaries:
             at_once: how many windows that is at most.
         """
         found = self._of.get(selector.selector_id)
-        if found is not None:
+        # More pages than there are: reading was interrupted while a window was added.
+        if found is not None and max(found.num_pages) <= self._grid.first_page(windows):
             return found
         made = PageSummaries(selector, self._num_layers, self._grid.num_pages)
         self._of[selector.selector_id] = made

@@ -335,6 +335,7 @@ class KVPages:
             return self.codec.decode_keys(layer, piece)
         keys, values = self.codec.decode(layer, piece)
         kept = list(pages)[-self.cache.num_pages :]
+        self.cache.discard(kept)  # there already where reading was interrupted while they were added
         self.cache.put(layer, kept, (keys[-len(kept) :], values[-len(kept) :]))
         return keys
 

@@ -6,6 +6,7 @@ import gc
 import weakref
 
 import pytest
+import torch
 from page_doubles import RecordsInMemory
 
 from ragkit.errors import KVCacheError
@@ -13,6 +14,7 @@ from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.kvcache import page_records
 from ragkit.kvcache.encoded_windows import ComingWindow, EncodedWindows
+from ragkit.kvcache.page_summaries import PageSummaries
 
 from .conftest import decoder_of, hf_model
 from .test_paged_faults import FullDisk
@@ -73,6 +75,54 @@ def test_a_window_that_could_not_be_brought_is_read_again(llama, monkeypatch, st
     assert tier.saved >= pages.num_windows  # none counts that nobody keeps
     assert reader(llama).read(pages)
     assert tier.holds([ref.key for ref in pages.refs]) == {ref.key for ref in pages.refs}
+    assert_alike(llama, OPTIONS, launched(llama), pages)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_reading_goes_on_behind_a_window_that_was_half_added_when_it_was_interrupted(llama, monkeypatch, resident):
+    def read_with(interrupted):
+        pages = pages_of(llama, TOKENS[:328], OPTIONS, codec="int8", resident=resident)
+        prefill, append, layers = reader(llama, None), PageSummaries.append, []
+
+        def interrupts(summaries, layer, rows):
+            append(summaries, layer, rows)
+            layers.append(layer)
+            if len(layers) == 9 and interrupted:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PageSummaries, "append", interrupts)
+            if interrupted:
+                with pytest.raises(KeyboardInterrupt):
+                    prefill.read(pages)
+                assert layers[-1] == 0  # of two layers
+            assert prefill.read(pages)
+        return pages, logits_over(llama, pages, prefill)
+
+    (whole, expected), (pages, got) = read_with(interrupted=False), read_with(interrupted=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    for layer in range(2):
+        kept = (one.summaries(OPTIONS.selector).of(layer) for one in (pages, whole))
+        assert all(map(torch.equal, *kept))
+        assert len(pages.cache._block_of[layer]) + len(pages.cache._free[layer]) == pages.cache.num_pages
+
+
+def test_reading_goes_on_behind_a_replayed_window_that_summaries_alone_count(llama, monkeypatch):
+    tier = RecordsInMemory()
+    pages, counted = document(llama, tier), []
+    count = PageSummaries.count
+
+    def interrupts(summaries, pages):
+        count(summaries, pages)
+        counted.append(pages)
+        if len(counted) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PageSummaries, "count", interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            reader(llama).read(pages)
+    assert reader(llama).read(pages)
     assert_alike(llama, OPTIONS, launched(llama), pages)
 
 
