@@ -121,10 +121,10 @@ class PageRecords:
         if is_full or (self._saving is not None and self._saving[1].done()):
             self._settle()
         if is_full:
-            batch, self._waiting = self._waiting, []
             if self.tier is not None:
                 self._writer = self._writer or ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-save")
-                self._saving = batch, self._writer.submit(self._save, self.tier, batch)
+                self._saving = self._waiting, self._writer.submit(self._save, self.tier, self._waiting)
+            self._waiting = []
         return len(self._waiting) + (0 if self._saving is None else len(self._saving[0]))
 
     def flush(self) -> None:

@@ -77,6 +77,22 @@ def test_an_interrupt_while_a_batch_is_written_leaves_it_being_written(monkeypat
     records.close()
 
 
+def test_a_batch_that_no_thread_can_be_had_for_goes_on_waiting(monkeypatch):
+    monkeypatch.setattr(page_records, "_SAVED_BYTES", 1)
+    tier, one = RecordsInMemory(), window(1)
+    records = PageRecords(tier, "page", 1)
+
+    def none_left(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(RuntimeError, match="new thread"):
+            records.write(one)
+    records.flush()
+    assert tier.records.keys() == {one.ref.key}
+
+
 def test_a_whole_record_whose_segment_is_written_anew_meanwhile_is_read_again():
     class Moves(RecordsInMemory):
         moved = False
