@@ -51,6 +51,9 @@ def arriving_windows(
                 batch.launched()
         finally:
             readers.shutdown(cancel_futures=True)
+            for batch in batches[:1]:  # pieces that were in memory already may be written over when those let them go
+                batch.launched()
+                batch.wait()
 
 
 class _Batch:
@@ -65,8 +68,7 @@ class _Batch:
 
     def begin(self, readers: ThreadPoolExecutor, span: Sequence[int], read: ReadWindow) -> list[Future]:  # type: ignore[type-arg]
         """Start to read the windows of `span`."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self.wait()
         self._used = 0
         return [readers.submit(read, window, self._allocate) for window in span]
 
@@ -75,6 +77,11 @@ class _Batch:
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> None:
+        """Return once the device has copied what was launched by then."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def _allocate(self, nbytes: int) -> Tensor:
         if self._memory is None:

@@ -69,6 +69,28 @@ def test_batches_take_no_more_memory_than_windows_need(monkeypatch, windows, bat
     assert max(taken) <= 64 << 20  # page-locked memory comes in powers of two
 
 
+@pytest.mark.parametrize("taken", [1, 3])
+def test_all_copies_are_waited_for_at_the_end_and_where_it_comes_early(monkeypatch, taken):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 8)
+    log = []
+
+    class Watched(module._Batch):
+        def launched(self):
+            log.append("launched")
+
+        def wait(self):
+            log.append("wait")
+
+    monkeypatch.setattr(module, "_Batch", Watched)
+    windows = arriving(range(6))
+    for _ in range(taken):
+        next(windows)
+        log.append("copied")
+    assert next(windows, None) is None if taken == 3 else windows.close() is None
+    assert log[-2:] == ["launched", "wait"]
+    assert log.index("copied") < len(log) - 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_page_locked_memory_is_written_again_only_when_it_was_copied(monkeypatch):
