@@ -97,6 +97,11 @@ class QuantizedBlocks:
         """Return a view of all blocks behind each other, as `quantize_kv` writes and `dequantize_kv` reads."""
         return QuantizedHeads(self.codes.flatten(0, 1), self.scales.flatten(0, 1), self.zeros.flatten(0, 1))
 
+    def some(self, blocks: Tensor) -> QuantizedBlocks:
+        """Return a copy of the blocks that `blocks` (blocks,) int64 names: only the device needs to know them."""
+        codes, scales, zeros = (part.index_select(0, blocks) for part in (self.codes, self.scales, self.zeros))
+        return QuantizedBlocks(codes, scales, zeros, self.bits)
+
     def rows(self, slots: Tensor) -> Tensor:
         """Return (tokens, kv_heads, head_dim) fp32, the numbers at `slots` (tokens,): the definition."""
         codes, scales, zeros = self.heads()

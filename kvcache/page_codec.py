@@ -120,7 +120,7 @@ class PageCodec:
         return out.view(shape)
 
     def join(self, parts: Sequence[Tensor], out: Tensor) -> None:
-        """Write what `quantized` gave as encoded pages into `out` (pages, page_bytes) uint8."""
+        """Write codes, scales and zeros of keys and values (pages, ...) as encoded pages: `out` (pages, page_bytes)."""
         torch.cat([_bytes(part).view(len(out), -1) for part in parts], dim=1, out=out)
 
     def require_finite(self, layer: int, data: Tensor) -> None:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ragkit.config import PageVote
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
 
 
 class PageRows(NamedTuple):
@@ -112,7 +114,18 @@ class PageSelector(Protocol):
 
 @runtime_checkable
 class ScoresWithin(Protocol):
-    """A selector that can score pages of which only the device knows how many there are: what a CUDA graph needs."""
+    """A selector for pages of which only the device knows how many there are, and which come: what CUDA graphs need."""
+
+    def keep(self, keys: QuantizedBlocks, pages: Tensor, parts: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+        """Write what `summarise` gives of some pages where it belongs.
+
+        Args:
+            keys: (blocks, page_size, kv_heads, head_dim) of all pages, page i in block i.
+            pages: (pages,) int64 on the device, distinct: which pages those are.
+            parts: what is kept of all pages, with room for these.
+            dtype: the type that keys are decoded to.
+        """
+        ...
 
     def score_within(
         self, queries: Tensor, summary: tuple[Tensor, ...], within: Tensor, election: Election

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ragkit.kernels.dequantize_kv import dequantize_kv
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache.page_scoring import score_vectors
 from ragkit.kvcache.page_selector import Election, PageRows, Takes, Unfitted
 
@@ -32,6 +35,14 @@ class MeanKey(Unfitted):
     def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Return the means (pages, kv_heads, head_dim), in the keys' type."""
         return (rows.keys.float().mean(dim=1).to(rows.keys.dtype),)
+
+    def keep(self, keys: QuantizedBlocks, pages: Tensor, parts: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+        """Write the means of some pages into those of all, as `ScoresWithin` says."""
+        some = keys.some(pages)
+        decoded = torch.empty(some.shape, dtype=dtype, device=pages.device)
+        dequantize_kv(some.heads(), decoded.flatten(0, 1), token_group=some.row_group)
+        for all_means, means in zip(parts, self.summarise(PageRows(decoded)), strict=True):
+            all_means.index_copy_(0, pages, means)
 
     def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
         """Return (groups, pages) fp32."""

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ragkit.kernels.page_bounds import page_bounds
 from ragkit.kernels.page_scores import KeyBounds
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache.page_scoring import score_bounds
 from ragkit.kvcache.page_selector import Election, PageRows, Takes, Unfitted
 
@@ -50,6 +52,10 @@ class MinMax(Unfitted):
             return lower, upper
         # Half the memory of a million tokens counts. Moved by twice what rounding can move them, bounds stay bounds.
         return (lower - lower.abs() * _ROUNDING).bfloat16(), (upper + upper.abs() * _ROUNDING).bfloat16()
+
+    def keep(self, keys: QuantizedBlocks, pages: Tensor, parts: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+        """Write the bounds of some pages into those of all, as `ScoresWithin` says."""
+        page_bounds(keys, pages, KeyBounds(*parts), margin=_ROUNDING if dtype == torch.float32 else 0.0)
 
     def score(self, queries: Tensor, summary: tuple[Tensor, ...], first: int, stop: int, election: Election) -> Tensor:
         """Return (groups, pages) fp32."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.kernels.backend import ceil_div
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache.layout import KVLayout
-from ragkit.kvcache.page_selector import PageRows, PageSelector, Takes
+from ragkit.kvcache.page_selector import PageRows, PageSelector, ScoresWithin, Takes
 
 
 class PageSummaries:
@@ -99,16 +100,17 @@ class PageSummaries:
         """Return what `of` does with the room behind it, `pages` pages together."""
         return (*self._fitted[layer], *(part.all(pages) for part in self._parts[layer]))
 
-    def put(self, layer: int, rows: PageRows, at: Tensor) -> None:
+    def put(self, layer: int, keys: QuantizedBlocks, pages: Tensor, dtype: torch.dtype) -> None:
         """Write what is kept of pages where they belong, which only the device knows; `count` tells the host.
 
         Args:
             layer: index of the layer.
-            rows: the pages.
-            at: (pages,) int64 on the device, which pages those are.
+            keys: of all pages of the layer, page i in block i.
+            pages: (pages,) int64 on the device, the pages that are there now.
+            dtype: the type that keys are decoded to.
         """
-        for part, more in zip(self._parts[layer], self._summarised(layer, rows), strict=True):
-            part.put(at, more)
+        assert isinstance(self.selector, ScoresWithin), "asked before windows are recorded"
+        self.selector.keep(keys, pages, tuple(part.all(part.room) for part in self._parts[layer]), dtype)
 
     def count(self, pages: int) -> None:
         """Count `pages` more pages of every layer as there, which `put` has written."""
@@ -198,9 +200,6 @@ class _Growing:
     @property
     def room(self) -> int:
         return len(self._buffer)
-
-    def put(self, at: Tensor, rows: Tensor) -> None:
-        self._buffer.index_copy_(0, at, rows)
 
     def all(self, rows: int) -> Tensor:
         return self._buffer[:rows]

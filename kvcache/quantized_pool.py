@@ -68,11 +68,27 @@ class QuantizedPool(BlockPool):
             KVCacheError: so many rows do not take so many blocks.
             KernelInputError: the rows are of another shape than the layer's.
         """
-        key_slots, value_slots = self._group_slots(blocks, len(keys))
-        for heads, target, slots in ((keys, self.keys[layer], key_slots), (values, self.values[layer], value_slots)):
+        self.write_groups(layer, self.group_slots(blocks, len(keys)), keys, values, backend=backend)
+
+    def write_groups(
+        self,
+        layer: int,
+        slots: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        *,
+        backend: Backend | None = None,
+    ) -> None:
+        """Quantise rows as `write` does, where `group_slots` says: the same for all layers, it is asked once for all.
+
+        Raises:
+            KernelInputError: the rows are of another shape than the layer's, or have other groups than the slots.
+        """
+        sides = ((keys, self.keys[layer]), (values, self.values[layer]))
+        for (heads, target), at in zip(sides, slots, strict=True):
             quantize_kv(
                 heads, bits=self.bits, token_group=target.row_group, channel_group=target.channel_group,
-                out=target.heads(), slots=slots, backend=backend,
+                out=target.heads(), slots=at, backend=backend,
             )  # fmt: skip
 
     def place(self, layer: int, blocks: Tensor, keys: QuantizedHeads, values: QuantizedHeads) -> None:
@@ -86,7 +102,7 @@ class QuantizedPool(BlockPool):
         Raises:
             KVCacheError: so many rows do not take so many blocks, or their groups are not the pool's.
         """
-        key_slots, value_slots = self._group_slots(blocks, len(keys.codes))
+        key_slots, value_slots = self.group_slots(blocks, len(keys.codes))
         rows = self._rows(blocks, len(keys.codes))
         for heads, pool, slots in ((keys, self.keys[layer], key_slots), (values, self.values[layer], value_slots)):
             target = pool.heads()
@@ -103,8 +119,16 @@ class QuantizedPool(BlockPool):
         dtype = self.layout.dtype
         return self.keys[layer].rows(slots).to(dtype), self.values[layer].rows(slots).to(dtype)
 
-    def _group_slots(self, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return which groups of the pool the rows' groups are: of the keys, and of the values, a row each."""
+    def group_slots(self, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return which groups of a layer the rows' groups are: of the keys, and of the values, a row each.
+
+        Args:
+            blocks: (blocks_for(tokens),) int64 on the pool's device, distinct.
+            tokens: rows, from the first one of the first block on.
+
+        Raises:
+            KVCacheError: so many rows do not take so many blocks.
+        """
         if blocks.shape != (self.blocks_for(tokens),):
             raise KVCacheError(f"{tokens} rows take {self.blocks_for(tokens)} blocks, got {tuple(blocks.shape)}")
         per_block = self.block_size // self.group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache.page_codec import NOT_FINITE, PageCodec
 from ragkit.kvcache.pool import KVPool
 from ragkit.kvcache.quantized_pool import QuantizedPool
+
+
+class ComingPages(NamedTuple):
+    """Pages that are placed while only the device knows which they are: the same ones in every layer.
+
+    Attributes:
+        pages: (pages,) int64 on the device.
+        groups: where the groups of their keys and those of their values go, as `QuantizedPool.group_slots` says.
+    """
+
+    pages: Tensor
+    groups: tuple[Tensor, Tensor]
 
 
 class ResidentPages:
@@ -59,26 +72,23 @@ class ResidentPages:
                 blocks[pages.start : pages.stop].copy_(filled.view(len(pages), self._codec.page_size, *rows.shape[1:]))
         return self.keys(layer, pages)
 
-    def place(self, layer: int, pages: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """Place pages that `PageCodec.quantized` made codes of, and return their keys as `keys` does.
+    def coming(self, pages: Tensor) -> ComingPages:
+        """Return where the rows of `pages` (pages,) int64 go, of which only the device needs to know which they are."""
+        assert isinstance(self._pool, QuantizedPool), "of a quantised pool"
+        return ComingPages(pages, self._pool.group_slots(pages, len(pages) * self._codec.page_size))
 
-        Args:
-            layer: index of the layer.
-            pages: (pages,) int64 on the device, which pages those are: only the device needs to know.
-            parts: codes, scales and zeros of the keys and of the values.
-        """
-        keys, values = self._pool.keys[layer], self._pool.values[layer]
-        assert isinstance(keys, QuantizedBlocks), "of a quantised pool"
-        assert isinstance(values, QuantizedBlocks), "of a quantised pool"
-        targets = (keys.codes, keys.scales, keys.zeros, values.codes, values.scales, values.zeros)
-        for target, part in zip(targets, parts, strict=True):
-            target.index_copy_(0, pages, part.view(len(pages), *target.shape[1:]))
-        _, page_size, kv_heads, head_dim = keys.shape
-        out = torch.empty(
-            (len(pages) * page_size, kv_heads, head_dim), dtype=self._codec.layout.dtype, device=self._pool.device
-        )
-        dequantize_kv(QuantizedHeads(*parts[:3]), out, token_group=keys.row_group)
-        return out.view(len(pages), page_size, kv_heads, head_dim)
+    def place(self, layer: int, coming: ComingPages, keys: Tensor, values: Tensor) -> None:
+        """Encode rows (tokens, kv_heads, head_dim), keys before RoPE, into whole pages that `coming` gave."""
+        assert isinstance(self._pool, QuantizedPool), "of a quantised pool"
+        self._pool.write_groups(layer, coming.groups, keys, values)
+
+    def parts(self, layer: int, pages: Tensor) -> list[Tensor]:
+        """Return copies of codes, scales and zeros (pages, ...) of the keys and of the values of `pages` (pages,)."""
+        sides = []
+        for blocks in self.blocks(layer):
+            assert isinstance(blocks, QuantizedBlocks), "of a quantised pool"
+            sides.append(blocks.some(pages))
+        return [part for side in sides for part in (side.codes, side.scales, side.zeros)]
 
     def put(self, layer: int, first: int, data: Tensor) -> None:
         """Place encoded pages (pages, page_bytes) uint8 of a layer from page `first` on."""

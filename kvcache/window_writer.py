@@ -1,8 +1,9 @@
 """Puts windows of a document where they belong while only the device knows which ones they are.
 
 A CUDA graph that reads a window is replayed for all the others, so every place in it follows from one number on the
-device: the window's first page. Rows are encoded once; the codes go into the resident pages, what the selector keeps
-into its summaries, and all of it as bytes into one tensor, which the host stores while the next window is computed.
+device: the window's first page. Rows are encoded once, straight into the resident pages, and what the selector keeps is
+made from their codes. Where pages are stored, their bytes are gathered from there into one tensor, which the host
+stores while the next window is computed.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache.kv_pages import KVPages
-from ragkit.kvcache.page_selector import PageRows
 from ragkit.kvcache.page_summaries import PageSummaries
 
 
@@ -34,7 +35,7 @@ class WindowWriter:
         self._count = pages.window_tokens // pages.page_size
         self.end = torch.zeros(1, dtype=torch.int64, device=pages.device)
         self._within = torch.arange(self._count, device=pages.device)
-        self._at = self._within
+        self._coming = self._resident.coming(self._within)
         sizes = [pages.codec.page_bytes(layer) for layer in range(pages.num_layers)]
         self._data: Tensor | None = None
         if pages.records.tier is not None:
@@ -48,15 +49,17 @@ class WindowWriter:
 
     def begin(self) -> None:
         """Begin the window: what follows is the same for every one."""
-        self._at = self._within + self.end
+        self._coming = self._resident.coming(self._within + self.end)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write the rows (tokens, kv_heads, head_dim) of a layer, keys before RoPE."""
-        parts = self._pages.codec.quantized(keys, values)
-        placed = self._resident.place(layer, self._at, parts)
-        self._summaries.put(layer, PageRows(placed), self._at)
+        codec, pages = self._pages.codec, self._coming.pages
+        self._resident.place(layer, self._coming, keys, values)
+        blocks, _ = self._resident.blocks(layer)
+        assert isinstance(blocks, QuantizedBlocks), "as `takes_coming` says"
+        self._summaries.put(layer, blocks, pages, codec.layout.dtype)
         if self._data is not None:
-            self._pages.codec.join(parts, self._pieces[layer])
+            codec.join(self._resident.parts(layer, pages), self._pieces[layer])
 
     def finish(self, recompute_ms: float) -> None:
         """Tell the document that the window is there.

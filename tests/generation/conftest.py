@@ -28,9 +28,9 @@ SIZES = {
 
 KERNELS = (
     "ragkit.generation.page_attention", "ragkit.kvcache.page_scoring", "ragkit.kvcache.page_selector_soft_vote",
-    "ragkit.kernels.gather_pages", "ragkit.kernels.page_log_sums", "ragkit.kernels.page_scores",
-    "ragkit.kernels.page_top_k", "ragkit.kernels.rope_write_kv", "ragkit.kernels.selected_attention",
-    "ragkit.kernels.selected_pages_attention",
+    "ragkit.kernels.gather_pages", "ragkit.kernels.page_bounds", "ragkit.kernels.page_log_sums",
+    "ragkit.kernels.page_scores", "ragkit.kernels.page_top_k", "ragkit.kernels.rope_write_kv",
+    "ragkit.kernels.selected_attention", "ragkit.kernels.selected_pages_attention",
 )  # fmt: skip
 
 

@@ -13,8 +13,12 @@ from ragkit.errors import KVCacheError
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.rotary_cache import RotaryCache
+from ragkit.kernels.backend import Backend
+from ragkit.kernels.launched import LaunchedKernel
 from ragkit.kvcache import page_records
+from ragkit.kvcache.page_selector import PageRows
 from ragkit.kvcache.page_selectors import make_page_selector
+from ragkit.kvcache.window_writer import WindowWriter
 
 from .conftest import decoder_of, hf_model
 from .test_page_steps import Watched
@@ -94,6 +98,33 @@ def test_replayed_windows_are_stored_as_launched_ones_are(llama, codec):
     for layer in range(again.num_layers):
         assert torch.equal(again.resident.keys(layer, everything), replayed.resident.keys(layer, everything))
     assert again.use().bytes_by_tier["disk"] > 0
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("selector", ["min-max", "mean-key"])
+def test_what_is_kept_of_replayed_windows_is_what_their_pages_give(llama, selector, codec):
+    options = replace(OPTIONS, selector=make_page_selector(selector))
+    _, replayed, _ = read_both(llama, options, codec)
+    for layer in range(replayed.num_layers):
+        kept = replayed.summaries(options.selector).of(layer)
+        keys = replayed.resident.keys(layer, range(replayed.num_pages))
+        for mine, expected in zip(kept, options.selector.summarise(PageRows(keys)), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_a_layer_of_a_window_is_written_by_three_launches(llama, be_a_gpu, monkeypatch):
+    pages = pages_of(llama, TOKENS[: 4 * 32], OPTIONS, codec="int8", resident=True)
+    assert reader(llama, OPTIONS, None).read(pages)
+    writer, names = WindowWriter(pages, pages.summaries(OPTIONS.selector)), []
+    writer.begin()
+    be_a_gpu()
+    monkeypatch.setattr("ragkit.kernels.quantize_kv.resolve_backend", lambda *_: Backend.TRITON)
+    monkeypatch.setattr(LaunchedKernel, "_launch", lambda self, *_, **__: names.append(self.source.fn.__name__))
+    rows = torch.randn(2, 32, 2, 8)
+    with Watched() as watched:
+        writer.write(1, rows[0], rows[1])
+    assert names == ["_quantize_kv_kernel", "_quantize_kv_kernel", "_page_bounds_kernel"]
+    assert not watched.launched
 
 
 def test_a_window_is_recorded_again_each_time_the_pages_have_doubled(llama):

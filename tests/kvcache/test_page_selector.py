@@ -3,8 +3,10 @@ import torch
 
 from ragkit.config import PageSelectorName, PageVote
 from ragkit.errors import KVCacheError
+from ragkit.kernels.dequantize_kv import dequantize_kv
 from ragkit.kernels.page_log_sums import page_log_sums_torch
 from ragkit.kernels.page_scores import KeyBounds, Pooling, page_scores_torch
+from ragkit.kernels.quantize_kv import quantize_kv
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
 from ragkit.kvcache import page_selector_centroids
 from ragkit.kvcache.layout import KVLayout, LayerSpec
@@ -222,6 +224,26 @@ def test_the_second_level_leaves_out_groups_that_the_first_keeps_for_last():
     torch.testing.assert_close(pruned[kept], fine[kept])
     best = set(fine[0].topk(16).indices.tolist())
     assert len(best & set(pruned[0].topk(16).indices.tolist())) >= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32)])
+@pytest.mark.parametrize("page_size", [8, 16, 64])
+@pytest.mark.parametrize("name", ["min-max", "mean-key"])
+def test_what_is_kept_of_pages_of_a_pool_is_what_their_decoded_keys_give(name, page_size, bits, group, dtype):
+    selector, rng = make_page_selector(name), torch.Generator().manual_seed(4)
+    group, device = min(group, page_size), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = torch.randn(7 * page_size, KV_HEADS, DIM, generator=rng) + 3.0 * torch.randn(KV_HEADS, DIM, generator=rng)
+    codes = quantize_kv(rows.to(device, dtype), bits=bits, token_group=group, channel_group=1)
+    decoded = torch.empty(7 * page_size, KV_HEADS, DIM, dtype=dtype, device=device)
+    dequantize_kv(codes, decoded, token_group=group)
+    expected = selector.summarise(PageRows(decoded.view(7, page_size, KV_HEADS, DIM)))
+    kept = tuple(torch.full((9, *part.shape[1:]), 7.0, dtype=part.dtype, device=device) for part in expected)
+    keys = QuantizedBlocks(*(part.unflatten(0, (7, -1)).contiguous() for part in codes), bits)
+    selector.keep(keys, torch.tensor([5, 1, 2], device=device), kept, dtype)
+    for mine, of_all in zip(kept, expected, strict=True):
+        assert torch.equal(mine[[1, 2, 5]], of_all[[1, 2, 5]])
+        assert bool((mine[[0, 3, 4, 6, 7, 8]] == 7).all())
 
 
 def test_representatives_are_the_keys_that_were_looked_at_most():
