@@ -18,7 +18,7 @@ from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
 from ragkit.kvcache.page_summary_records import PageSummaryRecords, StoredSummary
 
-_READERS = 4  # threads that read sections: checking what was read takes longer than reading it
+_READERS = 8  # threads that read sections: checking what was read takes longer than reading it
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +131,8 @@ class DocumentSummaries:
         sections = [section for section in self._records.sections() if section.start < windows]
         whole = [section for section in sections if section.stop <= windows]
         with ThreadPoolExecutor(_READERS) as readers:
-            loading = {section: readers.submit(self._records.load, selector, section) for section in whole}
+            load = partial(self._records.load, selector, page_locked=self._device.type == "cuda")
+            loading = {section: readers.submit(load, section) for section in whole}
             for section in sections:
                 yield section, loading[section].result() if section in loading else None
 
@@ -139,8 +140,9 @@ class DocumentSummaries:
         """Add what is stored of a section."""
         pages = self._grid.first_page(section.stop) - self._grid.first_page(section.start)
         for layer, one in enumerate(stored):
-            fitted, parts = ([part.to(self._device, non_blocking=True) for part in some] for some in one)
-            made.extend(layer, pages, parts, fitted)
+            # Parts are copied to where the document's lie; what is fitted is kept, and would keep the whole section.
+            fitted = [part.to(self._device, non_blocking=True, copy=True) for part in one.fitted]
+            made.extend(layer, pages, [part.to(self._device, non_blocking=True) for part in one.parts], fitted)
 
     def _fits(self, made: PageSummaries, stored: list[StoredSummary], first: list[StoredSummary] | None) -> bool:
         """Return whether a section was summarised for the same document: its bases are those of the ones before.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,8 @@ from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.page_window import DamagedWindowError
 
 MEMORY, DISK = "ram", "disk"  # how the places of encoded pages are called in reports
+
+_READERS = 8  # threads that read pieces: opening a record and waiting for a disk take longer than reading
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class EncodedWindows:
         self.stored = records.present(refs)
         self.nbytes = {MEMORY: 0, DISK: 0}
         self.next_window = 0
+        self._counting = threading.Lock()
         self._codec = codec
         self._refs = refs
         self._grid = grid
@@ -57,6 +62,7 @@ class EncodedWindows:
         self._unwritten: deque[int] = deque()
         self._coming: ComingWindow | None = None
         self._spare: Tensor | None = None  # memory that the last window came into
+        self._readers: ThreadPoolExecutor | None = None
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-load")
         self._loading: set[tuple[int, int]] = set()
 
@@ -133,17 +139,21 @@ class EncodedWindows:
         Raises:
             DamagedWindowError: it cannot be read.
         """
-        found = self._memory.get(layer, window)
-        if found is not None:
-            self.nbytes[MEMORY] += found.nbytes
-            return found
-        try:
-            data = self._records.layer(self._refs[window], layer)
-        except KVMissError as error:
-            raise DamagedWindowError(window, error) from error
-        piece = self._shaped(layer, window, data)
-        self.nbytes[DISK] += piece.nbytes
-        return self._memory.put(layer, window, piece)
+        return self._counted(self._piece(layer, window))
+
+    def pieces(self, layer: int, windows: Sequence[int]) -> dict[int, Tensor]:
+        """Return what `piece` does of several windows; those that memory does not have are read side by side.
+
+        Raises:
+            DamagedWindowError: one cannot be read.
+        """
+        absent = [window for window in windows if not self._memory.holds(layer, window)]
+        if len(absent) < 2:
+            return {window: self.piece(layer, window) for window in windows}
+        self._readers = self._readers or ThreadPoolExecutor(_READERS, thread_name_prefix="ragkit-page-read")
+        found = dict(zip(absent, self._readers.map(partial(self._piece, layer), absent), strict=True))
+        # What memory has is asked for by its place, which may have left meanwhile.
+        return {window: self._counted(found.get(window) or self._piece(layer, window)) for window in windows}
 
     def whole(self, windows: range, device: torch.device) -> Iterator[tuple[range, list[list[Tensor]]]]:
         """Yield the bytes of all layers of windows, some at a time, on their way to `device`; memory keeps none.
@@ -180,6 +190,26 @@ class EncodedWindows:
     def stop(self) -> None:
         """End reading ahead."""
         self._loader.shutdown(wait=True, cancel_futures=True)
+        if self._readers is not None:
+            self._readers.shutdown()
+            self._readers = None
+
+    def _counted(self, found: tuple[str, Tensor]) -> Tensor:
+        place, piece = found
+        with self._counting:
+            self.nbytes[place] += piece.nbytes
+        return piece
+
+    def _piece(self, layer: int, window: int) -> tuple[str, Tensor]:
+        """Return where the bytes of one window in one layer were found, and them."""
+        found = self._memory.get(layer, window)
+        if found is not None:
+            return MEMORY, found
+        try:
+            data = self._records.layer(self._refs[window], layer)
+        except KVMissError as error:
+            raise DamagedWindowError(window, error) from error
+        return DISK, self._memory.put(layer, window, self._shaped(layer, window, data))
 
     def _packed(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> EncodedKV:
         kept = [self._memory.put(layer, window, piece) for layer, piece in enumerate(pieces)]

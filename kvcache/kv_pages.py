@@ -251,7 +251,7 @@ class KVPages:
             missing = self.cache.missing(layer, pages)
             windows = dict.fromkeys(map(self.grid.window_of, missing))
             try:
-                pieces = {window: self._windows.piece(layer, window) for window in windows}
+                pieces = self._windows.pieces(layer, [*windows])
             except DamagedWindowError as damage:
                 self._mend(damage)
                 continue

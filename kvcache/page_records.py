@@ -8,12 +8,10 @@ on behind the last window that was written.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -22,9 +20,9 @@ from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.kv_key import ChunkContext, ContextKind, KVRecipe
 from ragkit.kvcache.kv_segment import KVMissError, MissReason, RecordReader
+from ragkit.kvcache.open_records import OpenRecords
 
 _SAVED_BYTES = 64 << 20  # that are written together; a kill costs what is being written and what waits
-_OPEN_RECORDS = 128
 
 
 def window_refs(
@@ -63,8 +61,7 @@ class PageRecords:
         self.tier = tier
         self._codec_id = codec_id
         self._num_layers = num_layers
-        self._lock = threading.Lock()
-        self._readers: OrderedDict[ChunkRef, tuple[RecordReader, contextlib.ExitStack]] = OrderedDict()
+        self._open = OpenRecords(self._record)
         self._waiting: list[EncodedKV] = []
         self._saving: tuple[list[EncodedKV], Future[None]] | None = None
         self._writer: ThreadPoolExecutor | None = None
@@ -80,18 +77,7 @@ class PageRecords:
         Raises:
             KVMissError: it is not there, or damaged.
         """
-        with self._lock:
-            try:
-                return self._reader(ref).layer(layer)
-            except KVMissError as error:
-                self._close(ref)
-                if error.reason is not MissReason.UNREADABLE:
-                    raise
-            try:
-                return self._reader(ref).layer(layer)  # its segment was written anew meanwhile
-            except KVMissError:
-                self._close(ref)
-                raise
+        return self._open.layer(ref, layer)
 
     def load(self, ref: ChunkRef, allocate: Callable[[int], Tensor] | None = None) -> EncodedKV:
         """Return a whole record; `allocate(bytes)` gives the uint8 memory that it is read into.
@@ -99,14 +85,12 @@ class PageRecords:
         Raises:
             KVMissError: it is not there, or damaged.
         """
-        if self.tier is None:
-            raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not on disk")
         try:
-            return self._whole(self.tier, ref, allocate)
+            return self._whole(ref, allocate)
         except KVMissError as error:
             if error.reason is not MissReason.UNREADABLE:
                 raise
-        return self._whole(self.tier, ref, allocate)  # its segment was written anew meanwhile
+        return self._whole(ref, allocate)  # its segment was written anew meanwhile
 
     def write(self, encoded: EncodedKV) -> int:
         """Keep a record, and return how many of those that were kept are not written yet, the last ones.
@@ -140,9 +124,7 @@ class PageRecords:
 
     def close(self) -> None:
         """Close what is open."""
-        with self._lock:
-            for ref in list(self._readers):
-                self._close(ref)
+        self._open.close()
         if self._writer is not None:
             self._writer.shutdown()
             self._writer = None
@@ -160,8 +142,8 @@ class PageRecords:
             self._waiting = batch + self._waiting
             raise
 
-    def _whole(self, tier: BackingTier, ref: ChunkRef, allocate: Callable[[int], Tensor] | None) -> EncodedKV:
-        with tier.open(ref, self._codec_id, self._num_layers) as reader:
+    def _whole(self, ref: ChunkRef, allocate: Callable[[int], Tensor] | None) -> EncodedKV:
+        with self._record(ref) as reader:
             return reader.load(allocate)
 
     @staticmethod
@@ -173,21 +155,7 @@ class PageRecords:
                 f"store meanwhile, or kv.disk_mb is too small for what is stored beside it"
             )
 
-    def _reader(self, ref: ChunkRef) -> RecordReader:
-        found = self._readers.get(ref)
-        if found is not None:
-            self._readers.move_to_end(ref)
-            return found[0]
+    def _record(self, ref: ChunkRef) -> AbstractContextManager[RecordReader]:
         if self.tier is None:
             raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not on disk")
-        stack = contextlib.ExitStack()
-        reader = stack.enter_context(self.tier.open(ref, self._codec_id, self._num_layers))
-        self._readers[ref] = reader, stack
-        while len(self._readers) > _OPEN_RECORDS:
-            self._close(next(iter(self._readers)))
-        return reader
-
-    def _close(self, ref: ChunkRef) -> None:
-        found = self._readers.pop(ref, None)
-        if found is not None:
-            found[1].close()
+        return self.tier.open(ref, self._codec_id, self._num_layers)

@@ -31,7 +31,6 @@ _BITS = 4
 _LEAST_RANK = 32
 _LEAST_BLOCK = 16  # rows of a page that the kernel multiplies at once
 _PAGES_AT_ONCE = 256  # that are scored together without a kernel
-_LOWEST = -80.0  # exponents below it add nothing, and exponentials below the normal numbers are slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +91,8 @@ def _log_sums(queries: Tensor, keys: QuantizedBlocks, pages: slice, dtype: torch
         voters = own.flatten(0, 1)
         scaled = (voters * scales[:, head, None]).to(dtype)  # (pages, voters, rank)
         products = torch.bmm(scaled, numbers[:, :, head].mT).float()
-        products += (zeros[:, head] @ voters.T).unsqueeze(2)
-        highest = products.amax(dim=2, keepdim=True)
-        sums = (products - highest).clamp_(min=_LOWEST).exp_().sum(dim=2)
-        of_heads.append((sums.log_() + highest.squeeze(2)).T.unflatten(0, own.shape[:2]))
+        # A softmax reads each row once where maximum, exponentials and sum would take five passes; and the zeros of a
+        # page move all of its logits alike.
+        logits = products[..., 0] - products.log_softmax(dim=2)[..., 0] + zeros[:, head] @ voters.T
+        of_heads.append(logits.T.unflatten(0, own.shape[:2]))
     return torch.cat(of_heads, dim=1)

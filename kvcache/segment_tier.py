@@ -112,7 +112,7 @@ class SegmentTier:
         path, entry = place
         # An open file stays readable while it is removed, so eviction cannot pull it away from under a load.
         with misses_in(path.name), FileSource(path, entry.offset, entry.bytes) as source:
-            reader = RecordReader(source, ref, codec_id, num_layers)
+            reader = RecordReader(source, ref, codec_id, num_layers, entry.crc32)
             with self._lock:
                 if ref.key in self._records:
                     self._queue.use(ref.key)

@@ -17,8 +17,6 @@ from ragkit.kvcache.page_scoring import head_products
 from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.kvcache.rope import RotaryTable
 
-_LEAST_EXPONENT = -80.0  # 64 such exponentials add nothing to one, and are normal numbers
-
 
 class PageSource(Protocol):
     """Gives what a layer needs of the pages that are listed, (groups, pages) int32 on the device."""
@@ -131,11 +129,10 @@ class CachedRows:
 def _log_sums(logits: Tensor) -> Tensor:
     """Return the logarithms of the sums of exponentials over the last dimension, in fp32.
 
-    Exponentials that are too small to be added are not let come near zero, where they take ten times as long.
+    A softmax reads each row once, where maximum, exponentials and sum would take five passes.
     """
-    highest = logits.amax(dim=-1, keepdim=True)
-    sums = (logits - highest).clamp_(min=_LEAST_EXPONENT).exp_().sum(dim=-1)
-    return sums.log_().add_(highest.squeeze(-1))
+    wide = logits.float()
+    return wide[..., 0] - wide.log_softmax(dim=-1)[..., 0]
 
 
 def _rows_of(blocks: Tensor, at: Tensor) -> Tensor:

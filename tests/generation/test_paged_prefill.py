@@ -586,7 +586,7 @@ def test_pages_are_read_ahead_into_memory(llama):
     assert [pages.memory.holds(1, window) for window in (5, 10, 6)] == [True, True, False]
     assert pages.prefetch(1, [10, 20]) is None
     pages.bring(1, [10, 11, 20])
-    assert pages.records._readers.keys() == {pages.refs[5], pages.refs[10]}
+    assert pages.records._open._records.keys() == {pages.refs[5], pages.refs[10]}
     pages.close()
 
 

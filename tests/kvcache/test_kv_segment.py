@@ -124,6 +124,33 @@ def test_the_data_is_read_into_the_memory_that_is_given():
     assert memory[0] == memory[-1] == 7
 
 
+@pytest.mark.parametrize("layer_bytes", [(), (5,), (PAGE_BYTES,), (3 * PAGE_BYTES + 7, 64)])
+def test_a_whole_record_is_compared_with_its_own_checksum_alone(monkeypatch, layer_bytes):
+    encoded = sample("whole", layer_bytes)
+    record = write_record(encoded)
+    monkeypatch.setattr("ragkit.kvcache.kv_segment.damaged_page", lambda *_: 0)  # every page would be damaged
+    known = RecordReader(MemorySource(record), encoded.ref, "codec", len(layer_bytes), zlib.crc32(record))
+    assert torch.equal(known.load().data, encoded.data)
+    with pytest.raises(KVMissError, match="page 0"):
+        RecordReader(MemorySource(record), encoded.ref, "codec", len(layer_bytes), 1).load()
+
+
+@pytest.mark.parametrize("checksum", [None, "of the record"])
+def test_a_flipped_bit_is_found_with_and_without_a_checksum_of_the_record(checksum):
+    encoded = sample("whole", (3 * PAGE_BYTES + 7,))
+    record = bytearray(write_record(encoded))
+    crc = None if checksum is None else zlib.crc32(bytes(record))
+    zero = RECORD_ALIGNMENT - 1  # between the header and the data: it may be anything
+    assert record[zero] == 0
+    record[zero] = 9
+    assert torch.equal(
+        RecordReader(MemorySource(bytes(record)), encoded.ref, "codec", 1, crc).load().data, encoded.data
+    )
+    record[RECORD_ALIGNMENT + 2 * PAGE_BYTES + 5] ^= 4
+    with pytest.raises(KVMissError, match=r"page 2 of the KV of .* is damaged"):
+        RecordReader(MemorySource(bytes(record)), encoded.ref, "codec", 1, crc).load()
+
+
 def test_every_truncation_is_a_miss():
     encoded = sample("cut", (300, 40))
     record = write_record(encoded)

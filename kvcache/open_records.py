@@ -1,0 +1,108 @@
+"""Records of which single layers are read, kept open: those used last, for several threads at once."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from ragkit.kvcache.chunk_kv import ChunkRef
+from ragkit.kvcache.kv_segment import KVMissError, MissReason, RecordReader
+
+_MOST = 128
+
+
+class OpenRecords:
+    """Thread-safe; records are opened and read side by side, one record by one thread at a time.
+
+    Args:
+        open_record: opens one; its reader holds until the context ends.
+        most: records that stay open.
+    """
+
+    def __init__(
+        self, open_record: Callable[[ChunkRef], AbstractContextManager[RecordReader]], most: int = _MOST
+    ) -> None:
+        self._open_record = open_record
+        self._most = most
+        self._lock = threading.Lock()
+        self._records: OrderedDict[ChunkRef, _OpenRecord] = OrderedDict()
+
+    def layer(self, ref: ChunkRef, layer: int) -> Tensor:
+        """Return the bytes of one layer of a record.
+
+        Raises:
+            KVMissError: it is not there, or damaged.
+        """
+        try:
+            return self._read(ref, layer)
+        except KVMissError as error:
+            self._close(ref)
+            if error.reason is not MissReason.UNREADABLE:
+                raise
+        try:
+            return self._read(ref, layer)  # its segment was written anew meanwhile
+        except KVMissError:
+            self._close(ref)
+            raise
+
+    def close(self) -> None:
+        """Close all."""
+        with self._lock:
+            records, self._records = list(self._records.values()), OrderedDict()
+        for record in records:
+            record.close()
+
+    def _read(self, ref: ChunkRef, layer: int) -> Tensor:
+        while True:
+            found = self._opened(ref).layer(layer)
+            if found is not None:
+                return found
+
+    def _opened(self, ref: ChunkRef) -> _OpenRecord:
+        with self._lock:
+            known = self._records.get(ref)
+            if known is not None:
+                self._records.move_to_end(ref)
+                return known
+        opened = _OpenRecord(self._open_record(ref))
+        leaving = []
+        with self._lock:
+            known = self._records.setdefault(ref, opened)
+            if known is not opened:
+                leaving.append(opened)  # another thread was sooner
+            while len(self._records) > self._most:
+                leaving.append(self._records.popitem(last=False)[1])
+        for record in leaving:
+            record.close()
+        return known
+
+    def _close(self, ref: ChunkRef) -> None:
+        with self._lock:
+            found = self._records.pop(ref, None)
+        if found is not None:
+            found.close()
+
+
+class _OpenRecord:
+    """One record; closing it waits for who reads."""
+
+    def __init__(self, context: AbstractContextManager[RecordReader]) -> None:
+        self._lock = threading.Lock()
+        self._stack = contextlib.ExitStack()
+        self._reader: RecordReader | None = self._stack.enter_context(context)
+
+    def layer(self, layer: int) -> Tensor | None:
+        """Return the bytes of a layer, or None where the record was closed meanwhile."""
+        with self._lock:
+            return None if self._reader is None else self._reader.layer(layer)
+
+    def close(self) -> None:
+        """Close the record."""
+        with self._lock:
+            self._reader = None
+            self._stack.close()
