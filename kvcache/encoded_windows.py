@@ -43,7 +43,7 @@ class EncodedWindows:
     Attributes:
         stored: windows that are on disk, whole or not.
         nbytes: bytes that were read from each place.
-        next_window: the window behind those that were added in order.
+        next_window: the window behind those that were there or were added, in order.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class EncodedWindows:
     ) -> None:
         self.stored = records.present(refs)
         self.nbytes = {MEMORY: 0, DISK: 0}
-        self.next_window = 0
+        self.next_window = self.first_gap(0)
         self._counting = threading.Lock()
         self._codec = codec
         self._refs = refs

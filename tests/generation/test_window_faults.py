@@ -197,6 +197,21 @@ def test_a_window_is_mended_although_the_batch_before_it_was_not_written(llama, 
     assert "stays in memory: the disk is full" in caplog.text
 
 
+def test_an_interrupt_before_anything_was_added_leaves_what_is_stored_there(llama, monkeypatch):
+    tier = RecordsInMemory()
+    assert reader(llama).read(document(llama, tier, TOKENS[:320]))
+    again = document(llama, tier, TOKENS[:320])
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncodedWindows, "settle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            again.flush()
+    assert again.is_complete
+
+
 def test_the_memory_of_a_closed_document_is_free_at_once(llama):
     pages = document(llama)
     prefill = reader(llama)
