@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from page_doubles import RecordsInMemory
 
 from ragkit.errors import KVCacheError
+from ragkit.generation.graph_recorder import GraphRecorder
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.kvcache import page_records
@@ -19,7 +21,7 @@ from ragkit.kvcache.page_summaries import PageSummaries
 from .conftest import decoder_of, hf_model
 from .test_paged_faults import FullDisk
 from .test_paged_prefill import Replays, logits_over, pages_of
-from .test_window_graph import OPTIONS, TOKENS, WINDOWS, assert_alike
+from .test_window_graph import OPTIONS, TOKENS, WINDOWS, Launches, assert_alike
 
 
 @pytest.fixture
@@ -250,3 +252,63 @@ def test_a_window_behind_a_gap_that_is_damaged_before_it_is_placed_is_mended(lla
     assert "record" in recorder.log
     again.bring_windows(WINDOWS)
     assert_alike(llama, OPTIONS, first, again)
+
+
+def on_gpu():
+    return decoder_of(hf_model("llama", num_hidden_layers=2, head_dim=32, hidden_size=192).cuda())
+
+
+def keys_of(pages):
+    return [pages.resident.keys(layer, range(pages.num_pages)).clone() for layer in range(pages.num_layers)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_windows_that_cannot_be_recorded_are_launched_and_have_the_same_numbers(caplog):
+    decoder = on_gpu()
+
+    class Asks(GraphRecorder):
+        def record(self, work):
+            def asks():
+                work()
+                if torch.cuda.is_current_stream_capturing():
+                    torch.cuda.synchronize()  # which a recording must not do
+
+            return super().record(asks)
+
+    expected, pages, tier = document(decoder), None, RecordsInMemory()
+    assert reader(decoder, Launches).read(expected)
+    for _ in range(2):
+        pages = document(decoder, tier := RecordsInMemory())
+        assert reader(decoder, lambda: Asks(decoder.device)).read(pages)
+        assert "could not be recorded" in caplog.text
+        assert all(map(torch.equal, keys_of(pages), keys_of(expected)))
+        assert tier.saved == WINDOWS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_documents_that_threads_read_at_once_have_the_numbers_of_those_read_alone():
+    decoder = on_gpu()
+    rotary = RotaryCache(decoder)
+    rotary.table(1, 1)
+    texts = [TOKENS[start:] + TOKENS[:start] for start in range(0, 400, 100)]
+
+    def keys_with(tokens, tier=None):
+        with torch.cuda.stream(torch.cuda.Stream(decoder.device)):
+            pages = document(decoder, tier, tokens)
+            prefill = PagedPrefill(decoder, rotary, OPTIONS)
+            assert prefill.read(pages)
+            logits = logits_over(decoder, pages, prefill)
+            found = *keys_of(pages), logits
+            torch.cuda.current_stream().synchronize()
+            pages.close()
+            return found
+
+    alone = [keys_with(tokens) for tokens in texts]
+    for make in (lambda: None, RecordsInMemory):
+        with ThreadPoolExecutor(len(texts)) as threads:
+            at_once = list(threads.map(lambda tokens, make=make: keys_with(tokens, make()), texts))
+        for mine, other in zip(at_once, alone, strict=True):
+            assert all(map(torch.equal, mine[:-1], other[:-1]))
+            torch.testing.assert_close(mine[-1], other[-1], rtol=0, atol=1e-4)
