@@ -98,9 +98,12 @@ class EncodedKV:
             start = -(-end // LAYER_ALIGNMENT) * LAYER_ALIGNMENT
             end = start + layer.numel()
             extents.append((start, end))
-        data = torch.zeros(end, dtype=torch.uint8, device=parts[0].device if parts else None)
+        data = torch.empty(end, dtype=torch.uint8, device=parts[0].device if parts else None)
+        before = 0
         for layer, (start, stop) in zip(parts, extents, strict=True):
+            data[before:start] = 0  # equal layers give equal records
             data[start:stop] = layer
+            before = stop
         split = len(draft)
         return cls(ref, codec_id, data, tuple(extents[split:]), recompute_ms, tuple(extents[:split]))
 

@@ -77,12 +77,7 @@ class EncodedWindows:
         self.next_window = window
         self._memory.hold(window)
         packed = self._packed(window, pieces, recompute_ms)
-        self.next_window = window + 1
-        self._unwritten.append(window)
-        waiting = self._records.write(packed)
-        while len(self._unwritten) > waiting:
-            self._unwritten.popleft()
-        return self._unwritten[0] if self._unwritten else self.next_window
+        return self._write(window, packed)
 
     def expect(self, window: int, data: Tensor, recompute_ms: float) -> int:
         """Keep a window that the device has not computed yet, when the next one is expected or `settle` is called.
@@ -117,15 +112,17 @@ class EncodedWindows:
         if coming is None:
             return 0
         self.next_window = coming.window
-        data = coming.wait()
-        self._spare = coming.data
+        coming.wait()
         pages, pieces, start = len(self._grid.pages_of(coming.window)), [], 0
         for layer in range(self._layers):
             stop = start + pages * self._codec.page_bytes(layer)
-            pieces.append(data[start:stop].view(pages, -1))
-            self._codec.require_finite(layer, pieces[layer])
+            pieces.append(coming.data[start:stop])
+            self._codec.require_finite(layer, pieces[layer].view(pages, -1))
             start = stop
-        return self.add(coming.window, pieces, coming.recompute_ms)
+        # The device has its pages, so nobody asks memory for them before they are on disk.
+        packed = EncodedKV.pack(self._refs[coming.window], self._codec.codec_id, pieces, coming.recompute_ms)
+        self._spare = coming.data
+        return self._write(coming.window, packed)
 
     def replace(self, window: int, pieces: Sequence[Tensor], recompute_ms: float) -> None:
         """Keep a window again that was damaged; memory holds it until it is let go."""
@@ -193,6 +190,15 @@ class EncodedWindows:
         if self._readers is not None:
             self._readers.shutdown()
             self._readers = None
+
+    def _write(self, window: int, packed: EncodedKV) -> int:
+        """Have a window written; return the first one that is not on disk yet."""
+        self.next_window = window + 1
+        self._unwritten.append(window)
+        waiting = self._records.write(packed)
+        while len(self._unwritten) > waiting:
+            self._unwritten.popleft()
+        return self._unwritten[0] if self._unwritten else self.next_window
 
     def _counted(self, found: tuple[str, Tensor]) -> Tensor:
         place, piece = found
@@ -273,8 +279,7 @@ class ComingWindow(NamedTuple):
         arrived.record(torch.cuda.current_stream(data.device))
         return cls(window, into, recompute_ms, arrived)
 
-    def wait(self) -> Tensor:
-        """Return its bytes, in memory of their own, when they are there."""
+    def wait(self) -> None:
+        """Return when its bytes are there."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        return self.data.clone()
