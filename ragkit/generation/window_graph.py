@@ -26,6 +26,7 @@ from ragkit.kvcache.kv_pages import KVPages
 from ragkit.kvcache.page_selector import ScoresWithin
 from ragkit.kvcache.window_writer import WindowWriter
 
+_LEAST_PAGES = 1024  # that a window looks at, there or not: to look at fewer is no faster
 _LEAST_WINDOWS = 8  # that are left: recording one takes as long as launching two
 
 
@@ -105,7 +106,8 @@ class WindowGraph:
     def _record(self) -> None:
         self._recorder.wait()
         before = self._attend, self._replay  # the memory that graphs share goes with the last one: not before the next
-        self._most = min(self._pages.grid.num_pages, next_power_of_2(self._pages.num_pages + 1))
+        most = max(_LEAST_PAGES, next_power_of_2(self._pages.num_pages + 1))
+        self._most = min(self._pages.grid.num_pages, most)
         self._attend = self._attention(self._writer, self._most)
         self._replay = self._recorder.record(self._work)
         del before

@@ -10,6 +10,7 @@ from page_doubles import RecordsInMemory
 
 from ragkit.config import PagePositions, PageVote
 from ragkit.errors import KVCacheError
+from ragkit.generation import window_graph
 from ragkit.generation.page_options import PageOptions
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.rotary_cache import RotaryCache
@@ -127,7 +128,8 @@ def test_a_layer_of_a_window_is_written_by_three_launches(llama, be_a_gpu, monke
     assert not watched.launched
 
 
-def test_a_window_is_recorded_again_each_time_the_pages_have_doubled(llama):
+def test_a_window_is_recorded_again_each_time_the_pages_have_doubled(llama, monkeypatch):
+    monkeypatch.setattr(window_graph, "_LEAST_PAGES", 16)
     _, _, recorder = read_both(llama, OPTIONS)
     # 8 pages stand before the first; 16, 32 and all 63 are looked at.
     done = [entry for entry in recorder.log if entry in ("record", "replay")]
@@ -153,7 +155,7 @@ def test_a_replayed_window_asks_the_device_nothing(llama, be_a_gpu):
             return watch
 
     assert reader(llama, OPTIONS, Watches).read(pages)
-    assert len(watched) == 14 - LAUNCHED - 2  # two are recorded
+    assert len(watched) == 14 - LAUNCHED - 1  # the first is recorded
     assert all(one == watched[0] for one in watched)  # what a graph replays is the same for every window
 
 
@@ -270,7 +272,8 @@ class Launches:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("selector", ["min-max", "mean-key"])
 @pytest.mark.parametrize("codec", ["int8", "int4"])
-def test_graphs_give_the_pages_of_launched_windows(selector, codec, caplog):
+def test_graphs_give_the_pages_of_launched_windows(selector, codec, caplog, monkeypatch):
+    monkeypatch.setattr(window_graph, "_LEAST_PAGES", 16)  # so that windows are recorded three times
     decoder = decoder_of(hf_model("llama", num_hidden_layers=2, head_dim=32, hidden_size=192).cuda())
     options = replace(OPTIONS, selector=make_page_selector(selector))
     tiers, documents, asked = (RecordsInMemory(), RecordsInMemory()), [], []
