@@ -164,5 +164,6 @@ def test_another_process_sees_a_segment_of_copies_when_it_is_whole(place, monkey
 
         monkeypatch.setattr(Writer, "add_kv", watched)
         ask(place, refs)
-        assert seen == [0] * 6
+        assert len(seen) >= 6
+        assert not any(seen)
         assert len(other.kv_listing()) == 6
