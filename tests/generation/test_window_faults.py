@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from page_doubles import RecordsInMemory
+from page_doubles import At, RecordsInMemory
 
 from ragkit.errors import KVCacheError
 from ragkit.generation.graph_recorder import GraphRecorder
@@ -35,21 +35,6 @@ def reader(decoder, make_recorder=Replays):
 
 def document(decoder, tier=None, tokens=TOKENS):
     return pages_of(decoder, tokens, OPTIONS, codec="int8", resident=True, tier=tier)
-
-
-class At:
-    """A progress that does something when so many windows were read."""
-
-    def __init__(self, windows, act):
-        self.left, self.act = windows, act
-
-    def start(self, *_):
-        pass
-
-    def advance(self, documents=0, **_):
-        self.left -= documents
-        if self.left == 0:
-            self.act()
 
 
 def launched(decoder):

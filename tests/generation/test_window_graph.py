@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from page_doubles import RecordsInMemory
+from page_doubles import At, RecordsInMemory
 
 from ragkit.config import PagePositions, PageVote
 from ragkit.errors import KVCacheError
@@ -38,6 +38,10 @@ LAUNCHED = 4  # windows before the first that finds fewer pages than there are, 
 @pytest.fixture(scope="module")
 def llama():
     return decoder_of(hf_model("llama", num_hidden_layers=2))
+
+
+def stops():
+    raise KeyboardInterrupt
 
 
 def reader(decoder, options, recorder):
@@ -185,21 +189,9 @@ def test_raw_pages_and_short_documents_are_launched(llama):
 
 def test_reading_that_fails_behind_a_replayed_window_keeps_it(llama):
     tier, recorder = RecordsInMemory(), Replays()
-
-    class FailsAtTen:
-        windows = 0
-
-        def start(self, *_):
-            pass
-
-        def advance(self, documents=0, **_):
-            self.windows += documents
-            if self.windows == 10:
-                raise KeyboardInterrupt
-
     pages = pages_of(llama, TOKENS, OPTIONS, codec="int8", resident=True, tier=tier)
     with pytest.raises(KeyboardInterrupt):
-        reader(llama, OPTIONS, lambda: recorder).read(pages, FailsAtTen())
+        reader(llama, OPTIONS, lambda: recorder).read(pages, At(10, stops))
     assert (tier.saved, pages.num_windows) == (10, 10)
     again = pages_of(llama, TOKENS, OPTIONS, codec="int8", resident=True, tier=tier)
     assert again.num_windows == 10
@@ -215,18 +207,8 @@ def test_a_full_disk_ends_replayed_reading_and_it_goes_on_when_there_is_room(lla
     pages = pages_of(llama, TOKENS, OPTIONS, codec="int8", resident=True, tier=tier)
     prefill = reader(llama, OPTIONS, lambda: recorder)
 
-    class FullAtTwelve:
-        windows = 0
-
-        def start(self, *_):
-            pass
-
-        def advance(self, documents=0, **_):
-            self.windows += documents
-            tier.is_full = self.windows >= 12
-
     with pytest.raises(KVCacheError, match="the disk is full"):
-        prefill.read(pages, FullAtTwelve())
+        prefill.read(pages, At(12, lambda: setattr(tier, "is_full", True)))
     assert 10 <= tier.saved <= pages.num_windows <= 14  # a window comes from the device, and one is being written
     tier.is_full = False
     assert prefill.read(pages)
@@ -243,19 +225,8 @@ def test_numbers_that_no_codec_takes_end_replayed_reading(is_stored):
     pages = pages_of(decoder, TOKENS, OPTIONS, codec="int8", resident=True, tier=tier)
     prefill = reader(decoder, OPTIONS, Replays)
 
-    class BreaksAtTwelve:
-        windows = 0
-
-        def start(self, *_):
-            pass
-
-        def advance(self, documents=0, **_):
-            self.windows += documents
-            if self.windows == 12:
-                decoder.weights.embedding[:] = float("nan")
-
     with pytest.raises(KVCacheError, match="not finite"):
-        prefill.read(pages, BreaksAtTwelve())
+        prefill.read(pages, At(12, lambda: decoder.weights.embedding.fill_(float("nan"))))
     assert pages.num_windows == (12 if is_stored else 0)
     if tier is not None:
         assert tier.saved == 12
@@ -304,17 +275,8 @@ def test_numbers_that_no_codec_takes_are_noticed_behind_graphs():
     tier = RecordsInMemory()
     pages = pages_of(decoder, TOKENS, OPTIONS, codec="int8", resident=True, tier=tier)
 
-    class BreaksAtTwelve:
-        windows = 0
-
-        def start(self, *_):
-            pass
-
-        def advance(self, documents=0, **_):
-            self.windows += documents
-            if self.windows == 12:
-                decoder.weights.embedding[:] = float("nan")
-
     with pytest.raises(KVCacheError, match="not finite"):
-        PagedPrefill(decoder, RotaryCache(decoder), OPTIONS).read(pages, BreaksAtTwelve())
+        PagedPrefill(decoder, RotaryCache(decoder), OPTIONS).read(
+            pages, At(12, lambda: decoder.weights.embedding.fill_(float("nan")))
+        )
     assert tier.saved == pages.num_windows == 12

@@ -48,3 +48,18 @@ class RecordsInMemory:
         self.saved += sum(bool(chunk.ref.token_ids) for chunk in chunks)  # windows, not what selectors keep
         self.records |= {chunk.ref.key: write_record(chunk) for chunk in chunks}
         return len(chunks)
+
+
+class At:
+    """A progress that does something when so many windows were read."""
+
+    def __init__(self, windows, act):
+        self.left, self.act = windows, act
+
+    def start(self, *_):
+        pass
+
+    def advance(self, documents=0, **_):
+        self.left -= documents
+        if self.left == 0:
+            self.act()
