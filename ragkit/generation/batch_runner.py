@@ -125,10 +125,7 @@ class BatchRunner:
         plan = PackedRowsPlan(decodes, token_ids, pieces, decoder.device)
         last = decoder.config.num_layers - 1
         attend = PackedAttention(plan, self._pool, self._rotary, decoder.scale, last, self._tables)
-        activations = decoder.embed(plan.token_ids)
-        for layer in range(last):
-            activations = decoder.layer(layer, activations, attend)
-        projected = decoder.project(last, activations)
+        projected = decoder.run_to_last(plan.token_ids, attend)
         attended = attend(last, projected.queries, projected.keys, projected.values)
         plan.written()
         return decoder.logits(decoder.complete(last, attended, projected.residual[plan.wanted]))

@@ -117,11 +117,7 @@ class ChunkPrefill:
             return [(empty, empty)] * self._decoder.layout.num_layers
         total = len(token_ids) + (len(past[0][0]) if past else 0)
         attend = StandaloneAttention(self._rotary.table(total, total), self._decoder.scale, past)
-        activations = self._decoder.embed(list(token_ids))
-        last = self._decoder.config.num_layers - 1
-        for layer in range(last):
-            activations = self._decoder.layer(layer, activations, attend)
-        projected = self._decoder.project(last, activations)  # what follows in the last layer changes no row
+        projected = self._decoder.run_to_last(list(token_ids), attend)
         attend.keep_rows(projected.keys, projected.values)
         return attend.kept
 

@@ -149,6 +149,14 @@ class Decoder:
             activations = self.layer(index, activations, attend)
         return activations
 
+    def run_to_last(self, token_ids: Tensor | Sequence[int], attend: Attend) -> Projected:
+        """Return what the last layer gives attention: what follows in it changes no row of keys and values."""
+        last = self.config.num_layers - 1
+        activations = self.embed(token_ids)
+        for index in range(last):
+            activations = self.layer(index, activations, attend)
+        return self.project(last, activations)
+
     def logits(self, activations: Activations) -> Tensor:
         """Return (tokens, vocab_size) in the model's dtype from the activations after the last layer."""
         normed, _ = add_rms_norm(

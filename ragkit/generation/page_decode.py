@@ -19,6 +19,7 @@ from ragkit.generation.decoder import Decoder
 from ragkit.generation.graph_recorder import GraphRecorder, Recorder
 from ragkit.generation.packed_pages import PackedPages
 from ragkit.generation.page_attention import PageAttention
+from ragkit.generation.put_ids import put_ids
 
 # Several questions are soon others: a step is recorded that came before as often as recording it costs launches.
 _SEEN_BEFORE = 2
@@ -84,9 +85,7 @@ class PageSteps:
         if len(token_ids) == 1:
             self._tokens.fill_(token_ids[0])
             return
-        ids = torch.tensor(token_ids, dtype=torch.int64)
-        on_gpu = self._tokens.is_cuda  # a copy from memory that is not page-locked waits for the device
-        self._tokens.copy_(ids.pin_memory() if on_gpu else ids, non_blocking=on_gpu)
+        put_ids(token_ids, self._tokens)
 
     def _launch(self, choose: tuple[bool, ...]) -> None:
         recorder = self._recorder

@@ -17,13 +17,13 @@ from functools import partial
 from threading import Event
 
 import torch
-from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.generation.decoder import Decoder
 from ragkit.generation.graph_recorder import GraphRecorder, Recorder
 from ragkit.generation.page_attention import PageAttention
 from ragkit.generation.page_options import PageOptions
+from ragkit.generation.put_ids import put_ids
 from ragkit.generation.rotary_cache import RotaryCache
 from ragkit.generation.window_graph import WindowGraph
 from ragkit.kvcache.kv_pages import KVPages
@@ -138,14 +138,11 @@ class PagedPrefill:
         before = window * pages.window_tokens
         attend = self._attention(pages, self.reading, before, len(token_ids), keep_rows=True)
         attend.begin(len(token_ids), choose=True)
-        decoder, last = self._decoder, pages.num_layers - 1
-        activations = decoder.embed(self._on_device(token_ids))
-        for layer in range(last):
-            activations = decoder.layer(layer, activations, attend)
-        projected = decoder.project(last, activations)
+        room = torch.empty(len(token_ids), dtype=torch.int64, device=self._decoder.device)
+        projected = self._decoder.run_to_last(put_ids(token_ids, room), attend)
         if pages.codec.with_received:
-            attend(last, projected.queries, projected.keys, projected.values)
-        else:  # what follows in the last layer changes no row
+            attend(pages.num_layers - 1, projected.queries, projected.keys, projected.values)
+        else:
             attend.rows.append(WindowRows(projected.keys, projected.values))
         return attend.rows
 
@@ -161,11 +158,6 @@ class PagedPrefill:
             )  # fmt: skip
 
         return WindowGraph(self._decoder, pages, self.reading, attention, self._make_recorder())
-
-    def _on_device(self, token_ids: Sequence[int]) -> Tensor:
-        """Return (tokens,) int64; from page-locked memory, because a copy from other memory waits for the device."""
-        ids, device = torch.tensor(token_ids, dtype=torch.int64), self._decoder.device
-        return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
 
     def _repair(self, pages: KVPages, window: int) -> None:
         started = time.perf_counter()

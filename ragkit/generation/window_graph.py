@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from ragkit.config import PagePositions
 from ragkit.generation.decoder import Decoder
@@ -21,6 +20,7 @@ from ragkit.generation.graph_recorder import Recorder
 from ragkit.generation.page_attention import PageAttention
 from ragkit.generation.page_lists import PageLayout
 from ragkit.generation.page_options import PageOptions
+from ragkit.generation.put_ids import put_ids
 from ragkit.kernels.backend import next_power_of_2
 from ragkit.kvcache.kv_pages import KVPages
 from ragkit.kvcache.page_selector import ScoresWithin
@@ -57,6 +57,7 @@ class WindowGraph:
         self._summaries = pages.summaries(options.selector)
         self._writer = WindowWriter(pages, self._summaries)
         self._tokens = torch.zeros(pages.window_tokens, dtype=torch.int64, device=pages.device)
+        self._own = torch.arange(pages.window_tokens, device=pages.device)
         self._attend: PageAttention | None = None
         self._replay: Callable[[], object] | None = None
         self._most = 0  # pages that the recorded window looks at
@@ -83,9 +84,7 @@ class WindowGraph:
         if len(token_ids) < pages.window_tokens:
             return False
         pages.bring_windows(pages.num_windows)
-        ids = torch.tensor(token_ids, dtype=torch.int64)
-        on_gpu = self._tokens.is_cuda  # a copy from memory that is not page-locked waits for the device
-        self._tokens.copy_(ids.pin_memory() if on_gpu else ids, non_blocking=on_gpu)
+        put_ids(token_ids, self._tokens)
         writer.start()
         self._recorder.begin()
         if self._replay is None or pages.num_pages > self._most:
@@ -113,14 +112,7 @@ class WindowGraph:
         del before
 
     def _work(self) -> None:
-        decoder, attend, last = self._decoder, self._attend, self._pages.num_layers - 1
-        assert attend is not None, "made before"
-        attend.begin_at(self._own(), choose=True)
-        activations = decoder.embed(self._tokens)
-        for layer in range(last):
-            activations = decoder.layer(layer, activations, attend)
-        projected = decoder.project(last, activations)
-        self._writer.write(last, projected.keys, projected.values)  # what follows in the last layer changes no row
-
-    def _own(self) -> Tensor:
-        return torch.arange(self._pages.window_tokens, device=self._pages.device)
+        assert self._attend is not None, "made before"
+        self._attend.begin_at(self._own, choose=True)
+        projected = self._decoder.run_to_last(self._tokens, self._attend)
+        self._writer.write(self._pages.num_layers - 1, projected.keys, projected.values)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from page_doubles import At, RecordsInMemory
+from page_doubles import At, RecordsInMemory, interrupted
 
 from ragkit.errors import KVCacheError
 from ragkit.generation.graph_recorder import GraphRecorder
@@ -130,12 +130,9 @@ def test_windows_are_written_although_the_device_fails_at_the_end(llama):
             if "end" in self.log and self.log[-1] == "end" and pages.num_windows == 12:
                 raise RuntimeError("the device is gone")
 
-    def stops():
-        raise KeyboardInterrupt
-
     pages = document(llama, tier)
     with pytest.raises(RuntimeError, match="the device is gone"):
-        reader(llama, Broken).read(pages, At(12, stops))
+        reader(llama, Broken).read(pages, At(12, interrupted))
     assert tier.saved == 12
 
 
@@ -188,9 +185,6 @@ def test_an_interrupt_before_anything_was_added_leaves_what_is_stored_there(llam
     tier = RecordsInMemory()
     assert reader(llama).read(document(llama, tier, TOKENS[:320]))
     again = document(llama, tier, TOKENS[:320])
-
-    def interrupted(_):
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(EncodedWindows, "settle", interrupted)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from page_doubles import At, RecordsInMemory
+from page_doubles import At, RecordsInMemory, interrupted
 
 from ragkit.config import PagePositions, PageVote
 from ragkit.errors import KVCacheError
@@ -38,10 +38,6 @@ LAUNCHED = 4  # windows before the first that finds fewer pages than there are, 
 @pytest.fixture(scope="module")
 def llama():
     return decoder_of(hf_model("llama", num_hidden_layers=2))
-
-
-def stops():
-    raise KeyboardInterrupt
 
 
 def reader(decoder, options, recorder):
@@ -191,7 +187,7 @@ def test_reading_that_fails_behind_a_replayed_window_keeps_it(llama):
     tier, recorder = RecordsInMemory(), Replays()
     pages = pages_of(llama, TOKENS, OPTIONS, codec="int8", resident=True, tier=tier)
     with pytest.raises(KeyboardInterrupt):
-        reader(llama, OPTIONS, lambda: recorder).read(pages, At(10, stops))
+        reader(llama, OPTIONS, lambda: recorder).read(pages, At(10, interrupted))
     assert (tier.saved, pages.num_windows) == (10, 10)
     again = pages_of(llama, TOKENS, OPTIONS, codec="int8", resident=True, tier=tier)
     assert again.num_windows == 10

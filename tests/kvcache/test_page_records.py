@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from page_doubles import RecordsInMemory
+from page_doubles import RecordsInMemory, interrupted
 
 from ragkit.kvcache import page_records
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
@@ -63,9 +63,6 @@ def test_an_interrupt_while_a_batch_is_written_leaves_it_being_written(monkeypat
     tier = Slow()
     records = PageRecords(tier, "page", 1)
     assert records.write(window(1)) == 1
-
-    def interrupted(_):
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(page_records, "wait", interrupted)
