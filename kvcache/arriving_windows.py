@@ -1,76 +1,91 @@
 """Whole windows of a document on their way from disk to the device: some are read while those before are placed.
 
-Threads read records and check them; on their way to a GPU they go into page-locked memory, a batch in one piece, which
-the GPU copies from at full speed while the next batch is read into another.
+Threads read records and check them, each into its row of a batch; on their way to a GPU batches are page-locked, and
+the GPU copies one, in one piece and at full speed, while the next is read into the other.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 _READERS = 8  # checking what was read takes longer than reading it
-_BATCH_BYTES = 56 << 20  # with what stands around them below 64 MB: torch locks powers of two
+_BATCH_BYTES = 64 << 20  # torch locks powers of two
 _ALIGNMENT = 256  # bytes; what a GPU copies fastest from
 
-Allocate: TypeAlias = Callable[[int], Tensor]
-ReadWindow: TypeAlias = Callable[[int, Allocate], tuple[str, list[Tensor]]]
+# Fills the memory of a window (bytes,) and says where it was found; threads take turns at what it calls of torch.
+ReadWindow: TypeAlias = Callable[[int, Tensor], str]
+
+
+class ArrivedWindows(NamedTuple):
+    """Neighbouring windows in host memory, until the next ones are asked for.
+
+    Attributes:
+        windows: which ones.
+        places: where each was found.
+        data: (windows, bytes) uint8; rows may be longer than what was read.
+    """
+
+    windows: range
+    places: list[str]
+    data: Tensor
 
 
 def arriving_windows(
     windows: range, window_bytes: int, read: ReadWindow, device: torch.device
-) -> Iterator[tuple[range, list[tuple[str, list[Tensor]]]]]:
-    """Yield neighbouring windows, a batch at a time, which holds until the next one is asked for.
+) -> Iterator[ArrivedWindows]:
+    """Yield neighbouring windows, a batch at a time.
 
     Args:
         windows: which ones.
-        window_bytes: what one takes, about.
-        read: gives where a window was found and the pieces of all its layers, in memory that it is given or its own.
-        device: where the pieces go: before the next batch is asked for, copies to it have been launched.
+        window_bytes: what each takes.
+        read: fills the memory of one.
+        device: where they go: before the next batch is asked for, copies to it have been launched.
 
     Raises:
         Whatever `read` does.
     """
-    count = max(1, min(len(windows), _BATCH_BYTES // max(1, window_bytes)))
-    spans = [range(start, min(start + count, windows.stop)) for start in range(windows.start, windows.stop, count)]
-    batches = [_Batch(device, count * (window_bytes + window_bytes // 8 + _ALIGNMENT)) for _ in spans[:2]]
+    row = -(-window_bytes // _ALIGNMENT) * _ALIGNMENT
+    count = min(len(windows), max(_READERS, _BATCH_BYTES // max(1, row)))
+    spans = [range(start, min(start + count, windows.stop)) for start in range(windows.start, windows.stop, count or 1)]
+    batches = [_Batch(device, count, row) for _ in spans[:2]]
     with ThreadPoolExecutor(_READERS, thread_name_prefix="ragkit-window-read") as readers:
-        reading = [(batches[0], batches[0].begin(readers, spans[0], read))] if spans else []
+
+        def begin(batch: _Batch, span: range) -> tuple[_Batch, list[Future[str]]]:
+            batch.wait()
+            into = batch.memory[:, :window_bytes].unbind(0)
+            return batch, [readers.submit(read, *one) for one in zip(span, into, strict=False)]
+
+        reading = [begin(batches[0], spans[0])] if spans else []
         try:
             for number, span in enumerate(spans):
                 batch, found = reading.pop()
                 if number + 1 < len(spans):
-                    following = batches[(number + 1) % 2]
-                    reading.append((following, following.begin(readers, spans[number + 1], read)))
-                yield span, [one.result() for one in found]
+                    reading.append(begin(batches[(number + 1) % 2], spans[number + 1]))
+                yield ArrivedWindows(span, [one.result() for one in found], batch.memory[: len(span)])
                 batch.launched()
         finally:
             readers.shutdown(cancel_futures=True)
-            for batch in batches[:1]:  # pieces that were in memory already may be written over when those let them go
+            for batch in batches[:1]:  # who asked may let the memory go, from which the last copies are under way
                 batch.launched()
                 batch.wait()
 
 
 class _Batch:
-    """Memory of one batch, page-locked on the way to a GPU; it is written again when the GPU has copied from it."""
+    """Memory of one batch, page-locked on the way to a GPU; it is written again when the GPU has copied from it.
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    Attributes:
+        memory: (windows, bytes) uint8.
+    """
+
+    def __init__(self, device: torch.device, windows: int, row_bytes: int) -> None:
+        self.memory = torch.empty((windows, row_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = device
-        self._lock = threading.Lock()
-        self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
-        self._used = 0
-
-    def begin(self, readers: ThreadPoolExecutor, span: Sequence[int], read: ReadWindow) -> list[Future]:  # type: ignore[type-arg]
-        """Start to read the windows of `span`."""
-        self.wait()
-        self._used = 0
-        return [readers.submit(read, window, self._allocate) for window in span]
 
     def launched(self) -> None:
         """Note that all copies of the batch are launched."""
@@ -82,12 +97,3 @@ class _Batch:
         """Return once the device has copied what was launched by then."""
         if self._copied is not None:
             self._copied.synchronize()
-
-    def _allocate(self, nbytes: int) -> Tensor:
-        if self._memory is None:
-            return torch.empty(nbytes, dtype=torch.uint8)
-        with self._lock:
-            start = self._used
-            self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        piece = self._memory[start : start + nbytes]
-        return piece if len(piece) == nbytes else torch.empty(nbytes, dtype=torch.uint8)

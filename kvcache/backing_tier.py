@@ -43,8 +43,13 @@ class BackingTier(Protocol):
         """Most bytes that it keeps."""
         ...
 
-    def holds(self, keys: Sequence[KVKey]) -> set[KVKey]:
+    def holds(self, keys: Sequence[KVKey], *, remember: bool = False) -> set[KVKey]:
         """Return which of these keys it has a record of, whether it is whole or not.
+
+        Args:
+            keys: those that are asked for.
+            remember: whether their places are kept for `open`, in place of those before, so that thousands of records
+                are not looked up one by one. One that leaves meanwhile may still be opened until its bytes are gone.
 
         Raises:
             KVCacheError: the tier cannot be asked.

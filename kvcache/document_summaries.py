@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.backing_tier import BackingTier
-from ragkit.kvcache.chunk_kv import ChunkRef
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.page_grid import PageGrid
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
 from ragkit.kvcache.page_summary_records import PageSummaryRecords, StoredSummary
 
-_READERS = 8  # threads that read sections: checking what was read takes longer than reading it
+_READERS = 4  # threads that read sections: checking what was read takes longer than reading it
 
 _log = logging.getLogger(__name__)
 
@@ -129,12 +132,16 @@ class DocumentSummaries:
     ) -> Iterator[tuple[range, list[StoredSummary] | None]]:  # fmt: skip
         """Yield the sections that begin below `windows`, and what is stored of those that end there."""
         sections = [section for section in self._records.sections() if section.start < windows]
-        whole = [section for section in sections if section.stop <= windows]
-        with ThreadPoolExecutor(_READERS) as readers:
+        whole = deque(section for section in sections if section.stop <= windows)
+        loading: dict[range, Future[EncodedKV | None]] = {}
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="ragkit-summary-read") as readers:
             load = partial(self._records.load, selector, page_locked=self._device.type == "cuda")
-            loading = {section: readers.submit(load, section) for section in whole}
             for section in sections:
-                yield section, loading[section].result() if section in loading else None
+                while whole and len(loading) < _READERS:  # page-locked memory is dear, and free again when copied
+                    following = whole.popleft()
+                    loading[following] = readers.submit(load, following)
+                loaded = loading.pop(section).result() if section in loading else None
+                yield section, None if loaded is None else self._records.parsed(loaded)
 
     def _extend(self, made: PageSummaries, section: range, stored: list[StoredSummary]) -> None:
         """Add what is stored of a section."""
@@ -155,7 +162,7 @@ class DocumentSummaries:
                 made.fits(layer, [part.to(self._device) for part in one.fitted]) for layer, one in enumerate(stored)
             )  # fmt: skip
         return all(
-            len(one.fitted) == len(other.fitted) and all(map(torch.equal, one.fitted, other.fitted))
+            len(one.fitted) == len(other.fitted) and all(map(_are_equal, one.fitted, other.fitted))
             for one, other in zip(stored, first, strict=True)
         )
 
@@ -168,3 +175,10 @@ class DocumentSummaries:
         """Store a section."""
         first, stop = self._grid.first_page(section.start), self._grid.first_page(section.stop)
         self._records.write(made, section, first, stop)
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether tensors in host memory have the same bytes; torch would wake all of its threads for each."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return np.array_equal(*(part.flatten().view(torch.uint8).numpy() for part in (one, other)))

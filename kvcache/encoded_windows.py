@@ -8,14 +8,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ragkit.errors import KVCacheError
-from ragkit.kvcache.arriving_windows import Allocate, arriving_windows
-from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.arriving_windows import arriving_windows
+from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV, copy_bytes, packed_extents
 from ragkit.kvcache.kv_segment import KVMissError, MissReason
 from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.page_grid import PageGrid
@@ -28,6 +28,8 @@ MEMORY, DISK = "ram", "disk"  # how the places of encoded pages are called in re
 _READERS = 8  # threads that read pieces: opening a record and waiting for a disk take longer than reading
 
 _log = logging.getLogger(__name__)
+
+Extents: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class EncodedWindows:
@@ -152,19 +154,24 @@ class EncodedWindows:
         # What memory has is asked for by its place, which may have left meanwhile.
         return {window: self._counted(found.get(window) or self._piece(layer, window)) for window in windows}
 
-    def whole(self, windows: range, device: torch.device) -> Iterator[tuple[range, list[list[Tensor]]]]:
-        """Yield the bytes of all layers of windows, some at a time, on their way to `device`; memory keeps none.
+    def whole(self, windows: range, device: torch.device) -> Iterator[tuple[range, Tensor, Extents]]:
+        """Yield whole windows, some neighbours at a time, on their way to `device`; memory keeps none.
 
-        What is yielded holds until the next is asked for.
+        What is yielded holds until the next is asked for: which windows, (windows, bytes) uint8, and start and stop of
+        each layer within a row.
 
         Raises:
             DamagedWindowError: one cannot be read.
         """
-        nbytes = self._codec.bytes_per_page * self._grid.window_tokens // self._grid.page_size
-        for some, found in arriving_windows(windows, nbytes, self._whole, device):
-            for place, pieces in found:
-                self.nbytes[place] += sum(piece.nbytes for piece in pieces)
-            yield some, [pieces for _, pieces in found]
+        last = len(self._refs) - 1  # it may have fewer pages than the others
+        for alike in (range(windows.start, min(windows.stop, last)), range(max(windows.start, last), windows.stop)):
+            if alike:
+                extents = self._extents(alike.start)
+                read = partial(self._read_whole, extents)
+                for some, places, data in arriving_windows(alike, extents[-1][1], read, device):
+                    for place in places:
+                        self.nbytes[place] += sum(stop - start for start, stop in extents)
+                    yield some, data, extents
 
     def read_ahead(self, layer: int, windows: Sequence[int]) -> Future[None] | None:
         """Start to read from disk what memory does not have of a layer; None where that is nothing."""
@@ -222,24 +229,34 @@ class EncodedWindows:
         flat = [piece.flatten() for piece in kept]
         return EncodedKV.pack(self._refs[window], self._codec.codec_id, flat, recompute_ms)
 
-    def _whole(self, window: int, allocate: Allocate) -> tuple[str, list[Tensor]]:
+    def _extents(self, window: int) -> Extents:
+        """Return where the layers of a window lie in its record."""
+        pages = len(self._grid.pages_of(window))
+        return packed_extents([pages * self._codec.page_bytes(layer) for layer in range(self._layers)])
+
+    def _read_whole(self, extents: Extents, window: int, row: Tensor) -> str:
+        """Fill (bytes,) uint8 with the layers of a window, and return where they were found."""
         if all(self._memory.holds(layer, window) for layer in range(self._layers)):
-            found = [self._memory.get(layer, window) for layer in range(self._layers)]
-            pieces = [piece for piece in found if piece is not None]
+            held = [self._memory.get(layer, window) for layer in range(self._layers)]
+            pieces = [piece.flatten() for piece in held if piece is not None]
             if len(pieces) == self._layers:  # none left meanwhile
-                return MEMORY, pieces
+                _place(pieces, extents, row)
+                return MEMORY
         try:
-            record = self._records.load(self._refs[window], allocate)
+            record = self._records.load(self._refs[window], lambda size: row if size == len(row) else _bytes(size))
         except KVMissError as error:
             raise DamagedWindowError(window, error) from error
-        return DISK, [self._shaped(layer, window, record.layer(layer)) for layer in range(self._layers)]
+        if record.extents != extents:
+            layers = [self._shaped(layer, window, record.layer(layer)) for layer in range(self._layers)]
+            _place([layer.flatten() for layer in layers], extents, row)
+        return DISK
 
     def _shaped(self, layer: int, window: int, data: Tensor) -> Tensor:
         pages = len(self._grid.pages_of(window))
         if data.numel() != pages * self._codec.page_bytes(layer):
             short = KVMissError(MissReason.SHORT, f"window {window} has {data.numel()} bytes in layer {layer}")
             raise DamagedWindowError(window, short)
-        return data.view(torch.uint8).view(pages, -1)
+        return data.view(pages, -1)
 
     def _load(self, places: Sequence[tuple[int, int]]) -> None:
         for layer, window in places:
@@ -250,6 +267,15 @@ class EncodedWindows:
                 _log.info("window %d of a document was not read ahead: %s", window, error)
             finally:
                 self._loading.discard((layer, window))
+
+
+def _bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8)
+
+
+def _place(pieces: Sequence[Tensor], extents: Extents, row: Tensor) -> None:
+    for piece, (start, stop) in zip(pieces, extents, strict=True):
+        copy_bytes(piece, row[start:stop])
 
 
 class ComingWindow(NamedTuple):

@@ -271,8 +271,8 @@ class KVPages:
             return
         while self._num_resident < count:
             try:
-                for windows, pieces in self._windows.whole(range(self._num_resident, count), self.device):
-                    self.resident.put_windows(self.grid.first_page(windows.start), pieces)
+                for windows, data, extents in self._windows.whole(range(self._num_resident, count), self.device):
+                    self.resident.put_windows(self.grid.first_page(windows.start), data, extents)
                     self._num_resident = windows.stop
             except DamagedWindowError as damage:
                 self._mend(damage)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 from torch import Tensor
 
+from ragkit.kvcache.chunk_kv import copy_bytes
 from ragkit.kvcache.page_locked import PageLockedMemory
 
 _Place = tuple[int, int]  # layer and window
@@ -96,4 +97,6 @@ class PageMemory:
         memory = self._page_locked.allocate(piece.nbytes)
         if memory is None:
             return piece.cpu()
-        return memory.view(piece.shape).copy_(piece)
+        kept = memory.view(piece.shape)
+        copy_bytes(piece, kept)
+        return kept

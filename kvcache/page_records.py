@@ -68,7 +68,7 @@ class PageRecords:
 
     def present(self, refs: Sequence[ChunkRef]) -> set[int]:
         """Return which of `refs` are there, whole or not, by their place."""
-        known = self.tier.holds([ref.key for ref in refs]) if self.tier is not None else set()
+        known = self.tier.holds([ref.key for ref in refs], remember=True) if self.tier is not None else set()
         return {index for index, ref in enumerate(refs) if ref.key in known}
 
     def layer(self, ref: ChunkRef, layer: int) -> Tensor:

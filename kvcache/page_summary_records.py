@@ -59,8 +59,8 @@ class PageSummaryRecords:
         count = len(self._refs)
         return [range(start, min(start + SECTION_WINDOWS, count)) for start in range(0, count, SECTION_WINDOWS)]
 
-    def load(self, selector: PageSelector, windows: range, *, page_locked: bool) -> list[StoredSummary] | None:
-        """Return what is stored of a section, of every layer; None where it is not there, or damaged. Thread-safe.
+    def load(self, selector: PageSelector, windows: range, *, page_locked: bool) -> EncodedKV | None:
+        """Return what is stored of a section, for `parsed`; None where it is not there, or damaged. Thread-safe.
 
         Args:
             selector: whose it is.
@@ -68,7 +68,16 @@ class PageSummaryRecords:
             page_locked: whether it goes to a GPU, which copies from such memory at full speed.
         """
         try:
-            encoded = self._records.load(self._ref(selector, windows), _page_locked if page_locked else None)
+            return self._records.load(self._ref(selector, windows), _page_locked if page_locked else None)
+        except KVMissError:
+            return None
+
+    def parsed(self, encoded: EncodedKV) -> list[StoredSummary] | None:
+        """Return what a stored section holds of every layer, where it lies; None where it makes no sense.
+
+        Not for the threads that load: they would take turns at hundreds of small views.
+        """
+        try:
             return [self._parts(encoded, layer) for layer in range(self._num_layers)]
         except KVMissError:
             return None

@@ -65,8 +65,8 @@ class RemoteTier:
             with contextlib.suppress(KVCacheError):  # other files may lie there
                 self._note(KVKey(name.removesuffix(".kv")), int(about["size"] or 0))
 
-    def holds(self, keys: Sequence[KVKey]) -> set[KVKey]:
-        """Return which of these keys have an object."""
+    def holds(self, keys: Sequence[KVKey], *, remember: bool = False) -> set[KVKey]:
+        """Return which of these keys have an object; its name says where it is, so there is nothing to remember."""
         try:
             return {key for key in keys if self._files.exists(self._path(key))}
         except Exception as error:  # every file system has errors of its own

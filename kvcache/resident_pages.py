@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -105,16 +104,19 @@ class ResidentPages:
                 assert isinstance(rows, Tensor), "of a pool of numbers"
                 rows[pages].copy_(decoded)
 
-    def put_windows(self, first: int, windows: Sequence[Sequence[Tensor]]) -> None:
-        """Place the encoded pages of all layers of some neighbouring windows from page `first` on, layer by layer.
+    def put_windows(self, first: int, data: Tensor, extents: Sequence[tuple[int, int]]) -> None:
+        """Place neighbouring windows of as many pages each from page `first` on.
 
-        They travel as they lie in host memory, neighbours in one copy, and are placed at once: a copy and a placement
-        for each window and layer would take longer than the bytes do.
+        They travel in one copy: one for each window and layer would take longer than the bytes do.
+
+        Args:
+            first: the first page.
+            data: (windows, bytes) uint8, page-locked where copying is not to wait.
+            extents: start and stop of each layer within a row.
         """
-        moved = self._moved([piece for pieces in windows for piece in pieces])
-        layers = self._codec.layout.num_layers
-        for layer in range(layers):
-            self.put(layer, first, torch.cat(moved[layer::layers]))
+        moved = data.to(self._pool.device, non_blocking=True)
+        for layer, (start, stop) in enumerate(extents):
+            self.put(layer, first, moved[:, start:stop].reshape(-1, self._codec.page_bytes(layer)))
 
     def keys(self, layer: int, pages: range) -> Tensor:
         """Return the keys (pages, page_size, kv_heads, head_dim) of `pages`, in the model's type."""
@@ -144,26 +146,6 @@ class ResidentPages:
         finite = torch.stack([part.isfinite().all() for part in parts])
         if not bool(finite.all()):
             raise KVCacheError(NOT_FINITE)
-
-    def _moved(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Return the pieces on the device: memory that they fill at least half of is copied whole."""
-        memories = {piece.untyped_storage().data_ptr(): piece.untyped_storage() for piece in pieces}
-        filled = Counter[int]()
-        for piece in pieces:
-            filled[piece.untyped_storage().data_ptr()] += piece.nbytes
-        whole = {
-            place: torch.empty(0, dtype=torch.uint8).set_(memory).to(self._pool.device, non_blocking=True)
-            for place, memory in memories.items()
-            if memory.nbytes() <= 2 * filled[place]
-        }
-
-        def moved(piece: Tensor) -> Tensor:
-            copy = whole.get(piece.untyped_storage().data_ptr())
-            if copy is None:
-                return piece.to(self._pool.device, non_blocking=True)
-            return copy.as_strided(piece.shape, piece.stride(), piece.storage_offset())
-
-        return [moved(piece) for piece in pieces]
 
     def _first_groups(self, count: int) -> Tensor:
         if len(self._groups) < count:

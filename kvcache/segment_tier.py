@@ -77,6 +77,7 @@ class SegmentTier:
         self._writing = threading.Lock()  # one thread at a time: others write what selectors keep of a document's pages
         self._queue: EvictionQueue[KVKey] = EvictionQueue(policy)
         self._records: dict[KVKey, tuple[Path, KVEntry]] = {}
+        self._remembered: dict[str, tuple[Path, KVEntry]] = {}  # where `holds` was to remember that records lay
         self._reload()
 
     @property
@@ -85,12 +86,16 @@ class SegmentTier:
         with self._lock:
             return sum(_file_bytes(path) for path in self._live_bytes())
 
-    def holds(self, keys: Sequence[KVKey]) -> set[KVKey]:
+    def holds(self, keys: Sequence[KVKey], *, remember: bool = False) -> set[KVKey]:
         """Return which of these keys it has a record of."""
         try:
-            return {KVKey(key) for key in self._catalogue.kv_entries([key.digest for key in keys])}
+            places = self._catalogue.kv_entries([key.digest for key in keys])
         except StoreError as error:
             raise KVCacheError(f"the catalogue cannot name chunk KV: {error}") from error
+        if remember:
+            with self._lock:
+                self._remembered = places
+        return set(map(KVKey, places))
 
     def known(self, keys: Sequence[KVKey]) -> dict[KVKey, KnownRecord]:
         """Return the sizes of these records, and whether the page cache has them."""
@@ -104,19 +109,32 @@ class SegmentTier:
     def open(self, ref: ChunkRef, codec_id: str, num_layers: int) -> Iterator[RecordReader]:
         """Give a reader of the chunk's record."""
         try:
+            path, source, reader = self._opened(ref, codec_id, num_layers)
+            # An open file stays readable while it is removed, so eviction cannot pull it away from under a load.
+            with misses_in(path.name), source:
+                with self._lock:
+                    if ref.key in self._records:
+                        self._queue.use(ref.key)
+                yield reader
+        except KVMissError:
+            with self._lock:
+                self._remembered.pop(ref.key.digest, None)
+            raise
+
+    def _opened(self, ref: ChunkRef, codec_id: str, num_layers: int) -> tuple[Path, FileSource, RecordReader]:
+        """Open a record where it is remembered, or where the catalogue says."""
+        with self._lock:
+            remembered = self._remembered.get(ref.key.digest)
+        if remembered is not None:
+            with contextlib.suppress(KVMissError):  # others may have written it anew, elsewhere
+                return _open_record(remembered, ref, codec_id, num_layers)
+        try:
             place = self._catalogue.kv_entries([ref.key.digest]).get(ref.key.digest)
         except StoreError as error:
             raise KVMissError(MissReason.UNREADABLE, f"the catalogue cannot name the KV of {ref.key}") from error
         if place is None:
             raise KVMissError(MissReason.ABSENT, f"the KV of {ref.key} is not on disk")
-        path, entry = place
-        # An open file stays readable while it is removed, so eviction cannot pull it away from under a load.
-        with misses_in(path.name), FileSource(path, entry.offset, entry.bytes) as source:
-            reader = RecordReader(source, ref, codec_id, num_layers, entry.crc32)
-            with self._lock:
-                if ref.key in self._records:
-                    self._queue.use(ref.key)
-            yield reader
+        return _open_record(place, ref, codec_id, num_layers)
 
     def save(self, chunks: Sequence[EncodedKV]) -> int:
         """Write chunks in segments of up to 64 MiB; those whose text has left the store meanwhile are left out."""
@@ -157,6 +175,7 @@ class SegmentTier:
         places = self._catalogue.kv_entries([entry.key for entry in entries])
         with self._lock:
             for entry in entries:
+                self._remembered.pop(entry.key, None)
                 self._note(places[entry.key][0], entry)
         return len(chunks)
 
@@ -245,6 +264,17 @@ def _groups(chunks: Sequence[EncodedKV], limit: int = _SEGMENT_BYTES) -> Iterato
         group.append(chunk)
     if group:
         yield group
+
+
+def _open_record(
+    place: tuple[Path, KVEntry], ref: ChunkRef, codec_id: str, num_layers: int
+) -> tuple[Path, FileSource, RecordReader]:
+    path, entry = place
+    with misses_in(path.name), contextlib.ExitStack() as stack:
+        source = stack.enter_context(FileSource(path, entry.offset, entry.bytes))
+        reader = RecordReader(source, ref, codec_id, num_layers, entry.crc32)
+        stack.pop_all()
+    return path, source, reader
 
 
 def _is_cached(path: Path, entry: KVEntry) -> bool:

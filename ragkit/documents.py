@@ -34,26 +34,48 @@ class WholeDocument:
         return sum(chunk.token_count for chunk in self.chunks)
 
 
-def find_document(store: Store, uri: str | None) -> WholeDocument:
-    """Return the document that `uri` names, or the only one of the store where it is None.
+class FoundDocuments:
+    """Finds documents of one store. Thread-safe.
 
-    Raises:
-        UsageError: there is none, or more than one.
+    The one found last is kept while nobody writes to the store: to read and check a text of a million tokens takes a
+    fifth of a second, and one question about a document is mostly followed by another.
+
+    Args:
+        store: where they are.
     """
-    found = _documents(store, uri)
-    if len(found) != 1:
-        named = "the store" if uri is None else repr(uri)
-        raise UsageError(
-            f"an answer from pages reads one document, and {named} holds {len(found):,}: name one by --document URI "
-            "(a row or a member of a file by its own URI, as citations show it)"
-        )
-    return _whole(store, *next(iter(found.items())))
 
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._last: tuple[tuple[int, str | None], list[WholeDocument], int] | None = None
 
-def find_single(store: Store, uri: str) -> WholeDocument | None:
-    """Return the document that `uri` names, or None where it names more than one or none."""
-    found = _documents(store, uri)
-    return _whole(store, *next(iter(found.items()))) if len(found) == 1 else None
+    def find(self, uri: str | None) -> WholeDocument:
+        """Return the document that `uri` names, or the only one of the store where it is None.
+
+        Raises:
+            UsageError: there is none, or more than one.
+        """
+        found, count = self._named(uri)
+        if count != 1:
+            named = "the store" if uri is None else repr(uri)
+            raise UsageError(
+                f"an answer from pages reads one document, and {named} holds {count:,}: name one by --document URI "
+                "(a row or a member of a file by its own URI, as citations show it)"
+            )
+        return found[0]
+
+    def find_single(self, uri: str) -> WholeDocument | None:
+        """Return the document that `uri` names, or None where it names more than one or none."""
+        found, _ = self._named(uri)
+        return found[0] if found else None
+
+    def _named(self, uri: str | None) -> tuple[list[WholeDocument], int]:
+        """Return the document, if it is one, and how many there are."""
+        key, last = (self._store.generation, uri), self._last
+        if last is None or last[0] != key:  # asked before reading: what is written meanwhile is read the next time
+            found = _documents(self._store, uri)
+            whole = [_whole(self._store, *one) for one in found.items()] if len(found) == 1 else []
+            self._last = last = key, whole, len(found)
+        return last[1], last[2]
 
 
 def long_documents(store: Store, most_tokens: int) -> Iterator[WholeDocument]:

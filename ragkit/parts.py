@@ -17,6 +17,7 @@ from ragkit.store import Store
 from ragkit.types import Prompt, TextTokenizer
 
 if TYPE_CHECKING:
+    from ragkit.documents import FoundDocuments
     from ragkit.draft_config import DraftConfig
     from ragkit.generation.blending import Blending
     from ragkit.generation.decoder import Decoder
@@ -91,6 +92,18 @@ class Parts:
     def create_store(self) -> Store:
         """Return the store, made now where there is none."""
         return self._part("store", lambda: Store.open_or_create(self.folder))
+
+    @property
+    def documents(self) -> FoundDocuments:
+        """The documents of the store, whole.
+
+        Raises:
+            StoreMissingError: nothing was ingested yet.
+        """
+        from ragkit.documents import FoundDocuments
+
+        store = self.store
+        return self._part("documents", lambda: FoundDocuments(store))
 
     def has_store(self) -> bool:
         """Return whether anything was ever ingested here."""

@@ -183,17 +183,15 @@ def paged_document(parts: Parts, options: QueryOptions) -> WholeDocument | None:
     Raises:
         UsageError: pages were asked for, and not one document is named, or more than its name is given.
     """
-    from ragkit.documents import find_document, find_single
-
     asked = options.generation.strategy
     if asked is Strategy.PAGES:
         if options.filters:
             names = ", ".join(options.filters)
             raise UsageError(f"an answer from pages reads one document whole, so it cannot be filtered by {names}")
-        return find_document(parts.store, options.document)
+        return parts.documents.find(options.document)
     if asked is not Strategy.AUTO or options.document is None or options.filters:
         return None
-    found = find_single(parts.store, options.document)
+    found = parts.documents.find_single(options.document)
     if found is None:
         return None
     generation = options.generation

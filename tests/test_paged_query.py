@@ -1,6 +1,7 @@
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from blended_pipeline import CONFIG, open_blended, text_of
@@ -57,6 +58,26 @@ def test_a_document_beyond_the_window_is_answered_from_its_pages(collection, eng
     assert answer.tokens.generated == 6
     assert answer.found
     assert answer.timings_ms["read_document"] > 0
+
+
+def test_a_second_question_does_not_read_the_text_again_until_the_store_changes(collection, engine, monkeypatch):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        read, real = [], type(pipeline.store).document
+        monkeypatch.setattr(type(pipeline.store), "document", lambda self, doc: read.append(doc) or real(self, doc))
+        pipeline.query(QUESTION, document=uri)
+        first = len(read)  # reading the pages writes to the store
+        pipeline.query(QUESTION, document=uri)
+        after_reading = len(read)
+        pipeline.query("Who lives by the river?", document=uri)
+        assert len(read) == after_reading
+        assert after_reading <= first + 1
+        path = Path(uri)
+        path.write_text(text_of(3, sentences=140), encoding="utf-8")
+        pipeline.ingest([path.parent])
+        pipeline.query(QUESTION, document=uri)
+        assert len(read) == after_reading + 1
+        assert len(set(read)) == 2
 
 
 def test_the_answer_lists_the_places_that_were_found(collection, engine):

@@ -9,27 +9,39 @@ from ragkit.kvcache.arriving_windows import arriving_windows
 CPU = torch.device("cpu")
 
 
-def numbered(window, allocate):
-    piece = allocate(4)
-    piece.fill_(window)
-    return "disk", [piece]
+def numbered(window, row):
+    assert row.shape == (4,)
+    row.fill_(window)
+    return "disk"
+
+
+@pytest.fixture
+def batches_of_2(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 512)
+    monkeypatch.setattr(module, "_READERS", 2)
+
+
+def arriving(windows):
+    return arriving_windows(windows, 4, numbered, CPU)
 
 
 def test_windows_come_in_order_a_batch_at_a_time(monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_BYTES", 12)
-    found = [(span, [int(pieces[0][0]) for _, pieces in batch]) for span, batch in arriving(range(2, 10))]
-    assert found == [(range(2, 5), [2, 3, 4]), (range(5, 8), [5, 6, 7]), (range(8, 10), [8, 9])]
+    monkeypatch.setattr(module, "_BATCH_BYTES", 768)
+    monkeypatch.setattr(module, "_READERS", 3)
+    found = [(some.windows, some.places, some.data[:, :4].tolist()) for some in arriving(range(2, 10))]
+    assert [windows for windows, _, _ in found] == [range(2, 5), range(5, 8), range(8, 10)]
+    assert [row for _, _, data in found for row in data] == [[window] * 4 for window in range(2, 10)]
+    assert [place for _, places, _ in found for place in places] == ["disk"] * 8
     assert list(arriving(range(3, 3))) == []
 
 
-def test_one_batch_is_read_while_the_one_before_is_placed_and_no_more(monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_BYTES", 8)
+def test_one_batch_is_read_while_the_one_before_is_placed_and_no_more(batches_of_2):
     began, more = set(), threading.Semaphore(0)
 
-    def read(window, allocate):
+    def read(window, row):
         began.add(window)
         more.release()
-        return numbered(window, allocate)
+        return numbered(window, row)
 
     windows = arriving_windows(range(8), 4, read, CPU)
     next(windows)
@@ -39,39 +51,39 @@ def test_one_batch_is_read_while_the_one_before_is_placed_and_no_more(monkeypatc
     windows.close()
 
 
-def test_what_cannot_be_read_is_told_when_its_batch_comes(monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_BYTES", 8)
-
-    def read(window, allocate):
+def test_what_cannot_be_read_is_told_when_its_batch_comes(batches_of_2):
+    def read(window, row):
         if window == 5:
             raise OSError("gone")
-        return numbered(window, allocate)
+        return numbered(window, row)
 
     seen = []
     with pytest.raises(OSError, match="gone"):
-        seen.extend(span for span, _ in arriving_windows(range(8), 4, read, CPU))
+        seen.extend(some.windows for some in arriving_windows(range(8), 4, read, CPU))
     assert seen == [range(2), range(2, 4)]
 
 
-@pytest.mark.parametrize(("windows", "batches"), [(3, [3 * (9 << 18) + 3 * 256]), (60, [63 << 20, 63 << 20])])
-def test_batches_take_no_more_memory_than_windows_need(monkeypatch, windows, batches):
+@pytest.mark.parametrize(
+    ("windows", "window_bytes", "rows"), [(3, 2 << 20, [3]), (100, 2 << 20, [32, 32]), (100, 20 << 20, [8, 8])]
+)
+def test_a_batch_has_64_mb_but_no_more_rows_than_windows_and_one_for_each_reader(
+    monkeypatch, windows, window_bytes, rows
+):
     taken = []
 
     class Counted(module._Batch):
-        def __init__(self, device, nbytes):
-            taken.append(nbytes)
-            super().__init__(device, nbytes)
+        def __init__(self, device, count, row_bytes):
+            taken.append(count)
+            super().__init__(device, count, row_bytes)
 
     monkeypatch.setattr(module, "_Batch", Counted)
-    for _ in arriving_windows(range(windows), 2 << 20, numbered, CPU):
+    for _ in arriving_windows(range(windows), window_bytes, lambda window, row: "disk", CPU):
         pass
-    assert taken == pytest.approx(batches, rel=0.001)
-    assert max(taken) <= 64 << 20  # page-locked memory comes in powers of two
+    assert taken == rows
 
 
 @pytest.mark.parametrize("taken", [1, 3])
-def test_all_copies_are_waited_for_at_the_end_and_where_it_comes_early(monkeypatch, taken):
-    monkeypatch.setattr(module, "_BATCH_BYTES", 8)
+def test_all_copies_are_waited_for_at_the_end_and_where_it_comes_early(monkeypatch, batches_of_2, taken):
     log = []
 
     class Watched(module._Batch):
@@ -95,18 +107,14 @@ def test_all_copies_are_waited_for_at_the_end_and_where_it_comes_early(monkeypat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_page_locked_memory_is_written_again_only_when_it_was_copied(monkeypatch):
     monkeypatch.setattr(module, "_BATCH_BYTES", 1 << 20)
-    size, copies = 1 << 18, []
+    size, copies = 1 << 17, []
 
-    def read(window, allocate):
-        piece = allocate(size)
-        assert piece.is_pinned()
-        return "disk", [piece.fill_(window)]
+    def read(window, row):
+        assert row.is_pinned()
+        row.fill_(window)
+        return "disk"
 
     device = torch.device("cuda")
-    for _, batch in arriving_windows(range(64), size, read, device):
-        copies += [pieces[0].to(device, non_blocking=True) for _, pieces in batch]
+    for some in arriving_windows(range(64), size, read, device):
+        copies += some.data.to(device, non_blocking=True).unbind(0)
     assert [int(one.float().mean()) for one in copies] == list(range(64))
-
-
-def arriving(windows):
-    return arriving_windows(windows, 4, numbered, CPU)

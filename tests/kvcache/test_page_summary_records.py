@@ -26,7 +26,7 @@ def test_a_section_comes_back_bit_by_bit(name):
     made, records = summaries_of(name), PageSummaryRecords(RecordsInMemory(), REFS, 2)
     records.write(made, range(2), 0, PAGES)
     records.flush()
-    stored = records.load(made.selector, range(2), page_locked=False)
+    stored = records.parsed(records.load(made.selector, range(2), page_locked=False))
     for layer, one in enumerate(stored):
         for mine, other in ((one.fitted, made.fitted(layer)), (one.parts, made.between(layer, 0, PAGES))):
             assert [part.dtype for part in mine] == [part.dtype for part in other]
@@ -47,4 +47,4 @@ def test_a_section_that_makes_no_sense_is_none(monkeypatch, content):
     monkeypatch.setattr("ragkit.kvcache.page_summary_records.save", lambda tensors: content)
     records.write(made, range(2), 0, PAGES)
     records.flush()
-    assert records.load(made.selector, range(2), page_locked=False) is None
+    assert records.parsed(records.load(made.selector, range(2), page_locked=False)) is None

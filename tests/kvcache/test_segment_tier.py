@@ -63,6 +63,50 @@ def test_saved_chunks_come_back_also_to_another_process(place):
     assert store.verify().problems == ()
 
 
+def test_remembered_records_are_opened_without_asking_the_catalogue(place, monkeypatch):
+    store, ids = place
+    refs = refs_of(ids, 3)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs])
+    asked, real = [], type(store).kv_entries
+    monkeypatch.setattr(type(store), "kv_entries", lambda self, keys: asked.append(len(keys)) or real(self, keys))
+    assert tier.holds([ref.key for ref in refs], remember=True) == {ref.key for ref in refs}
+    assert found(tier, refs) == [0, 1, 2]
+    assert asked == [3]
+    assert tier.holds([refs[0].key], remember=True) == {refs[0].key}  # in place of those before
+    assert found(tier, refs) == [0, 1, 2]
+    assert asked == [3, 1, 1, 1]
+
+
+def test_a_remembered_record_that_was_written_anew_elsewhere_is_found_there(place):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    tier, other = tier_of(store), tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs])
+    tier.holds([ref.key for ref in refs], remember=True)
+    ((old, _), _) = store.kv_listing()
+    other.save([encoded_of(CODEC, ref) for ref in refs[::-1]])
+    ((new, _), _) = store.kv_listing()
+    assert old != new
+    assert found(tier, refs) == [0, 1]
+
+
+def test_a_remembered_record_that_is_damaged_is_looked_up_again(place):
+    store, ids = place
+    (ref,) = refs_of(ids, 1)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref)])
+    tier.holds([ref.key], remember=True)
+    path, entry = store.kv_entries([ref.key.digest])[ref.key.digest]
+    content = bytearray(path.read_bytes())
+    content[entry.offset + 4500] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(content)
+    assert reason(tier, ref) is MissReason.CHECKSUM
+    tier.save([encoded_of(CODEC, ref)])
+    assert found(tier, [ref]) == [0]
+
+
 def test_one_layer_is_read_alone(place):
     store, ids = place
     (ref,) = refs_of(ids, 1)

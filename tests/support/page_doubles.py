@@ -31,7 +31,7 @@ class RecordsInMemory:
     def bytes_used(self) -> int:
         return sum(map(len, self.records.values()))
 
-    def holds(self, keys: Sequence[KVKey]) -> set[KVKey]:
+    def holds(self, keys: Sequence[KVKey], *, remember: bool = False) -> set[KVKey]:
         return self.records.keys() & set(keys)
 
     def known(self, keys: Sequence[KVKey]) -> dict[KVKey, KnownRecord]:
