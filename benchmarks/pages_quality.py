@@ -6,9 +6,9 @@ r"""What `ragkit eval needle` and `ragkit eval ruler` measure, with the document
 
 A small model's kernels leave most of a card idle, so documents are read side by side: by threads of a process, each
 with a stream of its own, whose kernels run at once, and by several processes, which take turns on a card. Every needle
-has a document of its own. Documents and answers are those of the commands, and so is the raw file,
-benchmarks/results/pages_NAME.json, which is written while it is measured. Settings come from the environment
-(`RAGKIT_GENERATION_MODEL`, `RAGKIT_PAGES_...`).
+has a document of its own, unless those of all depths stand together in one. Documents and answers are those of the
+commands, and so is the raw file, benchmarks/results/pages_NAME.json, which is written while it is measured. Settings
+come from the environment (`RAGKIT_GENERATION_MODEL`, `RAGKIT_PAGES_...`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main() -> None:
     arguments = parsed()
     lengths = sorted(int(part) for part in arguments.lengths.split(","))
     tasks = tasks_of(arguments)
-    count = arguments.needles * arguments.depths if arguments.evaluation == "needle" else arguments.items
+    documents = 1 if arguments.together else arguments.depths
+    count = arguments.needles * documents if arguments.evaluation == "needle" else arguments.items
     # The longest first, so that no process is left with one at the end.
     places = [(length, task, index) for length in lengths[::-1] for index in range(count) for task in range(len(tasks))]
     context = multiprocessing.get_context("spawn")
@@ -76,6 +77,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--own-prefill", action="store_true", help="each selector reads the documents itself")
     parser.add_argument("--depths", type=int, default=11)
     parser.add_argument("--needles", type=int, default=3, help="random ones for each length and depth")
+    parser.add_argument("--together", action="store_true", help="all depths in one document, with a question each")
     parser.add_argument("--tasks", default="", help="of RULER; all where left out")
     parser.add_argument("--items", type=int, default=5, help="documents for each task of RULER and length")
     parser.add_argument("--questions", type=int, default=1, help="about each document of a task that has several")
@@ -90,7 +92,7 @@ def parsed() -> argparse.Namespace:
 
 def tasks_of(arguments: argparse.Namespace) -> list[LongTask]:
     if arguments.evaluation == "needle":
-        return [NeedleTask(spaced_depths(arguments.depths))]
+        return [NeedleTask(spaced_depths(arguments.depths), arguments.together)]
     return ruler_tasks([name for name in arguments.tasks.split(",") if name])
 
 
@@ -205,7 +207,8 @@ def write(
     needles = arguments.evaluation == "needle"
     cells = depth_cells if needles else task_cells
     own = {
-        key: getattr(arguments, key) for key in (("depths", "needles") if needles else ("tasks", "items", "questions"))
+        key: getattr(arguments, key)
+        for key in (("depths", "needles", "together") if needles else ("tasks", "items", "questions"))
     }
     facts = report_facts(load_settings().config, arguments.seed, public_texts=bool(os.environ.get("RAGKIT_DATA")))
     facts |= {"lengths": lengths, "strategies": arguments.strategies.split(","), **variants_of(arguments), **own}

@@ -1,7 +1,8 @@
 """Whole windows of a document on their way from disk to the device: some are read while those before are placed.
 
 Threads read records and check them, each into its row of a batch; on their way to a GPU batches are page-locked, and
-the GPU copies one, in one piece and at full speed, while the next is read into the other.
+the GPU copies one, in one piece and at full speed, while the next is read into the other. Several batches are handed on
+together.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 _READERS = 8  # checking what was read takes longer than reading it
 _BATCH_BYTES = 64 << 20  # torch locks powers of two
+_STAGED_BYTES = 512 << 20  # on the device, before they are placed
 _ALIGNMENT = 256  # bytes; what a GPU copies fastest from
 
 # Fills the memory of a window (bytes,) and says where it was found; threads take turns at what it calls of torch.
@@ -22,7 +24,7 @@ ReadWindow: TypeAlias = Callable[[int, Tensor], str]
 
 
 class ArrivedWindows(NamedTuple):
-    """Neighbouring windows in host memory, until the next ones are asked for.
+    """Neighbouring windows on the device, until the next ones are asked for.
 
     Attributes:
         windows: which ones.
@@ -38,13 +40,13 @@ class ArrivedWindows(NamedTuple):
 def arriving_windows(
     windows: range, window_bytes: int, read: ReadWindow, device: torch.device
 ) -> Iterator[ArrivedWindows]:
-    """Yield neighbouring windows, a batch at a time.
+    """Yield neighbouring windows, many at a time: what is done with them is launched in a few calls of torch then.
 
     Args:
         windows: which ones.
         window_bytes: what each takes.
         read: fills the memory of one.
-        device: where they go: before the next batch is asked for, copies to it have been launched.
+        device: where they go. What is done with some is launched before the next are asked for.
 
     Raises:
         Whatever `read` does.
@@ -53,6 +55,8 @@ def arriving_windows(
     count = min(len(windows), max(_READERS, _BATCH_BYTES // max(1, row)))
     spans = [range(start, min(start + count, windows.stop)) for start in range(windows.start, windows.stop, count or 1)]
     batches = [_Batch(device, count, row) for _ in spans[:2]]
+    together = max(1, _STAGED_BYTES // max(1, count * row))
+    staged = torch.empty((min(len(windows), together * count), row), dtype=torch.uint8, device=device)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="ragkit-window-read") as readers:
 
         def begin(batch: _Batch, span: range) -> tuple[_Batch, list[Future[str]]]:
@@ -61,13 +65,19 @@ def arriving_windows(
             return batch, [readers.submit(read, *one) for one in zip(span, into, strict=False)]
 
         reading = [begin(batches[0], spans[0])] if spans else []
+        places: list[str] = []
         try:
             for number, span in enumerate(spans):
                 batch, found = reading.pop()
                 if number + 1 < len(spans):
                     reading.append(begin(batches[(number + 1) % 2], spans[number + 1]))
-                yield ArrivedWindows(span, [one.result() for one in found], batch.memory[: len(span)])
+                first = len(places)
+                places += [one.result() for one in found]
+                staged[first : len(places)].copy_(batch.memory[: len(span)], non_blocking=True)
                 batch.launched()
+                if (number + 1) % together == 0 or number + 1 == len(spans):
+                    yield ArrivedWindows(range(span.stop - len(places), span.stop), places, staged[: len(places)])
+                    places = []
         finally:
             readers.shutdown(cancel_futures=True)
             for batch in batches[:1]:  # who asked may let the memory go, from which the last copies are under way

@@ -155,10 +155,10 @@ class EncodedWindows:
         return {window: self._counted(found.get(window) or self._piece(layer, window)) for window in windows}
 
     def whole(self, windows: range, device: torch.device) -> Iterator[tuple[range, Tensor, Extents]]:
-        """Yield whole windows, some neighbours at a time, on their way to `device`; memory keeps none.
+        """Yield whole windows, many neighbours at a time; memory keeps none.
 
-        What is yielded holds until the next is asked for: which windows, (windows, bytes) uint8, and start and stop of
-        each layer within a row.
+        What is yielded holds until the next is asked for: which windows, (windows, bytes) uint8 on the device, and
+        start and stop of each layer within a row.
 
         Raises:
             DamagedWindowError: one cannot be read.

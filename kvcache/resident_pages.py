@@ -107,16 +107,13 @@ class ResidentPages:
     def put_windows(self, first: int, data: Tensor, extents: Sequence[tuple[int, int]]) -> None:
         """Place neighbouring windows of as many pages each from page `first` on.
 
-        They travel in one copy: one for each window and layer would take longer than the bytes do.
-
         Args:
             first: the first page.
-            data: (windows, bytes) uint8, page-locked where copying is not to wait.
+            data: (windows, bytes) uint8 on the device.
             extents: start and stop of each layer within a row.
         """
-        moved = data.to(self._pool.device, non_blocking=True)
         for layer, (start, stop) in enumerate(extents):
-            self.put(layer, first, moved[:, start:stop].reshape(-1, self._codec.page_bytes(layer)))
+            self.put(layer, first, data[:, start:stop].reshape(-1, self._codec.page_bytes(layer)))
 
     def keys(self, layer: int, pages: range) -> Tensor:
         """Return the keys (pages, page_size, kv_heads, head_dim) of `pages`, in the model's type."""

@@ -18,6 +18,7 @@ def numbered(window, row):
 @pytest.fixture
 def batches_of_2(monkeypatch):
     monkeypatch.setattr(module, "_BATCH_BYTES", 512)
+    monkeypatch.setattr(module, "_STAGED_BYTES", 512)
     monkeypatch.setattr(module, "_READERS", 2)
 
 
@@ -25,11 +26,16 @@ def arriving(windows):
     return arriving_windows(windows, 4, numbered, CPU)
 
 
-def test_windows_come_in_order_a_batch_at_a_time(monkeypatch):
+@pytest.mark.parametrize(
+    ("staged_bytes", "spans"),
+    [(0, [range(2, 5), range(5, 8), range(8, 10)]), (1700, [range(2, 8), range(8, 10)]), (1 << 20, [range(2, 10)])],
+)
+def test_windows_come_in_order_some_batches_at_a_time(monkeypatch, staged_bytes, spans):
     monkeypatch.setattr(module, "_BATCH_BYTES", 768)
+    monkeypatch.setattr(module, "_STAGED_BYTES", staged_bytes)
     monkeypatch.setattr(module, "_READERS", 3)
     found = [(some.windows, some.places, some.data[:, :4].tolist()) for some in arriving(range(2, 10))]
-    assert [windows for windows, _, _ in found] == [range(2, 5), range(5, 8), range(8, 10)]
+    assert [windows for windows, _, _ in found] == spans
     assert [row for _, _, data in found for row in data] == [[window] * 4 for window in range(2, 10)]
     assert [place for _, places, _ in found for place in places] == ["disk"] * 8
     assert list(arriving(range(3, 3))) == []
@@ -107,6 +113,7 @@ def test_all_copies_are_waited_for_at_the_end_and_where_it_comes_early(monkeypat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_page_locked_memory_is_written_again_only_when_it_was_copied(monkeypatch):
     monkeypatch.setattr(module, "_BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "_STAGED_BYTES", 2 << 20)
     size, copies = 1 << 17, []
 
     def read(window, row):
@@ -116,5 +123,5 @@ def test_page_locked_memory_is_written_again_only_when_it_was_copied(monkeypatch
 
     device = torch.device("cuda")
     for some in arriving_windows(range(64), size, read, device):
-        copies += some.data.to(device, non_blocking=True).unbind(0)
+        copies += some.data.clone().unbind(0)
     assert [int(one.float().mean()) for one in copies] == list(range(64))
