@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeAlias
@@ -43,6 +43,7 @@ class DocumentSummaries:
         self, tier: BackingTier | None, refs: Sequence[ChunkRef], grid: PageGrid, num_layers: int, device: torch.device
     ) -> None:
         self._records = PageSummaryRecords(tier, refs, num_layers)
+        self._refs = refs
         self._grid = grid
         self._num_layers = num_layers
         self._device = device
@@ -65,8 +66,11 @@ class DocumentSummaries:
                 for summaries in self._of.values():
                     self._write(summaries, section)
 
-    def of(self, selector: PageSelector, windows: int, read: ReadRows, at_once: int) -> PageSummaries:
+    def of(self, selector: PageSelector, windows: int, read: ReadRows, *, on_device: bool) -> PageSummaries:
         """Return what `selector` keeps of the first `windows` windows, made from the pages where it is new.
+
+        It is made from pages that the device holds even where it is stored, unless the selector says that it loads
+        sooner: a gigabyte comes from disk in half a second, and is made of keys in a quarter.
 
         While it is made, `read` may ask for it again, to compute a window that is damaged: then it holds all layers of
         the windows before that one, so all layers are made of some windows before the next ones are read.
@@ -74,8 +78,8 @@ class DocumentSummaries:
         Args:
             selector: what summarises.
             windows: those that are there.
-            read: gives the rows of a layer and some neighbouring windows.
-            at_once: how many windows that is at most.
+            read: gives the rows of a layer and some neighbouring windows; of one where the device does not hold them.
+            on_device: whether it holds all of their pages.
         """
         found = self._of.get(selector.selector_id)
         # More pages than there are: reading was interrupted while a window was added.
@@ -84,8 +88,10 @@ class DocumentSummaries:
         made = PageSummaries(selector, self._num_layers, self._grid.num_pages)
         self._of[selector.selector_id] = made
         first: list[StoredSummary] | None = None
+        at_once = len(self._refs) if on_device else 1
         try:
-            for section, stored in self._stored(selector, windows):
+            known = self._records.known(selector) if on_device and not selector.loads_sooner else set()
+            for section, stored in self._stored(selector, windows, known):
                 if stored is not None and made.is_closed and self._fits(made, stored, first):
                     first = first or stored
                     self._extend(made, section, stored)
@@ -93,7 +99,7 @@ class DocumentSummaries:
                 stop = min(section.stop, windows)
                 for start in range(section.start, stop, at_once):
                     self._add(made, range(start, min(start + at_once, stop)), read)
-                if section.stop <= windows:
+                if section.stop <= windows and section not in known:
                     self._store(partial(self._write, made, section))
             self._store(self._records.flush)
         except BaseException:
@@ -128,11 +134,11 @@ class DocumentSummaries:
         self._records.close()
 
     def _stored(
-        self, selector: PageSelector, windows: int
-    ) -> Iterator[tuple[range, list[StoredSummary] | None]]:  # fmt: skip
-        """Yield the sections that begin below `windows`, and what is stored of those that end there."""
+        self, selector: PageSelector, windows: int, known: Set[range]
+    ) -> Iterator[tuple[range, list[StoredSummary] | None]]:
+        """Yield the sections that begin below `windows`, and what is stored of those that end there, but of `known`."""
         sections = [section for section in self._records.sections() if section.start < windows]
-        whole = deque(section for section in sections if section.stop <= windows)
+        whole = deque(section for section in sections if section.stop <= windows and section not in known)
         loading: dict[range, Future[EncodedKV | None]] = {}
         with ThreadPoolExecutor(_READERS, thread_name_prefix="ragkit-summary-read") as readers:
             load = partial(self._records.load, selector, page_locked=self._device.type == "cuda")

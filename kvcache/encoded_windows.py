@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -150,7 +151,9 @@ class EncodedWindows:
         if len(absent) < 2:
             return {window: self.piece(layer, window) for window in windows}
         self._readers = self._readers or ThreadPoolExecutor(_READERS, thread_name_prefix="ragkit-page-read")
-        found = dict(zip(absent, self._readers.map(partial(self._piece, layer), absent), strict=True))
+        shares = [absent[first::_READERS] for first in range(min(_READERS, len(absent)))]
+        read = self._readers.map(lambda share: [(window, self._piece(layer, window)) for window in share], shares)
+        found = dict(chain.from_iterable(read))
         # What memory has is asked for by its place, which may have left meanwhile.
         return {window: self._counted(found.get(window) or self._piece(layer, window)) for window in windows}
 

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 _TOGETHER = 256  # pages a call: a power of two
+_FEW = 4
 
 _Tables = NDArray[np.uint32]  # (4, 256): what each byte of a CRC becomes
 
 
-def damaged_page(data: memoryview, crcs: Sequence[int], page_bytes: int) -> int | None:
+def damaged_page(data: memoryview, crcs: Sequence[int] | NDArray[np.uint32], page_bytes: int) -> int | None:
     """Return the first page of `data` whose CRC-32 is not the one given, or None.
 
     Args:
@@ -29,6 +30,8 @@ def damaged_page(data: memoryview, crcs: Sequence[int], page_bytes: int) -> int 
         crcs: one for each page.
         page_bytes: of all other pages.
     """
+    if len(crcs) <= _FEW:  # to join their CRCs takes longer
+        return next((page for page, crc in enumerate(crcs) if crc != _crc(data, page, page_bytes)), None)
     whole = len(data) // page_bytes
     at = 0
     while at < len(crcs):
@@ -36,13 +39,13 @@ def damaged_page(data: memoryview, crcs: Sequence[int], page_bytes: int) -> int 
         count = 1 << (count.bit_length() - 1) if count > 0 else 1  # what is left over goes by smaller powers of two
         part = data[at * page_bytes : (at + count) * page_bytes]
         if zlib.crc32(part) != _joined(np.array(crcs[at : at + count], dtype=np.uint32), page_bytes):
-            return next(
-                page
-                for page in range(at, at + count)
-                if zlib.crc32(data[page * page_bytes : (page + 1) * page_bytes]) != crcs[page]
-            )
+            return next(page for page in range(at, at + count) if crcs[page] != _crc(data, page, page_bytes))
         at += count
     return None
+
+
+def _crc(data: memoryview, page: int, page_bytes: int) -> int:
+    return zlib.crc32(data[page * page_bytes : (page + 1) * page_bytes])
 
 
 def _joined(crcs: NDArray[np.uint32], page_bytes: int) -> int:

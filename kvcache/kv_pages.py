@@ -288,8 +288,8 @@ class KVPages:
         Raises:
             KVCacheError: the selector needs what was not stored, or a page is damaged and cannot be computed again.
         """
-        at_once = len(self.refs) if self._has_resident(self.num_windows) else 1
-        return self._summaries.of(selector, self.num_windows, self._keys_of, at_once)
+        on_device = self._has_resident(self.num_windows)
+        return self._summaries.of(selector, self.num_windows, self._keys_of, on_device=on_device)
 
     def forget_summaries(self, selector: PageSelector) -> None:
         """Let go what `selector` keeps; who asks for it again has it read or made again."""

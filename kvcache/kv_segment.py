@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
-from struct import Struct
+from struct import Struct, pack
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ragkit.errors import KVCacheError
@@ -39,6 +40,7 @@ PAGE_BYTES = 16384  # one CRC each: small enough to read one layer alone, large 
 RECORD_OVERHEAD = 4 * RECORD_ALIGNMENT  # bytes that a record of the usual size takes beside its data, at most
 
 _CACHE_PROBES = 3
+_USUAL_FRONT = 2 * RECORD_ALIGNMENT  # bytes that prelude and header of a window of pages take at most, read at once
 _MAGIC = b"RAGKITKV"
 _PRELUDE = Struct("<8sIIII")
 
@@ -224,7 +226,7 @@ class RecordHeader:
         extents: start and stop of each layer within the data.
         draft_extents: the same of the draft's layers, which stand before; empty without a draft.
         data_offset, data_bytes: where the data lies within the record.
-        page_crcs: CRC-32 of each page of the data.
+        page_crcs: (pages,) uint32, CRC-32 of each page of the data.
         recompute_ms: what computing it took.
     """
 
@@ -232,7 +234,7 @@ class RecordHeader:
     draft_extents: tuple[tuple[int, int], ...]
     data_offset: int
     data_bytes: int
-    page_crcs: tuple[int, ...]
+    page_crcs: NDArray[np.uint32]
     recompute_ms: float
 
 
@@ -312,23 +314,22 @@ class RecordReader:
         settings: dict[str, Any] = json.loads(content[4:split])
         end_of_tokens = split + 4 * settings["tokens"]
         self._compare(settings, content[split:end_of_tokens], num_layers)
-        extents, draft_extents = (
-            tuple((int(start), int(stop)) for start, stop in settings.get(name, ()))  # old records know no drafts
-            for name in ("extents", "draft_extents")
-        )
-        crcs = tuple(np.frombuffer(content[end_of_tokens:], dtype="<u4").tolist())
+        extents = tuple(map(tuple, settings["extents"]))
+        draft_extents = tuple(map(tuple, settings.get("draft_extents", ())))  # old records know no drafts
+        crcs = np.frombuffer(content, dtype="<u4", offset=end_of_tokens)
         data_bytes = int(settings["bytes"])
         if data_offset + data_bytes > self._source.size:
             raise self._miss(MissReason.SHORT, f"it has {self._source.size} bytes")
-        places = (0, *(place for extent in (*draft_extents, *extents) for place in extent), data_bytes)
-        if list(places) != sorted(places) or len(crcs) != -(-data_bytes // PAGE_BYTES):
+        places = [0, *chain.from_iterable(draft_extents), *chain.from_iterable(extents), data_bytes]
+        are_pairs = {*map(len, draft_extents), *map(len, extents)} <= {2} and {*map(type, places)} == {int}
+        if not are_pairs or places != sorted(places) or len(crcs) != -(-data_bytes // PAGE_BYTES):
             raise ValueError("its layers do not lie behind each other")
         return RecordHeader(extents, draft_extents, data_offset, data_bytes, crcs, float(settings["recompute_ms"]))
 
     def _compare(self, settings: dict[str, Any], token_ids: bytes, num_layers: int) -> None:
         if settings["key"] != self._ref.key.digest:
             raise self._miss(MissReason.OTHER_KEY, f"it is the KV of {settings['key']}")
-        if token_ids != np.array(self._ref.token_ids, dtype="<i4").tobytes():
+        if token_ids != pack(f"<{len(self._ref.token_ids)}i", *self._ref.token_ids):
             raise self._miss(MissReason.OTHER_TOKENS, "it is of other tokens")
         if settings["codec"] != self._codec_id or len(settings["extents"]) != num_layers:
             layers = len(settings["extents"])
@@ -340,11 +341,14 @@ class RecordReader:
 
 def _front_of(source: ByteSource, name: str) -> tuple[bytes, int]:
     """Return prelude and header, whose checksum was compared, and where the data begins."""
-    prelude = _header_bytes(source, 0, _PRELUDE.size, name)
+    front = _header_bytes(source, 0, max(_PRELUDE.size, min(_USUAL_FRONT, source.size)), name)
+    prelude = front[: _PRELUDE.size]
     magic, version, length, crc, _ = _PRELUDE.unpack(prelude)
     if magic != _MAGIC or version != KV_FORMAT_VERSION:
         raise _miss(MissReason.HEADER, name, "it is no KV record of this format")
-    content = _header_bytes(source, _PRELUDE.size, length, name)
+    content = front[_PRELUDE.size : _PRELUDE.size + length]
+    if len(content) < length:
+        content += _header_bytes(source, len(front), _PRELUDE.size + length - len(front), name)
     if zlib.crc32(content) != crc:
         raise _miss(MissReason.HEADER, name, "its header does not match its checksum")
     return prelude + content, -(-(_PRELUDE.size + length) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT

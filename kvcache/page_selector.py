@@ -79,6 +79,11 @@ class PageSelector(Protocol):
         ...
 
     @property
+    def loads_sooner(self) -> bool:
+        """Whether what it keeps comes from disk sooner than it is made of keys that the device holds."""
+        ...
+
+    @property
     def group_pages(self) -> int:
         """Pages that are summarised together; what is kept of a group does not depend on other groups."""
         ...

@@ -38,6 +38,7 @@ class Centroids(Unfitted):
 
     takes = Takes.BEST
     needs_received = False
+    loads_sooner = True
 
     def __init__(self, levels: int = 1, group_pages: int = 8) -> None:
         self._levels = levels

@@ -42,6 +42,7 @@ class LowRank:
     share: float = 0.25
     takes = Takes.BEST
     needs_received = False
+    loads_sooner = False
     group_pages = 8
 
     @property

@@ -30,6 +30,7 @@ class MeanKey(Unfitted):
     selector_id = "mean-key"
     takes = Takes.BEST
     needs_received = False
+    loads_sooner = False
     group_pages = 1
 
     def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:

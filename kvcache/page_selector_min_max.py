@@ -36,6 +36,7 @@ class MinMax(Unfitted):
     part_tokens: int = 16
     takes = Takes.BEST
     needs_received = False
+    loads_sooner = False
     group_pages = 1
 
     @property

@@ -28,6 +28,7 @@ class RepresentativeKeys(Unfitted):
     count: int = 4
     takes = Takes.BEST
     needs_received = True
+    loads_sooner = False
     group_pages = 1
 
     @property

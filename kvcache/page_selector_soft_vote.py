@@ -39,6 +39,7 @@ class SoftVote(Unfitted):
     bits: int = 4
     takes = Takes.BEST
     needs_received = False
+    loads_sooner = False
     group_pages = 1
 
     @property

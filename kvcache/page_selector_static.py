@@ -17,6 +17,7 @@ class EveryPage(Unfitted):
     selector_id = "everything"
     takes = Takes.EVERYTHING
     needs_received = False
+    loads_sooner = False
     group_pages = 1
 
     def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
@@ -40,6 +41,7 @@ class SinksAndWindow(Unfitted):
     selector_id = "window"
     takes = Takes.NOTHING
     needs_received = False
+    loads_sooner = False
     group_pages = 1
 
     def summarise(self, rows: PageRows, fitted: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ragkit.errors import KVCacheError
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.kv_key import KVKey
@@ -58,6 +59,16 @@ class PageSummaryRecords:
         """Return the windows of each section of the whole document."""
         count = len(self._refs)
         return [range(start, min(start + SECTION_WINDOWS, count)) for start in range(0, count, SECTION_WINDOWS)]
+
+    def known(self, selector: PageSelector) -> set[range]:
+        """Return the sections that are stored, whole or not; none where the tier cannot be asked."""
+        if self._records.tier is None:
+            return set()
+        keys = {self._ref(selector, section).key: section for section in self.sections()}
+        try:
+            return {keys[key] for key in self._records.tier.holds([*keys])}
+        except KVCacheError:
+            return set()
 
     def load(self, selector: PageSelector, windows: range, *, page_locked: bool) -> EncodedKV | None:
         """Return what is stored of a section, for `parsed`; None where it is not there, or damaged. Thread-safe.

@@ -179,9 +179,11 @@ def read_kv(connection: sqlite3.Connection, folder: Path, keys: Sequence[str]) -
     columns = ", ".join(f"kv.{name}" for name in KV_COLUMNS.split(", "))
     sql = f"SELECT {columns}, kv.crc, s.sha256, s.kind FROM kv JOIN segments s USING (segment_id) WHERE kv.key = ?"  # noqa: S608
     found = {}
+    paths: dict[str, Path] = {}  # a segment has many entries, and to put a path together takes longer than the query
     for key in keys:
         row = connection.execute(sql, (key,)).fetchone()
         if row is not None:
             checked("kv", key, row[7], row_crc(*row[:7]))
-            found[key] = (segment_path(folder, row[8], row[9]), KVEntry(row[1], row[2], row[4], row[5], row[6]))
+            path = paths.get(row[8]) or paths.setdefault(row[8], segment_path(folder, row[8], row[9]))
+            found[key] = (path, KVEntry(row[1], row[2], row[4], row[5], row[6]))
     return found
