@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -25,8 +24,6 @@ from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.page_window import DamagedWindowError
 
 MEMORY, DISK = "ram", "disk"  # how the places of encoded pages are called in reports
-
-_READERS = 8  # threads that read pieces: opening a record and waiting for a disk take longer than reading
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +62,6 @@ class EncodedWindows:
         self._unwritten: deque[int] = deque()
         self._coming: ComingWindow | None = None
         self._spare: Tensor | None = None  # memory that the last window came into
-        self._readers: ThreadPoolExecutor | None = None
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="ragkit-page-load")
         self._loading: set[tuple[int, int]] = set()
 
@@ -142,20 +138,18 @@ class EncodedWindows:
         return self._counted(self._piece(layer, window))
 
     def pieces(self, layer: int, windows: Sequence[int]) -> dict[int, Tensor]:
-        """Return what `piece` does of several windows; those that memory does not have are read side by side.
+        """Return what `piece` does of several windows; the system brings those that memory does not have side by side.
+
+        They are read by this thread alone: several, which check what they read, take longer to take turns at the
+        interpreter than to read what the system has in its cache.
 
         Raises:
             DamagedWindowError: one cannot be read.
         """
-        absent = [window for window in windows if not self._memory.holds(layer, window)]
-        if len(absent) < 2:
-            return {window: self.piece(layer, window) for window in windows}
-        self._readers = self._readers or ThreadPoolExecutor(_READERS, thread_name_prefix="ragkit-page-read")
-        shares = [absent[first::_READERS] for first in range(min(_READERS, len(absent)))]
-        read = self._readers.map(lambda share: [(window, self._piece(layer, window)) for window in share], shares)
-        found = dict(chain.from_iterable(read))
-        # What memory has is asked for by its place, which may have left meanwhile.
-        return {window: self._counted(found.get(window) or self._piece(layer, window)) for window in windows}
+        for window in windows:
+            if not self._memory.holds(layer, window):
+                self._records.will_read(self._refs[window], layer)
+        return {window: self.piece(layer, window) for window in windows}
 
     def whole(self, windows: range, device: torch.device) -> Iterator[tuple[range, Tensor, Extents]]:
         """Yield whole windows, many neighbours at a time; memory keeps none.
@@ -197,9 +191,6 @@ class EncodedWindows:
     def stop(self) -> None:
         """End reading ahead."""
         self._loader.shutdown(wait=True, cancel_futures=True)
-        if self._readers is not None:
-            self._readers.shutdown()
-            self._readers = None
 
     def _write(self, window: int, packed: EncodedKV) -> int:
         """Have a window written; return the first one that is not on disk yet."""

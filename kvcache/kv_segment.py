@@ -40,7 +40,7 @@ PAGE_BYTES = 16384  # one CRC each: small enough to read one layer alone, large 
 RECORD_OVERHEAD = 4 * RECORD_ALIGNMENT  # bytes that a record of the usual size takes beside its data, at most
 
 _CACHE_PROBES = 3
-_USUAL_FRONT = 2 * RECORD_ALIGNMENT  # bytes that prelude and header of a window of pages take at most, read at once
+USUAL_FRONT = 2 * RECORD_ALIGNMENT  # bytes that prelude and header of a window of pages take at most, read at once
 _MAGIC = b"RAGKITKV"
 _PRELUDE = Struct("<8sIIII")
 
@@ -96,6 +96,10 @@ class ByteSource(Protocol):
         """Fill `target` from `offset` and return how many bytes there were."""
         ...
 
+    def will_read(self, offset: int, nbytes: int) -> None:
+        """Have these bytes come nearer, without waiting for them."""
+        ...
+
 
 class FileSource:
     """A record within a local file, read by position: safe from several threads. A context manager.
@@ -125,6 +129,10 @@ class FileSource:
             raise KVMissError(MissReason.UNREADABLE, f"a KV segment cannot be read: {error.strerror}") from error
         return done
 
+    def will_read(self, offset: int, nbytes: int) -> None:
+        """Have the system read these bytes into its cache."""
+        will_read(self._descriptor, self._offset + offset, nbytes)
+
     def is_cached(self) -> bool:
         """Return whether the record seems to be in the page cache; False where the file system does not say."""
         if not hasattr(os, "RWF_NOWAIT"):
@@ -143,6 +151,13 @@ class FileSource:
         os.close(self._descriptor)
 
 
+def will_read(descriptor: int, offset: int, nbytes: int) -> None:
+    """Have the system read bytes of a file into its cache, without waiting for them, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # whoever reads them finds out
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
 class MemorySource:
     """A record that lies in memory."""
 
@@ -156,6 +171,9 @@ class MemorySource:
         # By numpy, which lets go of the interpreter's lock: a chunk has tens of megabytes, and others launch kernels.
         np.copyto(np.frombuffer(target, np.uint8)[: len(part)], np.frombuffer(part, np.uint8))
         return len(part)
+
+    def will_read(self, offset: int, nbytes: int) -> None:
+        """Do nothing: it is here."""
 
 
 def write_record(encoded: EncodedKV) -> bytes:
@@ -275,11 +293,21 @@ class RecordReader:
     def layer(self, index: int) -> Tensor:
         """Return the encoded bytes of one layer, reading only the pages that hold it."""
         start, stop = self.header.extents[index]
-        first = start // PAGE_BYTES * PAGE_BYTES
-        last = min(-(-stop // PAGE_BYTES) * PAGE_BYTES, self.header.data_bytes)
+        first, last = self._pages_of(index)
         pages = torch.empty(max(last - first, 0), dtype=torch.uint8)
         self._fill(first, pages.numpy().data)
         return pages[start - first : stop - first]
+
+    def will_read(self, index: int) -> None:
+        """Have the bytes of a layer come nearer, without waiting for them."""
+        first, last = self._pages_of(index)
+        self._source.will_read(self.header.data_offset + first, last - first)
+
+    def _pages_of(self, index: int) -> tuple[int, int]:
+        """Return where in the data the pages that hold a layer begin and end."""
+        start, stop = self.header.extents[index]
+        last = -(-stop // PAGE_BYTES) * PAGE_BYTES
+        return start // PAGE_BYTES * PAGE_BYTES, min(last, self.header.data_bytes)
 
     def _fill(self, start: int, target: memoryview) -> None:
         # `start` is the start of a page, and `target` ends with a page or with the data.
@@ -341,7 +369,7 @@ class RecordReader:
 
 def _front_of(source: ByteSource, name: str) -> tuple[bytes, int]:
     """Return prelude and header, whose checksum was compared, and where the data begins."""
-    front = _header_bytes(source, 0, max(_PRELUDE.size, min(_USUAL_FRONT, source.size)), name)
+    front = _header_bytes(source, 0, max(_PRELUDE.size, min(USUAL_FRONT, source.size)), name)
     prelude = front[: _PRELUDE.size]
     magic, version, length, crc, _ = _PRELUDE.unpack(prelude)
     if magic != _MAGIC or version != KV_FORMAT_VERSION:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ragkit.kvcache.chunk_kv import ChunkRef
 from ragkit.kvcache.kv_segment import KVMissError, MissReason, RecordReader
 
-_MOST = 128
+_MOST = 256  # more than are asked for at once, or each would be opened twice
 
 
 class OpenRecords:
@@ -49,6 +49,11 @@ class OpenRecords:
         except KVMissError:
             self._close(ref)
             raise
+
+    def will_read(self, ref: ChunkRef, layer: int) -> None:
+        """Have the bytes of a layer of a record come nearer, without waiting for them; `layer` says what is wrong."""
+        with contextlib.suppress(KVMissError):
+            self._opened(ref).will_read(layer)
 
     def close(self) -> None:
         """Close all."""
@@ -100,6 +105,12 @@ class _OpenRecord:
         """Return the bytes of a layer, or None where the record was closed meanwhile."""
         with self._lock:
             return None if self._reader is None else self._reader.layer(layer)
+
+    def will_read(self, layer: int) -> None:
+        """Have the bytes of a layer come nearer."""
+        with self._lock:
+            if self._reader is not None:
+                self._reader.will_read(layer)
 
     def close(self) -> None:
         """Close the record."""

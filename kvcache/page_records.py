@@ -79,6 +79,10 @@ class PageRecords:
         """
         return self._open.layer(ref, layer)
 
+    def will_read(self, ref: ChunkRef, layer: int) -> None:
+        """Have the bytes of one layer of a record come nearer, without waiting for them."""
+        self._open.will_read(ref, layer)
+
     def load(self, ref: ChunkRef, allocate: Callable[[int], Tensor] | None = None) -> EncodedKV:
         """Return a whole record; `allocate(bytes)` gives the uint8 memory that it is read into.
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,16 @@ from ragkit.kvcache.backing_tier import KnownRecord
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.eviction import EvictionPolicy, EvictionQueue
 from ragkit.kvcache.kv_key import KVKey
-from ragkit.kvcache.kv_segment import FileSource, KVMissError, MissReason, RecordReader, misses_in, segment_parts
+from ragkit.kvcache.kv_segment import (
+    USUAL_FRONT,
+    FileSource,
+    KVMissError,
+    MissReason,
+    RecordReader,
+    misses_in,
+    segment_parts,
+    will_read,
+)
 from ragkit.store.records import KVEntry, KVTotals, owning_chunk
 
 _SEGMENT_BYTES = 64 << 20  # as a commit group
@@ -95,6 +104,7 @@ class SegmentTier:
         if remember:
             with self._lock:
                 self._remembered = places
+            _will_read_fronts(places.values())
         return set(map(KVKey, places))
 
     def known(self, keys: Sequence[KVKey]) -> dict[KVKey, KnownRecord]:
@@ -275,6 +285,17 @@ def _open_record(
         reader = RecordReader(source, ref, codec_id, num_layers, entry.crc32)
         stack.pop_all()
     return path, source, reader
+
+
+def _will_read_fronts(places: Iterable[tuple[Path, KVEntry]]) -> None:
+    """Have the system read what stands before the data of records: thousands of small reads, one after the other."""
+    by_path: dict[Path, list[int]] = {}
+    for path, entry in places:
+        by_path.setdefault(path, []).append(entry.offset)
+    for path, offsets in by_path.items():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            for offset in offsets:
+                will_read(file.fileno(), offset, USUAL_FRONT)
 
 
 def _is_cached(path: Path, entry: KVEntry) -> bool:

@@ -19,7 +19,7 @@ class Records:
     """Records that count how often they are opened and closed."""
 
     def __init__(self):
-        self.opened, self.closed, self.fails = [], [], {}
+        self.opened, self.closed, self.expected, self.fails = [], [], [], {}
 
     @contextlib.contextmanager
     def open(self, ref):
@@ -31,6 +31,9 @@ class Records:
 class Reader:
     def __init__(self, records, number):
         self.records, self.number = records, number
+
+    def will_read(self, index):
+        self.records.expected.append((self.number, index))
 
     def layer(self, index):
         reasons = self.records.fails.get(self.number)
@@ -47,6 +50,25 @@ def test_the_records_used_last_stay_open():
     assert (records.opened, records.closed) == ([1, 2, 3, 2], [2, 3])
     opened.close()
     assert records.closed == [2, 3, 1, 2]
+
+
+def test_a_record_that_will_be_read_is_opened_once():
+    records = Records()
+    opened = OpenRecords(records.open)
+    for number in (1, 2):
+        opened.will_read(ref_of(number), 5)
+    assert [opened.layer(ref_of(number), 5).tolist() for number in (1, 2)] == [[1, 5], [2, 5]]
+    assert (records.opened, records.expected) == ([1, 2], [(1, 5), (2, 5)])
+
+
+def test_a_record_that_cannot_be_opened_says_so_when_it_is_read():
+    def absent(ref):
+        raise KVMissError(MissReason.ABSENT, "gone")
+
+    opened = OpenRecords(absent)
+    opened.will_read(ref_of(1), 0)
+    with pytest.raises(KVMissError, match="gone"):
+        opened.layer(ref_of(1), 0)
 
 
 def test_a_record_that_was_written_anew_is_opened_again():

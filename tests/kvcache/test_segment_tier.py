@@ -78,6 +78,48 @@ def test_remembered_records_are_opened_without_asking_the_catalogue(place, monke
     assert asked == [3, 1, 1, 1]
 
 
+@pytest.fixture
+def advised(monkeypatch):
+    """What the system is asked to read: offsets and bytes."""
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("this system cannot be asked to read files into its cache")
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, nbytes, advice: asked.append((offset, nbytes, advice)))
+    return asked
+
+
+def test_the_fronts_of_remembered_records_are_brought_nearer(place, advised):
+    store, ids = place
+    refs = refs_of(ids, 3)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs])
+    tier.holds([ref.key for ref in refs])
+    assert advised == []
+    tier.holds([ref.key for ref in refs], remember=True)
+    offsets = sorted(entry.offset for _, entry in store.kv_listing())
+    assert sorted(advised) == [(offset, 8192, os.POSIX_FADV_WILLNEED) for offset in offsets]
+
+
+def test_a_layer_is_brought_nearer_by_the_bytes_that_reading_it_reads(place, advised, monkeypatch):
+    store, ids = place
+    (ref,) = refs_of(ids, 1)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref)])
+    with tier.open(ref, CODEC.codec_id, 2) as reader:
+        read, real = [], os.preadv
+
+        def preadv(descriptor, buffers, offset):
+            read.append((offset, len(buffers[0])))
+            return real(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+        for layer in range(2):
+            reader.will_read(layer)
+            reader.layer(layer)
+    assert [asked[:2] for asked in advised] == read
+    assert len(read) == 2
+
+
 def test_a_remembered_record_that_was_written_anew_elsewhere_is_found_there(place):
     store, ids = place
     refs = refs_of(ids, 2)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from kv_samples import key_of
+from page_doubles import RecordsInMemory
+
+from ragkit.kvcache.chunk_kv import ChunkRef
+from ragkit.kvcache.document_summaries import DocumentSummaries
+from ragkit.kvcache.page_grid import PageGrid
+from ragkit.kvcache.page_selector import PageRows
+from ragkit.kvcache.page_selectors import make_page_selector
+
+WINDOWS, PAGE, PAGES = 70, 16, 140  # two sections: of 64 windows and of 6
+REFS = tuple(ChunkRef(key_of(number), (number,) * 2 * PAGE, "chunk") for number in range(WINDOWS))
+GRID = PageGrid(PAGES * PAGE, 2 * PAGE, PAGE)
+KEYS = torch.randn(2, PAGES, PAGE, 2, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Reading:
+    """Gives keys of windows, and notes which."""
+
+    def __init__(self):
+        self.windows = []
+
+    def __call__(self, layer, windows):
+        self.windows.append((layer, windows))
+        return PageRows(KEYS[layer, 2 * windows.start : 2 * windows.stop])
+
+
+def summaries_of(tier, selector, *, on_device):
+    reading, summaries = Reading(), DocumentSummaries(tier, REFS, GRID, 2, torch.device("cpu"))
+    made = summaries.of(selector, WINDOWS, reading, on_device=on_device)
+    summaries.close()
+    return made, reading.windows
+
+
+@pytest.mark.parametrize(("name", "loads"), [("low-rank", False), ("min-max", False), ("centroids", True)])
+def test_what_the_device_can_make_sooner_is_not_loaded_nor_stored_again(name, loads):
+    tier, selector = RecordsInMemory(), make_page_selector(name)
+    first, _ = summaries_of(tier, selector, on_device=False)
+    stored, tier.opened = dict(tier.records), 0
+    assert len(stored) == 2
+    again, read = summaries_of(tier, selector, on_device=True)
+    assert (tier.opened, bool(read)) == ((2, False) if loads else (0, True))
+    assert tier.records == stored
+    assert all(tier.records[key] is content for key, content in stored.items())
+    for layer in range(2):
+        for mine, other in zip(again.between(layer, 0, PAGES), first.between(layer, 0, PAGES), strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_what_the_device_makes_is_stored_where_it_is_not_yet():
+    tier, selector = RecordsInMemory(), make_page_selector("low-rank")
+    summaries_of(tier, selector, on_device=True)
+    assert len(tier.records) == 2
+    lost = next(iter(tier.records))
+    content = tier.records.pop(lost)
+    _, read = summaries_of(tier, selector, on_device=True)
+    assert tier.records[lost] == content
+    assert {windows for _, windows in read} == {range(64), range(64, 70)}
+
+
+def test_windows_that_the_device_does_not_hold_are_asked_for_one_by_one():
+    _, read = summaries_of(RecordsInMemory(), make_page_selector("min-max"), on_device=False)
+    assert {len(windows) for _, windows in read} == {1}
+    assert len(read) == 2 * WINDOWS
