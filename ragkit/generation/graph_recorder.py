@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 _log = logging.getLogger(__name__)
+_recording = threading.Lock()  # one thread at a time
+
+
+class _RecordingStreams(threading.local):
+    """The streams that this thread records on, one a device.
+
+    Torch hands out 32 streams in turn, whoever asks. With one for each recorder, a thread soon recorded on the stream
+    on which another one launched its work, and both failed. Those of high priority hardly anybody else asks for.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[int, torch.cuda.Stream] = {}
+
+    def of(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the stream for `device`, always the same one."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index not in self._of:
+            self._of[index] = torch.cuda.Stream(index, priority=-1)
+        return self._of[index]
+
+
+_streams = _RecordingStreams()
 
 
 class Recorder(Protocol):
@@ -32,14 +55,13 @@ class Recorder(Protocol):
 
 
 class GraphRecorder:
-    """Records work as CUDA graphs on one stream, whose memory comes from one pool.
+    """Records work as CUDA graphs, whose memory comes from one pool.
 
     Passes may come from streams of several threads: each waits for the one before it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._launched = torch.cuda.Event()
         self._failed = False
@@ -50,12 +72,13 @@ class GraphRecorder:
 
     def record(self, work: Callable[[], None]) -> Callable[[], object]:
         """Do `work` now, and return what does it again: a graph, or plain launches where recording failed."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()  # what a recording must not do, compiling kernels and opening libraries, is done now
-            replay = work if self._failed else self._recorded(work)
-        current.wait_stream(self._stream)
+        current, stream = torch.cuda.current_stream(self._device), _streams.of(self._device)
+        with _recording:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                work()  # what a recording must not do, compiling kernels and opening libraries, is done now
+                replay = work if self._failed else self._recorded(work)
+            current.wait_stream(stream)
         return replay
 
     def end(self) -> None:
