@@ -4,7 +4,7 @@ On a GPU: the shape of Llama 3 8B in bf16 with random weights. Pages are filled 
 scores nor attention take longer for other numbers.
 
     python benchmarks/pages_speed.py
-    python benchmarks/pages_speed.py --parts prefill --whole-prefill --name pages_speed_prefill  # all million tokens
+    python benchmarks/pages_speed.py --whole-prefill            # all million tokens are read
     python benchmarks/pages_speed.py --parts decode --layer-interval 2 --name pages_speed_layers_2
     python benchmarks/pages_speed.py --tiny --device cpu        # a tiny model and short documents, to try the script
 

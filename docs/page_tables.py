@@ -53,12 +53,14 @@ def decode_table(results: Path) -> str:
 
 def second_question_table(results: Path) -> str:
     """Return how soon a question about a stored document gets its first token."""
-    record = _record(results / "pages_second_question")
+    record = _record(results / "pages_second_question.json")
     if record is None:
         return ""
-    lines = ["| pages from | first token, ms | tokens |", "|---|---:|---:|"]
+    lines = ["| pages from | first token, ms | MB of pages read | tokens |", "|---|---:|---:|---:|"]
     for row in record["result"]["rows"]:
-        lines.append(f"| {row['pages_from']} | {row['first_token_ms']:,.0f} | {row['tokens']:,} |")
+        lines.append(
+            f"| {row['pages_from']} | {row['first_token_ms']:,.0f} | {row['read_mb']:,.0f} | {row['tokens']:,} |"
+        )
     command = "python benchmarks/pages_second_question.py MODEL TEXT"
     lines += ["", origin(record, command, "pages_second_question")]
     return "\n".join(lines) + "\n"
@@ -69,13 +71,19 @@ def needle_table(results: Path) -> str:
     return _quality(results, "needle", ("![Needles by depth and length](needle_heat_map.svg)", ""))
 
 
+def together_table(results: Path) -> str:
+    """Return the share of needles that are found where those of all depths stand in one document."""
+    return _quality(results, "together", ())
+
+
 def ruler_table(results: Path) -> str:
     """Return the scores of RULER's tasks."""
     return _quality(results, "ruler", ())
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "decode": decode_table, "second question": second_question_table, "needle": needle_table, "ruler": ruler_table,
+    "decode": decode_table, "second question": second_question_table, "needle": needle_table,
+    "needles together": together_table, "ruler": ruler_table,
 }  # fmt: skip
 
 

@@ -77,3 +77,21 @@ def test_the_heat_map_is_drawn_from_the_raw_results(tmp_path):
     assert tables.write_heat_map(tmp_path, tmp_path / "needle_heat_map.svg")
     assert (tmp_path / "needle_heat_map.svg").read_bytes().startswith(b"<?xml")
     assert not tables.write_heat_map(tmp_path / "nothing")
+
+
+def test_a_second_question_stands_with_where_its_pages_came_from(tmp_path):
+    row = {"pages_from": "disk", "first_token_ms": 2712.4, "read_mb": 437.3, "tokens": 1180928}
+    record = {**FACTS, "result": {"rows": [row]}}
+    (tmp_path / "pages_second_question.json").write_text(json.dumps(record), encoding="utf-8")
+    table = tables.second_question_table(tmp_path)
+    assert "| disk | 2,712 | 437 | 1,180,928 |" in table
+    assert "`python benchmarks/pages_second_question.py MODEL TEXT` at commit 0123456, 2026-01-02, H100." in table
+
+
+def test_needles_that_stand_together_have_a_table_of_their_own(tmp_path):
+    row = {"strategy": "pages", "task": "needle", "length": 8192, "low": 50.0, "high": 90.0}
+    for name, score in (("pages_needle", 100.0), ("pages_together", 70.0)):
+        record = {**FACTS, "rows": [{**row, "score": score}], "cells": [], "settings": {"generator": "q.gguf"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "| pages | needle | 100 (50 to 90) |" in tables.needle_table(tmp_path)
+    assert "| pages | needle | 70 (50 to 90) |" in tables.together_table(tmp_path)
