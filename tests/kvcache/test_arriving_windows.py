@@ -28,11 +28,12 @@ def arriving(windows):
 
 @pytest.mark.parametrize(
     ("staged_bytes", "spans"),
-    [(0, [range(2, 5), range(5, 8), range(8, 10)]), (1700, [range(2, 8), range(8, 10)]), (1 << 20, [range(2, 10)])],
+    [(0, [range(2, 5), range(5, 8), range(8, 10)]), (1700, [range(2, 8), range(8, 10)])],
 )
 def test_windows_come_in_order_some_batches_at_a_time(monkeypatch, staged_bytes, spans):
     monkeypatch.setattr(module, "_BATCH_BYTES", 768)
     monkeypatch.setattr(module, "_STAGED_BYTES", staged_bytes)
+    monkeypatch.setattr(module, "_STAGED_SHARE", 1)
     monkeypatch.setattr(module, "_READERS", 3)
     found = [(some.windows, some.places, some.data[:, :4].tolist()) for some in arriving(range(2, 10))]
     assert [windows for windows, _, _ in found] == spans
@@ -86,6 +87,13 @@ def test_a_batch_has_64_mb_but_no_more_rows_than_windows_and_one_for_each_reader
     for _ in arriving_windows(range(windows), window_bytes, lambda window, row: "disk", CPU):
         pass
     assert taken == rows
+
+
+def test_no_more_than_an_eighth_of_all_windows_is_staged_on_the_device(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 1024)
+    monkeypatch.setattr(module, "_READERS", 1)
+    assert {len(some.windows) for some in arriving(range(64))} == {8}
+    assert {len(some.windows) for some in arriving(range(16))} == {4}  # a batch at least
 
 
 @pytest.mark.parametrize("taken", [1, 3])
