@@ -86,7 +86,8 @@ class SegmentTier:
         self._writing = threading.Lock()  # one thread at a time: others write what selectors keep of a document's pages
         self._queue: EvictionQueue[KVKey] = EvictionQueue(policy)
         self._records: dict[KVKey, tuple[Path, KVEntry]] = {}
-        self._remembered: dict[str, tuple[Path, KVEntry]] = {}  # where `holds` was to remember that records lay
+        # Where records lie that `holds` was to remember; None where they are not, yet or any more.
+        self._remembered: dict[str, tuple[Path, KVEntry] | None] = {}
         self._reload()
 
     @property
@@ -103,7 +104,7 @@ class SegmentTier:
             raise KVCacheError(f"the catalogue cannot name chunk KV: {error}") from error
         if remember:
             with self._lock:
-                self._remembered = places
+                self._remembered = {key.digest: places.get(key.digest) for key in keys}
             _will_read_fronts(places.values())
         return set(map(KVKey, places))
 
@@ -128,7 +129,8 @@ class SegmentTier:
                 yield reader
         except KVMissError:
             with self._lock:
-                self._remembered.pop(ref.key.digest, None)
+                if ref.key.digest in self._remembered:
+                    self._remembered[ref.key.digest] = None
             raise
 
     def _opened(self, ref: ChunkRef, codec_id: str, num_layers: int) -> tuple[Path, FileSource, RecordReader]:
@@ -185,7 +187,8 @@ class SegmentTier:
         places = self._catalogue.kv_entries([entry.key for entry in entries])
         with self._lock:
             for entry in entries:
-                self._remembered.pop(entry.key, None)
+                if entry.key in self._remembered:
+                    self._remembered[entry.key] = places[entry.key][0], entry
                 self._note(places[entry.key][0], entry)
         return len(chunks)
 

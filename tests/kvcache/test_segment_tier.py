@@ -78,6 +78,18 @@ def test_remembered_records_are_opened_without_asking_the_catalogue(place, monke
     assert asked == [3, 1, 1, 1]
 
 
+def test_remembered_records_that_were_not_there_are_remembered_when_they_are_saved(place, monkeypatch):
+    store, ids = place
+    refs = refs_of(ids, 3)
+    tier = tier_of(store)
+    assert tier.holds([ref.key for ref in refs[:2]], remember=True) == set()
+    tier.save([encoded_of(CODEC, ref) for ref in refs])
+    asked, real = [], type(store).kv_entries
+    monkeypatch.setattr(type(store), "kv_entries", lambda self, keys: asked.append(keys) or real(self, keys))
+    assert found(tier, refs) == [0, 1, 2]
+    assert asked == [[refs[2].key.digest]]
+
+
 @pytest.fixture
 def advised(monkeypatch):
     """What the system is asked to read: offsets and bytes."""
