@@ -103,7 +103,7 @@ class SegmentTier:
             raise KVCacheError(f"the catalogue cannot name chunk KV: {error}") from error
         if remember:
             with self._lock:
-                self._remembered = places
+                self._remembered = dict(places)  # a copy: other threads take out what they write anew
             _will_read_fronts(places.values())
         return set(map(KVKey, places))
 

@@ -100,6 +100,18 @@ def test_the_fronts_of_remembered_records_are_brought_nearer(place, advised):
     assert sorted(advised) == [(offset, 8192, os.POSIX_FADV_WILLNEED) for offset in offsets]
 
 
+def test_what_is_there_is_said_also_where_it_is_written_anew_meanwhile(place, monkeypatch):
+    store, ids = place
+    refs = refs_of(ids, 3)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs])
+    monkeypatch.setattr(
+        "ragkit.kvcache.segment_tier._will_read_fronts", lambda places: tier.save([encoded_of(CODEC, refs[1])])
+    )
+    assert tier.holds([ref.key for ref in refs], remember=True) == {ref.key for ref in refs}
+    assert found(tier, refs) == [0, 1, 2]
+
+
 def test_a_layer_is_brought_nearer_by_the_bytes_that_reading_it_reads(place, advised, monkeypatch):
     store, ids = place
     (ref,) = refs_of(ids, 1)
