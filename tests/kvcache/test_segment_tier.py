@@ -11,6 +11,7 @@ from ragkit.errors import KVCacheError, StoreLockedError
 from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.segment_tier import SegmentTier
 from ragkit.store import IndexedDocument, SourceUpdate
 from ragkit.types import Chunk, Document, chunk_id_of
@@ -159,6 +160,28 @@ def test_a_remembered_record_that_is_damaged_is_looked_up_again(place):
     assert reason(tier, ref) is MissReason.CHECKSUM
     tier.save([encoded_of(CODEC, ref)])
     assert found(tier, [ref]) == [0]
+
+
+@pytest.mark.parametrize(
+    "read", [lambda records, ref: records.load(ref).layer(1), lambda records, ref: records.layer(ref, 1)]
+)
+def test_a_remembered_record_that_another_process_wrote_anew_because_it_was_damaged_is_found(place, read):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    encoded = [encoded_of(CODEC, ref) for ref in refs]
+    tier = tier_of(store)
+    tier.save(encoded)
+    records = PageRecords(tier, CODEC.codec_id, 2)
+    assert records.present(refs) == {0, 1}
+    path, entry = store.kv_entries([refs[0].key.digest])[refs[0].key.digest]
+    content = bytearray(path.read_bytes())
+    content[entry.offset + 4096 : entry.offset + entry.bytes] = bytes(entry.bytes - 4096)
+    path.chmod(0o600)
+    path.write_bytes(content)
+    assert tier_of(store).save(encoded[:1]) == 1
+    assert path.exists()  # the other record is there still
+    assert torch.equal(read(records, refs[0]), encoded[0].layer(1))
+    records.close()
 
 
 def test_one_layer_is_read_alone(place):
