@@ -88,6 +88,22 @@ def test_a_batch_has_64_mb_but_no_more_rows_than_windows_and_one_for_each_reader
     assert taken == rows
 
 
+@pytest.mark.parametrize(("free", "staged"), [(80 << 30, 512 << 20), (1 << 30, 512 << 20), (100 << 20, 50 << 20)])
+def test_windows_before_they_are_placed_take_half_a_gigabyte_and_at_most_half_of_what_is_free(
+    monkeypatch, free, staged
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    assert module._most_staged(torch.device("cuda")) == staged
+    assert module._most_staged(CPU) == 512 << 20
+
+
+def test_as_many_windows_come_together_as_the_device_has_memory_for(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 768)
+    monkeypatch.setattr(module, "_READERS", 3)
+    monkeypatch.setattr(module, "_most_staged", lambda device: 1600)
+    assert [some.windows for some in arriving(range(2, 10))] == [range(2, 8), range(8, 10)]
+
+
 @pytest.mark.parametrize("taken", [1, 3])
 def test_all_copies_are_waited_for_at_the_end_and_where_it_comes_early(monkeypatch, batches_of_2, taken):
     log = []
