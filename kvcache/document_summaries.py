@@ -187,4 +187,5 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     """Return whether tensors in host memory have the same bytes; torch would wake all of its threads for each."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return np.array_equal(*(part.flatten().view(torch.uint8).numpy() for part in (one, other)))
+    mine, theirs = (part.flatten().view(torch.uint8).numpy() for part in (one, other))
+    return np.array_equal(mine, theirs)
