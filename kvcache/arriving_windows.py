@@ -17,7 +17,7 @@ from torch import Tensor
 _READERS = 8  # checking what was read takes longer than reading it
 _BATCH_BYTES = 64 << 20  # torch locks powers of two
 _STAGED_BYTES = 512 << 20  # on the device, before they are placed
-_STAGED_SHARE = 8  # and no more than this part of all: a quarter of what pages take is free beside them
+_STAGED_SHARE = 0.5  # of what is free there, at most: to place them takes memory as well
 _ALIGNMENT = 256  # bytes; what a GPU copies fastest from
 
 # Fills the memory of a window (bytes,) and says where it was found; threads take turns at what it calls of torch.
@@ -56,8 +56,7 @@ def arriving_windows(
     count = min(len(windows), max(_READERS, _BATCH_BYTES // max(1, row)))
     spans = [range(start, min(start + count, windows.stop)) for start in range(windows.start, windows.stop, count or 1)]
     batches = [_Batch(device, count, row) for _ in spans[:2]]
-    staged_bytes = min(_STAGED_BYTES, len(windows) * row // _STAGED_SHARE)
-    together = max(1, staged_bytes // max(1, count * row))
+    together = max(1, _most_staged(device) // max(1, count * row))
     staged = torch.empty((min(len(windows), together * count), row), dtype=torch.uint8, device=device)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="ragkit-window-read") as readers:
 
@@ -85,6 +84,14 @@ def arriving_windows(
             for batch in batches[:1]:  # who asked may let the memory go, from which the last copies are under way
                 batch.launched()
                 batch.wait()
+
+
+def _most_staged(device: torch.device) -> int:
+    """Return the bytes of windows that the device holds before they are placed; beside pages little may be free."""
+    if device.type != "cuda":
+        return _STAGED_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(_STAGED_BYTES, int(free * _STAGED_SHARE))
 
 
 class _Batch:

@@ -240,8 +240,8 @@ class EncodedWindows:
             record = self._records.load(self._refs[window], lambda size: row if size == len(row) else _bytes(size))
         except KVMissError as error:
             raise DamagedWindowError(window, error) from error
-        if record.extents != extents:
-            layers = [self._shaped(layer, window, record.layer(layer)) for layer in range(self._layers)]
+        if record.extents != extents:  # copies: they may lie in the row itself, where one would write over the next
+            layers = [self._shaped(layer, window, record.layer(layer).clone()) for layer in range(self._layers)]
             _place([layer.flatten() for layer in layers], extents, row)
         return DISK
 

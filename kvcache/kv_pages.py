@@ -275,7 +275,7 @@ class KVPages:
                     self.resident.put_windows(self.grid.first_page(windows.start), data, extents)
                     self._num_resident = windows.stop
             except DamagedWindowError as damage:
-                self._mend(damage)
+                self._mend(damage.with_traceback(None))  # it would hold the memory that windows come through
 
     def prefetch(self, layer: int, pages: Sequence[int]) -> Future[None] | None:
         """Start to read from disk what memory does not have of `pages`; None where that is nothing."""

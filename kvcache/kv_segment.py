@@ -43,6 +43,7 @@ _CACHE_PROBES = 3
 USUAL_FRONT = 2 * RECORD_ALIGNMENT  # bytes that prelude and header of a window of pages take at most, read at once
 _MAGIC = b"RAGKITKV"
 _PRELUDE = Struct("<8sIIII")
+_SENSELESS = (KeyError, OverflowError, RecursionError, TypeError, ValueError)  # what a header of no sense raises
 
 
 class MissReason(StrEnum):
@@ -219,7 +220,7 @@ def record_token_ids(source: ByteSource, name: str) -> tuple[int, ...]:
     try:
         count = int(json.loads(content[4:split])["tokens"])
         return tuple(np.frombuffer(content, dtype="<i4", count=count, offset=split).tolist())
-    except (KeyError, TypeError, ValueError) as error:
+    except _SENSELESS as error:
         raise _miss(MissReason.HEADER, name, f"its header makes no sense ({error})") from error
 
 
@@ -334,7 +335,7 @@ class RecordReader:
         content = self._front[_PRELUDE.size :]
         try:
             return self._parse(content, data_offset, num_layers)
-        except (KeyError, TypeError, ValueError) as error:  # a right checksum over something that ragkit did not write
+        except _SENSELESS as error:  # a right checksum over something that ragkit did not write
             raise self._miss(MissReason.HEADER, f"its header makes no sense ({error})") from error
 
     def _parse(self, content: bytes, data_offset: int, num_layers: int) -> RecordHeader:

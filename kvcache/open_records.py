@@ -13,7 +13,10 @@ from torch import Tensor
 from ragkit.kvcache.chunk_kv import ChunkRef
 from ragkit.kvcache.kv_segment import KVMissError, MissReason, RecordReader
 
-_MOST = 256  # more than are asked for at once, or each would be opened twice
+# Why a record that was looked up before may be elsewhere now: its segment was written anew, or others mended it.
+ELSEWHERE = frozenset((MissReason.UNREADABLE, MissReason.SHORT, MissReason.CHECKSUM))
+
+_MOST = 256  # more than are found at once as a rule: those beyond are opened a second time when they are read
 
 
 class OpenRecords:
@@ -41,13 +44,13 @@ class OpenRecords:
         try:
             return self._read(ref, layer)
         except KVMissError as error:
-            self._close(ref)
-            if error.reason is not MissReason.UNREADABLE:
+            self._close(ref, error)
+            if error.reason not in ELSEWHERE:
                 raise
         try:
-            return self._read(ref, layer)  # its segment was written anew meanwhile
-        except KVMissError:
-            self._close(ref)
+            return self._read(ref, layer)
+        except KVMissError as error:
+            self._close(ref, error)
             raise
 
     def will_read(self, ref: ChunkRef, layer: int) -> None:
@@ -86,11 +89,11 @@ class OpenRecords:
             record.close()
         return known
 
-    def _close(self, ref: ChunkRef) -> None:
+    def _close(self, ref: ChunkRef, why: KVMissError) -> None:
         with self._lock:
             found = self._records.pop(ref, None)
         if found is not None:
-            found.close()
+            found.close(why)
 
 
 class _OpenRecord:
@@ -112,8 +115,11 @@ class _OpenRecord:
             if self._reader is not None:
                 self._reader.will_read(layer)
 
-    def close(self) -> None:
-        """Close the record."""
+    def close(self, why: KVMissError | None = None) -> None:
+        """Close the record; who opened it is told `why` where it could not be read."""
         with self._lock:
             self._reader = None
-            self._stack.close()
+            stack = self._stack.pop_all()
+        with contextlib.suppress(KVMissError), stack:
+            if why is not None:
+                raise why

@@ -20,7 +20,7 @@ from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
 from ragkit.kvcache.kv_key import ChunkContext, ContextKind, KVRecipe
 from ragkit.kvcache.kv_segment import KVMissError, MissReason, RecordReader
-from ragkit.kvcache.open_records import OpenRecords
+from ragkit.kvcache.open_records import ELSEWHERE, OpenRecords
 
 _SAVED_BYTES = 64 << 20  # that are written together; a kill costs what is being written and what waits
 
@@ -92,9 +92,9 @@ class PageRecords:
         try:
             return self._whole(ref, allocate)
         except KVMissError as error:
-            if error.reason is not MissReason.UNREADABLE:
+            if error.reason not in ELSEWHERE:
                 raise
-        return self._whole(ref, allocate)  # its segment was written anew meanwhile
+        return self._whole(ref, allocate)
 
     def write(self, encoded: EncodedKV) -> int:
         """Keep a record, and return how many of those that were kept are not written yet, the last ones.

@@ -32,7 +32,7 @@ _BITS = 4
 _LEAST_RANK = 32
 _LEAST_BLOCK = 16  # rows of a page that the kernel multiplies at once
 _PAGES_AT_ONCE = 256  # that are scored together without a kernel
-_FIRST_EIGH = threading.Lock()  # torch loads its linear algebra when it is first used, and fails where two threads do
+_EIGH = threading.Lock()  # torch loads its linear algebra when it is first used, and fails where two threads do at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class LowRank:
         keys = rows.keys.flatten(0, 1).transpose(0, 1).float()  # (kv_heads, tokens, head_dim)
         mean = keys.mean(dim=1, keepdim=True)
         centred = keys - mean
-        with _FIRST_EIGH:
+        with _EIGH:
             _, directions = torch.linalg.eigh(centred.transpose(1, 2) @ centred)  # ascending
         basis = directions[:, :, -self._rank(keys.shape[2]) :].flip(2)
         return basis.contiguous(), mean.squeeze(1).contiguous()

@@ -68,6 +68,11 @@ class FoundDocuments:
         found, _ = self._named(uri)
         return found[0] if found else None
 
+    def forget_removed(self) -> None:
+        """Let the one found last go if somebody has written to the store since: its text may have been erased."""
+        if self._last is not None and self._last[0][0] != self._store.generation:
+            self._last = None
+
     def _named(self, uri: str | None) -> tuple[list[WholeDocument], int]:
         """Return the document, if it is one, and how many there are."""
         key, last = (self._store.generation, uri), self._last

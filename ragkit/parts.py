@@ -231,6 +231,8 @@ class Parts:
             self.blending.forget_removed(heirs)
         if self.is_loaded("paging"):
             self.paging.forget_removed()
+        if self.is_loaded("documents"):
+            self.documents.forget_removed()
 
     def is_loaded(self, name: str) -> bool:
         """Return whether a part is there already."""

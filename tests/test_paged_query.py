@@ -1,3 +1,4 @@
+import gc
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,6 +9,7 @@ from blended_pipeline import CONFIG, open_blended, text_of
 from tiny_generator import write_generator
 
 from ragkit.config import CodecName, GenerationConfig, PagesConfig, PageSelectorName, Strategy
+from ragkit.documents import WholeDocument
 from ragkit.errors import CacheCapacityError, GenerationError, UsageError
 from ragkit.generation.engine import Engine
 from ragkit.progress import Silent
@@ -78,6 +80,23 @@ def test_a_second_question_does_not_read_the_text_again_until_the_store_changes(
         pipeline.query(QUESTION, document=uri)
         assert len(read) == after_reading + 1
         assert len(set(read)) == 2
+
+
+def whole_documents(uri):
+    """Those that somebody holds."""
+    gc.collect()
+    return [id(one) for one in gc.get_objects() if type(one) is WholeDocument and one.uri == uri]
+
+
+def test_nothing_of_a_removed_document_stays_in_memory(collection, engine):
+    store, uri = collection
+    with open_blended(store, engine, PAGED) as pipeline:
+        pipeline.query(QUESTION, document=uri)
+        assert len(whole_documents(uri)) == 1
+        pipeline.remove([uri])
+        assert whole_documents(uri) == []
+        with pytest.raises(UsageError, match="holds 0"):
+            pipeline.parts.documents.find(uri)
 
 
 def test_the_answer_lists_the_places_that_were_found(collection, engine):

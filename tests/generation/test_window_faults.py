@@ -14,7 +14,7 @@ from ragkit.errors import KVCacheError
 from ragkit.generation.graph_recorder import GraphRecorder
 from ragkit.generation.paged_prefill import PagedPrefill
 from ragkit.generation.rotary_cache import RotaryCache
-from ragkit.kvcache import page_records
+from ragkit.kvcache import arriving_windows, page_records
 from ragkit.kvcache.encoded_windows import ComingWindow, EncodedWindows
 from ragkit.kvcache.page_summaries import PageSummaries
 
@@ -230,6 +230,29 @@ def test_a_window_behind_a_gap_that_is_damaged_before_it_is_placed_is_mended(lla
     assert again.repaired == 1
     assert "record" in recorder.log
     again.bring_windows(WINDOWS)
+    assert_alike(llama, OPTIONS, first, again)
+
+
+def test_memory_that_windows_came_through_is_free_before_a_damaged_one_is_computed_again(llama, monkeypatch):
+    tier, prefill, batches, held = RecordsInMemory(), reader(llama), [], []
+    first = document(llama, tier)
+    assert prefill.read(first)
+    tier.records[first.refs[20].key] = b"cut off"
+
+    class Noted(arriving_windows._Batch):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            batches.append(weakref.ref(self))
+
+    def repair(window):
+        held.append(sum(batch() is not None for batch in batches))
+        prefill._repair(again, window)
+
+    monkeypatch.setattr(arriving_windows, "_Batch", Noted)
+    again = document(llama, tier)
+    again.repair = repair
+    again.bring_windows(WINDOWS)
+    assert (again.repaired, held) == (1, [0])
     assert_alike(llama, OPTIONS, first, again)
 
 

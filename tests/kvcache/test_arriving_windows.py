@@ -33,7 +33,6 @@ def arriving(windows):
 def test_windows_come_in_order_some_batches_at_a_time(monkeypatch, staged_bytes, spans):
     monkeypatch.setattr(module, "_BATCH_BYTES", 768)
     monkeypatch.setattr(module, "_STAGED_BYTES", staged_bytes)
-    monkeypatch.setattr(module, "_STAGED_SHARE", 1)
     monkeypatch.setattr(module, "_READERS", 3)
     found = [(some.windows, some.places, some.data[:, :4].tolist()) for some in arriving(range(2, 10))]
     assert [windows for windows, _, _ in found] == spans
@@ -89,11 +88,20 @@ def test_a_batch_has_64_mb_but_no_more_rows_than_windows_and_one_for_each_reader
     assert taken == rows
 
 
-def test_no_more_than_an_eighth_of_all_windows_is_staged_on_the_device(monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_BYTES", 1024)
-    monkeypatch.setattr(module, "_READERS", 1)
-    assert {len(some.windows) for some in arriving(range(64))} == {8}
-    assert {len(some.windows) for some in arriving(range(16))} == {4}  # a batch at least
+@pytest.mark.parametrize(("free", "staged"), [(80 << 30, 512 << 20), (1 << 30, 512 << 20), (100 << 20, 50 << 20)])
+def test_windows_before_they_are_placed_take_half_a_gigabyte_and_at_most_half_of_what_is_free(
+    monkeypatch, free, staged
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    assert module._most_staged(torch.device("cuda")) == staged
+    assert module._most_staged(CPU) == 512 << 20
+
+
+def test_as_many_windows_come_together_as_the_device_has_memory_for(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_BYTES", 768)
+    monkeypatch.setattr(module, "_READERS", 3)
+    monkeypatch.setattr(module, "_most_staged", lambda device: 1600)
+    assert [some.windows for some in arriving(range(2, 10))] == [range(2, 8), range(8, 10)]
 
 
 @pytest.mark.parametrize("taken", [1, 3])

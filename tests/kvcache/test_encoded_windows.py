@@ -98,6 +98,22 @@ def test_a_record_whose_layers_lie_elsewhere_is_placed_as_the_others_are(windows
     assert all(map(torch.equal, arrived(windows())[1], pieces_of(1)))
 
 
+def test_layers_that_lie_elsewhere_in_as_many_bytes_do_not_write_over_each_other(tier):
+    layout = KVLayout(tuple(LayerSpec(1, 9, RopeConfig()) for _ in range(4)), torch.float32)
+    codec, grid = PageCodec("bf16", layout, 8), PageGrid(8, 8, 8)  # 288 bytes a layer: gaps of 32 follow
+    ref = ChunkRef(key_of("narrow"), tuple(range(8)), "chunk")
+    rows = torch.arange(72, dtype=torch.float32).view(8, 1, 9)
+    flat = [codec.encode(layer, rows + 100 * layer, rows).flatten() for layer in range(4)]
+    nbytes = packed_extents([len(piece) for piece in flat])[-1][1]
+    close = tuple((start, start + len(flat[0])) for start in range(0, 4 * len(flat[0]), len(flat[0])))
+    data = torch.cat((*flat, torch.zeros(nbytes - 4 * len(flat[0]), dtype=torch.uint8)))
+    tier.save([EncodedKV(ref, codec.codec_id, data, close)])
+    windows = EncodedWindows(codec, [ref], grid, PageMemory(0), PageRecords(tier, codec.codec_id, 4))
+    ((_, rows, extents),) = list(windows.whole(range(1), CPU))
+    for piece, (start, stop) in zip(flat, extents, strict=True):
+        assert torch.equal(rows[0, start:stop], piece)
+
+
 def test_a_whole_window_of_other_sizes_is_damaged(windows, tier):
     tier.save([EncodedKV.pack(REFS[1], CODEC.codec_id, [piece.flatten()[:-1] for piece in pieces_of(1)])])
     with pytest.raises(DamagedWindowError) as caught:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import random
 import struct
 import zlib
@@ -209,6 +210,34 @@ def test_a_header_of_right_checksum_and_no_sense_is_a_miss(text):
     header = len(text).to_bytes(4, "little") + text
     record = struct.pack("<8sIIII", b"RAGKITKV", 1, len(header), zlib.crc32(header), 0) + header
     assert reason_of(record + bytes(5000), sample()) in (MissReason.HEADER, MissReason.OTHER_KEY)
+
+
+def record_with(settings):
+    """A record of no tokens and no data with a right checksum and these settings."""
+    encoded = EncodedKV.pack(dataclasses.replace(ref_of("none"), token_ids=()), "codec", [])
+    own = {"key": encoded.ref.key.digest, "codec": "codec", "tokens": 0, "extents": [], "bytes": 0, "recompute_ms": 0}
+    text = settings if isinstance(settings, bytes) else json.dumps(own | settings).encode()
+    header = len(text).to_bytes(4, "little") + text
+    return struct.pack("<8sIIII", b"RAGKITKV", 1, len(header), zlib.crc32(header), 0) + header + bytes(5000), encoded
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens": 10**30}, {"tokens": -(10**30)}, {"tokens": -5}, {"bytes": float("inf")}, {"bytes": -1},
+        {"recompute_ms": 10**400}, {"draft_extents": [[0, 10**30]]}, {"draft_extents": [[0.0, 0.0]]},
+        {"draft_extents": ["ab"]}, b"[" * 3000,
+    ],
+)  # fmt: skip
+def test_numbers_that_no_record_has_are_a_miss(settings):
+    assert read(*record_with({})).nbytes == 0
+    assert reason_of(*record_with(settings)) is MissReason.HEADER
+
+
+@pytest.mark.parametrize("settings", [{"tokens": 10**30}, {"tokens": float("inf")}, {"tokens": "a"}, b"[" * 3000])
+def test_a_number_of_tokens_that_no_record_has_says_of_none(settings):
+    with pytest.raises(KVMissError, match="its header makes no sense"):
+        record_token_ids(MemorySource(record_with(settings)[0]), "a")
 
 
 def test_a_claimed_size_beyond_the_file_asks_for_no_memory():

@@ -19,13 +19,18 @@ class Records:
     """Records that count how often they are opened and closed."""
 
     def __init__(self):
-        self.opened, self.closed, self.expected, self.fails = [], [], [], {}
+        self.opened, self.closed, self.expected, self.told, self.fails = [], [], [], [], {}
 
     @contextlib.contextmanager
     def open(self, ref):
         self.opened.append(ref.token_ids[0])
-        yield Reader(self, ref.token_ids[0])
-        self.closed.append(ref.token_ids[0])
+        try:
+            yield Reader(self, ref.token_ids[0])
+        except KVMissError as error:
+            self.told.append(error.reason)
+            raise
+        finally:
+            self.closed.append(ref.token_ids[0])
 
 
 class Reader:
@@ -71,15 +76,16 @@ def test_a_record_that_cannot_be_opened_says_so_when_it_is_read():
         opened.layer(ref_of(1), 0)
 
 
-def test_a_record_that_was_written_anew_is_opened_again():
+@pytest.mark.parametrize("reason", [MissReason.UNREADABLE, MissReason.SHORT, MissReason.CHECKSUM])
+def test_a_record_that_may_be_elsewhere_now_is_opened_again_by_who_was_told_why(reason):
     records = Records()
-    records.fails[1] = [MissReason.UNREADABLE]
+    records.fails[1] = [reason]
     opened = OpenRecords(records.open)
     assert opened.layer(ref_of(1), 0).tolist() == [1, 0]
-    assert (records.opened, records.closed) == ([1, 1], [1])
+    assert (records.opened, records.closed, records.told) == ([1, 1], [1], [reason])
 
 
-@pytest.mark.parametrize("reasons", [[MissReason.CHECKSUM], [MissReason.UNREADABLE, MissReason.UNREADABLE]])
+@pytest.mark.parametrize("reasons", [[MissReason.HEADER], [MissReason.UNREADABLE, MissReason.CHECKSUM]])
 def test_a_record_that_cannot_be_read_is_closed(reasons):
     records = Records()
     records.fails[1] = list(reasons)
@@ -87,6 +93,7 @@ def test_a_record_that_cannot_be_read_is_closed(reasons):
     with pytest.raises(KVMissError):
         opened.layer(ref_of(1), 0)
     assert len(records.closed) == len(records.opened) == len(reasons)
+    assert records.told == reasons[::-1]
 
 
 def test_threads_read_records_side_by_side_and_nothing_stays_open():

@@ -11,6 +11,7 @@ from ragkit.errors import KVCacheError, StoreLockedError
 from ragkit.kvcache.codecs import make_codec
 from ragkit.kvcache.eviction import make_policy
 from ragkit.kvcache.kv_segment import KVMissError, MissReason
+from ragkit.kvcache.page_records import PageRecords
 from ragkit.kvcache.segment_tier import SegmentTier
 from ragkit.store import IndexedDocument, SourceUpdate
 from ragkit.types import Chunk, Document, chunk_id_of
@@ -112,6 +113,18 @@ def test_the_fronts_of_remembered_records_are_brought_nearer(place, advised):
     assert sorted(advised) == [(offset, 8192, os.POSIX_FADV_WILLNEED) for offset in offsets]
 
 
+def test_what_is_there_is_said_also_where_it_is_written_anew_meanwhile(place, monkeypatch):
+    store, ids = place
+    refs = refs_of(ids, 3)
+    tier = tier_of(store)
+    tier.save([encoded_of(CODEC, ref) for ref in refs])
+    monkeypatch.setattr(
+        "ragkit.kvcache.segment_tier._will_read_fronts", lambda places: tier.save([encoded_of(CODEC, refs[1])])
+    )
+    assert tier.holds([ref.key for ref in refs], remember=True) == {ref.key for ref in refs}
+    assert found(tier, refs) == [0, 1, 2]
+
+
 def test_a_layer_is_brought_nearer_by_the_bytes_that_reading_it_reads(place, advised, monkeypatch):
     store, ids = place
     (ref,) = refs_of(ids, 1)
@@ -159,6 +172,28 @@ def test_a_remembered_record_that_is_damaged_is_looked_up_again(place):
     assert reason(tier, ref) is MissReason.CHECKSUM
     tier.save([encoded_of(CODEC, ref)])
     assert found(tier, [ref]) == [0]
+
+
+@pytest.mark.parametrize(
+    "read", [lambda records, ref: records.load(ref).layer(1), lambda records, ref: records.layer(ref, 1)]
+)
+def test_a_remembered_record_that_another_process_wrote_anew_because_it_was_damaged_is_found(place, read):
+    store, ids = place
+    refs = refs_of(ids, 2)
+    encoded = [encoded_of(CODEC, ref) for ref in refs]
+    tier = tier_of(store)
+    tier.save(encoded)
+    records = PageRecords(tier, CODEC.codec_id, 2)
+    assert records.present(refs) == {0, 1}
+    path, entry = store.kv_entries([refs[0].key.digest])[refs[0].key.digest]
+    content = bytearray(path.read_bytes())
+    content[entry.offset + 4096 : entry.offset + entry.bytes] = bytes(entry.bytes - 4096)
+    path.chmod(0o600)
+    path.write_bytes(content)
+    assert tier_of(store).save(encoded[:1]) == 1
+    assert path.exists()  # the other record is there still
+    assert torch.equal(read(records, refs[0]), encoded[0].layer(1))
+    records.close()
 
 
 def test_one_layer_is_read_alone(place):
