@@ -7,13 +7,15 @@ r"""What `ragkit eval needle` and `ragkit eval ruler` measure, with the document
 A small model's kernels leave most of a card idle, so documents are read side by side: by threads of a process, each
 with a stream of its own, whose kernels run at once, and by several processes, which take turns on a card. Every needle
 has a document of its own, unless those of all depths stand together in one. Documents and answers are those of the
-commands, and so is the raw file, benchmarks/results/pages_NAME.json, which is written while it is measured. Settings
-come from the environment (`RAGKIT_GENERATION_MODEL`, `RAGKIT_PAGES_...`).
+commands, and so is the raw file, benchmarks/results/pages_NAME.json, which is written while it is measured; a run that
+was ended goes on with `--go-on` and the same arguments. Settings come from the environment (`RAGKIT_GENERATION_MODEL`,
+`RAGKIT_PAGES_...`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -21,6 +23,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -42,6 +45,8 @@ from ragkit.pipeline import Pipeline
 from ragkit.progress import Silent
 from ragkit.settings import load_settings
 
+HOW = ("processes", "threads", "gpus")  # changes how soon a run is done, not what it finds
+UNANSWERED = "documents were not answered"
 Place = tuple[int, int, int]  # of a document: its length, which task, which one of its kind
 
 
@@ -53,6 +58,9 @@ def main() -> None:
     count = arguments.needles * documents if arguments.evaluation == "needle" else arguments.items
     # The longest first, so that no process is left with one at the end.
     places = [(length, task, index) for length in lengths[::-1] for index in range(count) for task in range(len(tasks))]
+    before = earlier(arguments, lengths) if arguments.go_on else Earlier()
+    there = {(one.length, one.task, one.index) for one in before.outcomes}
+    places = [place for place in places if (place[0], tasks[place[1]].name, place[2]) not in there]
     context = multiprocessing.get_context("spawn")
     waiting, done = context.Queue(), context.Queue()
     for place in places:
@@ -63,7 +71,17 @@ def main() -> None:
     ]
     for worker in workers:
         worker.start()
-    gather(arguments, lengths, len(places), workers, done)
+    gather(arguments, lengths, len(places), workers, done, before)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the raw file of a run that was ended holds: answers, notes about them, seconds, and of which commit."""
+
+    outcomes: Sequence[Outcome] = ()
+    notes: Sequence[str] = ()
+    seconds: float = 0.0
+    commits: Sequence[str] = ()
 
 
 def parsed() -> argparse.Namespace:
@@ -87,7 +105,25 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, help="that processes are shared out among")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds; then what is done is written")
     parser.add_argument("--name", default="", help="behind pages_ in the name of the raw file")
+    parser.add_argument("--go-on", action="store_true", help="keep the raw file's answers and ask for the others")
     return parser.parse_args()
+
+
+def earlier(arguments: argparse.Namespace, lengths: Sequence[int]) -> Earlier:
+    """Return what the run's raw file holds already; leave where it was measured with other settings."""
+    path = path_of(arguments)
+    if not path.exists():
+        return Earlier()
+    record = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json_text(facts_of(arguments, lengths)))
+    for facts in (now, record["settings"]):  # a model's place may be another one
+        facts["generator"] = Path(facts["generator"]).name
+    other = [name for name, value in now.items() if name not in HOW and record["settings"].get(name) != value]
+    if other:
+        raise SystemExit(f"{path} was measured with other settings: {', '.join(other)}; give another --name")
+    outcomes = [Outcome(**{**one, "answers": tuple(one["answers"])}) for one in record["outcomes"]]
+    notes = [note for note in record["notes"] if not note.endswith(UNANSWERED)]
+    return Earlier(outcomes, notes, record["seconds"], [*record.get("earlier_commits", ()), record["commit"]])
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[LongTask]:
@@ -158,13 +194,24 @@ def answered(
 
 
 def gather(
-    arguments: argparse.Namespace, lengths: Sequence[int], count: int, workers: Sequence[Any], done: Any
+    arguments: argparse.Namespace,
+    lengths: Sequence[int],
+    count: int,
+    workers: Sequence[Any],
+    done: Any,
+    before: Earlier,
 ) -> None:
     """Collect what processes answer, and write it now and then, until all is done or the time is over."""
     started = written = time.perf_counter()
-    outcomes: list[Outcome] = []
-    notes: dict[str, None] = {}
+    outcomes = [*before.outcomes]
+    notes = dict.fromkeys(before.notes)
+    documents = len({(one.length, one.task, one.index) for one in before.outcomes})
     left = count
+
+    def save(*, interrupted: bool) -> Path:
+        seconds = before.seconds + time.perf_counter() - started
+        return write(arguments, lengths, outcomes, [*notes], seconds, before.commits, interrupted=interrupted)
+
     while left and time.perf_counter() - started < arguments.time_limit:
         try:
             place, some, why = done.get(timeout=1)
@@ -179,11 +226,11 @@ def gather(
         read = max((one.document_seconds for one in some), default=0.0)
         print(f"{time.perf_counter() - started:6.1f}s {place} {said} read {read:.1f}s", flush=True)
         if time.perf_counter() - written > 10:
-            write(arguments, lengths, outcomes, [*notes], time.perf_counter() - started, interrupted=True)
+            save(interrupted=True)
             written = time.perf_counter()
     if left:
-        notes[f"{left} of {count} documents were not answered"] = None
-    path = write(arguments, lengths, outcomes, [*notes], time.perf_counter() - started, interrupted=left > 0)
+        notes[f"{left} of {count + documents} {UNANSWERED}"] = None
+    path = save(interrupted=left > 0)
     for row in score_rows(outcomes):
         print(
             f"{row.strategy:24} {row.task:18} {row.length:>9,} {row.score:6.1f} ({row.low:.0f}-{row.high:.0f}) "
@@ -200,30 +247,43 @@ def write(
     outcomes: Sequence[Outcome],
     notes: Sequence[str],
     seconds: float,
+    commits: Sequence[str],
     *,
     interrupted: bool,
 ) -> Path:
-    """Write the raw file, and return its path."""
+    """Write the raw file, and return its path; `commits` are those of earlier runs whose answers are in it."""
+    cells = depth_cells if arguments.evaluation == "needle" else task_cells
+    order = {name: at for at, name in enumerate(dict.fromkeys(one.strategy for one in outcomes))}
+    ordered = sorted(outcomes, key=lambda one: (order[one.strategy], one.task, one.length, one.index, one.number))
+    facts = facts_of(arguments, lengths)
+    report = LongReport(score_rows(ordered), cells(ordered), ordered, notes, facts, seconds)
+    record = report_json(report, arguments.evaluation, [], interrupted=interrupted)
+    record |= {"commit": commit(), "command": "python benchmarks/pages_quality.py " + " ".join(sys.argv[1:])}
+    if others := [one for one in dict.fromkeys(commits) if one != record["commit"]]:
+        record["earlier_commits"] = others
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = path_of(arguments)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json_text(record) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def path_of(arguments: argparse.Namespace) -> Path:
+    return RESULTS / f"pages_{arguments.name or arguments.evaluation}.json"
+
+
+def facts_of(arguments: argparse.Namespace, lengths: Sequence[int]) -> dict[str, Any]:
+    """Return the settings that the raw file names."""
     needles = arguments.evaluation == "needle"
-    cells = depth_cells if needles else task_cells
     own = {
         key: getattr(arguments, key)
         for key in (("depths", "needles", "together") if needles else ("tasks", "items", "questions"))
     }
     facts = report_facts(load_settings().config, arguments.seed, public_texts=bool(os.environ.get("RAGKIT_DATA")))
     facts |= {"lengths": lengths, "strategies": arguments.strategies.split(","), **variants_of(arguments), **own}
-    facts |= {name: getattr(arguments, name) for name in ("processes", "threads", "gpus")}
-    order = {name: at for at, name in enumerate(dict.fromkeys(one.strategy for one in outcomes))}
-    ordered = sorted(outcomes, key=lambda one: (order[one.strategy], one.task, one.length, one.index, one.number))
-    report = LongReport(score_rows(ordered), cells(ordered), ordered, notes, facts, seconds)
-    record = report_json(report, arguments.evaluation, [], interrupted=interrupted)
-    record |= {"commit": commit(), "command": "python benchmarks/pages_quality.py " + " ".join(sys.argv[1:])}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"pages_{arguments.name or arguments.evaluation}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json_text(record) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+    facts |= {name: getattr(arguments, name) for name in HOW}
+    return facts
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ _SEARCHED = 200  # pieces among which the last one of a document is looked for
 class Prose:
     """Running text in sentences: a finite part within which documents begin, and one without end behind it.
 
+    Threads may take text at the same time; what they get does not depend on each other.
+
     Args:
         sentences: the finite part, each sentence with the white space before it.
         beyond: what follows when all of it is used up; its sentences are drawn as they are needed, and kept.
@@ -39,6 +42,7 @@ class Prose:
         self._size = len(self._texts)
         self._beyond = beyond
         self._tokenizer = tokenizer
+        self._drawing = threading.Lock()
         self.own_tokens = int(sum(self._counts))
 
     def starting_at(self, place: float) -> Haystack:
@@ -49,12 +53,13 @@ class Prose:
         """Return what `Haystack.take` returns, from sentence `start` on."""
         while True:
             own = np.concatenate([np.arange(start, self._size), np.arange(start)])
-            order = np.concatenate([own, np.arange(self._size, len(self._texts))])
-            counts = np.asarray(self._counts)[order]
+            drawn = len(self._counts)  # another thread may draw more meanwhile; texts are there before their counts
+            order = np.concatenate([own, np.arange(self._size, drawn)])
+            counts = np.asarray(self._counts[:drawn])[order]
             whole = int(np.searchsorted(np.cumsum(counts), tokens, side="right"))
             if whole + _SEARCHED <= len(order):  # what is looked at must not depend on what was drawn before
                 break
-            self._draw()
+            self._draw(drawn)
         chosen = list(order[:whole])
         rest = tokens - float(counts[:whole].sum())
         following = counts[whole : whole + _SEARCHED]
@@ -62,10 +67,13 @@ class Prose:
             chosen.append(order[whole + int(np.where(following <= rest, following, 0).argmax())])
         return Pieces([self._texts[at] for at in chosen], [self._counts[at] for at in chosen])
 
-    def _draw(self) -> None:
-        texts = list(itertools.islice(self._beyond, _BATCH))
-        self._texts += texts
-        self._counts += _counted(texts, self._tokenizer)
+    def _draw(self, had: int) -> None:
+        """Draw more, unless another thread did since there were `had` pieces."""
+        with self._drawing:
+            if len(self._counts) == had:
+                texts = list(itertools.islice(self._beyond, _BATCH))
+                self._texts += texts
+                self._counts += _counted(texts, self._tokenizer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from doubles import WordTokenizer
@@ -40,6 +42,20 @@ def test_what_was_read_before_changes_nothing():
     used = prose()
     used.starting_at(0.5).take(20_000)
     assert used.starting_at(0.25).take(300) == prose().starting_at(0.25).take(300)
+
+
+def test_threads_that_take_at_once_get_what_each_alone_gets():
+    class Slow(WordTokenizer):
+        def count_batch(self, texts):
+            time.sleep(0.002)  # others run while pieces are drawn
+            return super().count_batch(texts)
+
+    beyond = (f" Beyond {number}." for number in itertools.count())
+    shared = Prose([f" Own {number}." for number in range(12)], beyond, Slow())
+    sizes = [10_000 * (1 + number % 7) for number in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        taken = list(threads.map(lambda size: shared.starting_at(size % 5 / 5).take(size), sizes))
+    assert taken == [prose().starting_at(size % 5 / 5).take(size) for size in sizes]
 
 
 def test_essays_come_first_sentence_by_sentence_then_other_prose_then_made_text(tmp_path):
