@@ -16,10 +16,12 @@ from torch import Tensor
 from ragkit.errors import KVCacheError
 from ragkit.kvcache.backing_tier import BackingTier
 from ragkit.kvcache.chunk_kv import ChunkRef, EncodedKV
+from ragkit.kvcache.layout import KVLayout
 from ragkit.kvcache.page_grid import PageGrid
 from ragkit.kvcache.page_selector import PageRows, PageSelector
 from ragkit.kvcache.page_summaries import PageSummaries
 from ragkit.kvcache.page_summary_records import PageSummaryRecords, StoredSummary
+from ragkit.kvcache.page_summary_shapes import PageSummaryShapes
 
 _READERS = 4  # threads that read sections: checking what was read takes longer than reading it
 
@@ -35,16 +37,17 @@ class DocumentSummaries:
         tier: where they are stored; None stores nothing.
         refs: the document's windows.
         grid: how they are cut into pages.
-        num_layers: layers of the model.
+        layout: of the model's keys.
         device: where they are kept.
     """
 
     def __init__(
-        self, tier: BackingTier | None, refs: Sequence[ChunkRef], grid: PageGrid, num_layers: int, device: torch.device
+        self, tier: BackingTier | None, refs: Sequence[ChunkRef], grid: PageGrid, layout: KVLayout, device: torch.device
     ) -> None:
-        self._records = PageSummaryRecords(tier, refs, num_layers)
+        self._records = PageSummaryRecords(tier, refs, layout.num_layers)
         self._grid = grid
-        self._num_layers = num_layers
+        self._layout = layout
+        self._num_layers = layout.num_layers
         self._device = device
         self._of: dict[str, PageSummaries] = {}
 
@@ -86,12 +89,18 @@ class DocumentSummaries:
             return found
         made = PageSummaries(selector, self._num_layers, self._grid.num_pages)
         self._of[selector.selector_id] = made
+        shapes = PageSummaryShapes(selector, self._layout, self._grid.page_size)
         first: list[StoredSummary] | None = None
         at_once = self._grid.num_windows if on_device else 1
         try:
             known = self._records.known(selector) if on_device and not selector.loads_sooner else set()
             for section, stored in self._stored(selector, windows, known):
-                if stored is not None and made.is_closed and self._fits(made, stored, first):
+                if (
+                    stored is not None
+                    and made.is_closed
+                    and self._are_shaped(shapes, section, stored)
+                    and self._fits(made, stored, first)
+                ):
                     first = first or stored
                     self._extend(made, section, stored)
                     continue
@@ -150,11 +159,19 @@ class DocumentSummaries:
 
     def _extend(self, made: PageSummaries, section: range, stored: list[StoredSummary]) -> None:
         """Add what is stored of a section."""
-        pages = self._grid.first_page(section.stop) - self._grid.first_page(section.start)
+        pages = self._pages_of(section)
         for layer, one in enumerate(stored):
             # Parts are copied to where the document's lie; what is fitted is kept, and would keep the whole section.
             fitted = [part.to(self._device, non_blocking=True, copy=True) for part in one.fitted]
             made.extend(layer, pages, [part.to(self._device, non_blocking=True) for part in one.parts], fitted)
+
+    def _pages_of(self, section: range) -> int:
+        return self._grid.first_page(section.stop) - self._grid.first_page(section.start)
+
+    def _are_shaped(self, shapes: PageSummaryShapes, section: range, stored: list[StoredSummary]) -> bool:
+        """Return whether a section is of so many pages as it should be, in tensors as the selector makes them."""
+        pages = self._pages_of(section)
+        return all(shapes.are_of(layer, pages, one.fitted, one.parts) for layer, one in enumerate(stored))
 
     def _fits(self, made: PageSummaries, stored: list[StoredSummary], first: list[StoredSummary] | None) -> bool:
         """Return whether a section was summarised for the same document: its bases are those of the ones before.

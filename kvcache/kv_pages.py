@@ -77,7 +77,7 @@ class KVPages:
         self.repair: Callable[[int], None] | None = None
         self.lock = threading.RLock()
         self._windows = EncodedWindows(codec, self.refs, self.grid, memory, records)
-        self._summaries = DocumentSummaries(records.tier, self.refs, self.grid, self.num_layers, self.device)
+        self._summaries = DocumentSummaries(records.tier, self.refs, self.grid, codec.layout, self.device)
         self.num_windows = self._first_unwritten = self._windows.first_gap(0)
         self._num_resident = self._num_checked = 0
 

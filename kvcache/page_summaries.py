@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor
 from ragkit.errors import KVCacheError
 from ragkit.kernels.backend import ceil_div
 from ragkit.kernels.quantized_blocks import QuantizedBlocks
-from ragkit.kvcache.layout import KVLayout
-from ragkit.kvcache.page_selector import PageRows, PageSelector, ScoresWithin, Takes
+from ragkit.kvcache.page_selector import PageRows, PageSelector, ScoresWithin
 
 
 class PageSummaries:
@@ -162,20 +160,6 @@ class PageSummaries:
         else:
             for part, more in zip(self._parts[layer], parts, strict=True):
                 part.append(more)
-
-
-def summary_bytes(selector: PageSelector, layout: KVLayout, page_size: int, num_pages: int) -> int:
-    """Return the bytes that the summaries of `num_pages` pages take, by those of one group; without what is fitted."""
-    if selector.takes is not Takes.BEST:
-        return 0
-    shapes = Counter((spec.num_kv_heads, spec.head_dim) for spec in layout.layers)
-    nbytes = 0
-    for (kv_heads, head_dim), layers in shapes.items():
-        shape = (selector.group_pages, page_size, kv_heads)
-        rows = PageRows(torch.zeros((*shape, head_dim), dtype=layout.dtype), torch.zeros(shape))
-        parts = selector.summarise(rows, selector.fit(rows))
-        nbytes += layers * sum(part.nbytes for part in parts)
-    return nbytes * ceil_div(num_pages, selector.group_pages)
 
 
 class _Growing:

@@ -30,7 +30,7 @@ from ragkit.kvcache.page_cache import PageCache
 from ragkit.kvcache.page_codec import PageCodec
 from ragkit.kvcache.page_memory import PageMemory
 from ragkit.kvcache.page_records import PageRecords, window_refs
-from ragkit.kvcache.page_summaries import summary_bytes
+from ragkit.kvcache.page_summary_shapes import PageSummaryShapes
 from ragkit.kvcache.page_tokens import TextTokens, TokenRecords
 from ragkit.kvcache.resident_pages import ResidentPages
 from ragkit.kvcache.segment_tier import KVCatalogue, SegmentTier
@@ -303,7 +303,7 @@ class Paging:
         scoring = [one.selector for one in both if one.pages_at_once(num_pages) < num_pages]
         selectors = {one.selector_id: one for one in scoring}.values()
         layout, size = self._engine.decoder.layout, self._config.page_tokens
-        return sum(summary_bytes(one, layout, size, num_pages) for one in selectors)
+        return sum(PageSummaryShapes(one, layout, size).nbytes(num_pages) for one in selectors)
 
     def _no_cache(self) -> PageCache:
         decoder = self._engine.decoder

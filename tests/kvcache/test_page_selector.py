@@ -18,7 +18,8 @@ from ragkit.kvcache.page_selector_min_max import MinMax
 from ragkit.kvcache.page_selector_representative import RepresentativeKeys
 from ragkit.kvcache.page_selector_soft_vote import SoftVote
 from ragkit.kvcache.page_selectors import make_page_selector
-from ragkit.kvcache.page_summaries import PageSummaries, summary_bytes
+from ragkit.kvcache.page_summaries import PageSummaries
+from ragkit.kvcache.page_summary_shapes import PageSummaryShapes
 
 KV_HEADS, Q_HEADS, DIM, PAGE = 2, 6, 16, 8
 
@@ -298,14 +299,14 @@ def test_scores_on_a_cpu_rank_pages_as_the_kernels_definition_does(vote, groups)
 def test_the_bytes_that_summaries_take_are_known_before_there_are_any(name, kv_heads, head_dim, size):
     selector, pages = make_page_selector(name), 8000
     spec = LayerSpec(kv_heads, head_dim, None)
-    expected = summary_bytes(selector, KVLayout((spec, spec), torch.bfloat16), size, pages)
+    expected = PageSummaryShapes(selector, KVLayout((spec, spec), torch.bfloat16), size).nbytes(pages)
     made = PageSummaries(selector, 2)
     rows = PageRows(torch.randn(48, size, kv_heads, head_dim).bfloat16(), torch.rand(48, size, kv_heads))
     for layer in range(2):
         made.append(layer, rows)
     fitted = 2 * sum(part.nbytes for part in made.fitted(0))  # of the document, however many pages it has
     assert expected == (made.nbytes - fitted) * pages / 48
-    small = summary_bytes(selector, KVLayout((spec,), torch.bfloat16), size, pages // 2)
+    small = PageSummaryShapes(selector, KVLayout((spec,), torch.bfloat16), size).nbytes(pages // 2)
     assert expected == 4 * small
 
 
