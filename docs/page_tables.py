@@ -24,6 +24,7 @@ from result_tables import DOCS, RESULTS, machine_of, origin, records, write_or_c
 PAGE, HEAT_MAP = DOCS / "pages.md", DOCS / "needle_heat_map.svg"
 
 Row = Mapping[str, Any]
+FIRST = ("pages low-rank", "full", "rag")  # strategies: what people get who set nothing, and what it stands beside
 
 
 def decode_table(results: Path) -> str:
@@ -97,6 +98,11 @@ def write_heat_map(results: Path = RESULTS, path: Path = HEAT_MAP) -> bool:
 
     drawn = [record for _, record in found if _model(record) == _model(found[0][1])]
     cells = [HeatCell(**cell) for record in drawn for cell in record["cells"]]
+    lengths: dict[str, set[int]] = {}
+    for cell in cells:
+        lengths.setdefault(cell.strategy, set()).add(cell.length)
+    several = {strategy for strategy, measured in lengths.items() if len(measured) > 1} or lengths
+    cells = sorted((cell for cell in cells if cell.strategy in several), key=lambda cell: _rank(cell.strategy))
     report = LongReport([], cells, [], [], found[0][1]["settings"], 0.0)
     assert path.name == heat_map_file("needle"), "drawn by the same code as `--plot` draws"
     write_heat_map(report, "needle", "depth", path.parent)
@@ -115,31 +121,46 @@ def _quality(results: Path, name: str, before: Sequence[str]) -> str:
     raw = records(results, f"pages_{name}")
     if not raw:
         return ""
-    models = dict.fromkeys(_model(record) for _, record in raw)
-    found: dict[tuple[str, str], dict[int, Row]] = {}
+    models = list(dict.fromkeys(_model(record) for _, record in raw))
+    found: dict[tuple[str, str, str], dict[int, Row]] = {}
     for _, record in raw:
-        model = "" if len(models) == 1 else f", {_model(record)}"
         for row in record["rows"]:
-            found.setdefault((row["strategy"] + model, row["task"]), {})[row["length"]] = row
+            measured = found.setdefault((_model(record), row["strategy"], row["task"]), {})
+            if row.get("questions", 0) >= measured.get(row["length"], {}).get("questions", 0):
+                measured[row["length"]] = row
     lengths = sorted({length for by_length in found.values() for length in by_length})
+    several = len(models) > 1
     heading = " | ".join(f"{length:,}" for length in lengths)
-    lines = [*before, f"| strategy | task | {heading} |", "|---|---|" + "---:|" * len(lengths)]
-    for (strategy, task), by_length in found.items():
+    lines = [*before, f"|{' model |' * several} strategy | task | {heading} |"]
+    lines.append("|---" * several + "|---|---|" + "---:|" * len(lengths))
+    for (model, strategy, task), by_length in sorted(
+        found.items(), key=lambda entry: (models.index(entry[0][0]), _rank(entry[0][1]))
+    ):
         cells = " | ".join(_score(by_length.get(length)) for length in lengths)
-        lines.append(f"| {strategy} | {task} | {cells} |")
-    lines += ["", "Score in percent with its 95% interval.", ""]
-    for file, record in raw:
-        asked = ", ".join(f"{length:,}" for length in record["settings"].get("lengths", lengths))
-        ended = "; it was ended before its end" if record.get("interrupted") else ""
-        lines.append(
-            f"- {asked} tokens: {_model(record)}, {record['date'][:10]}, {machine_of(record)}{ended}. Raw numbers: "
-            f"`benchmarks/results/{file}.json`."
-        )
+        lines.append(f"|{f' {model} |' * several} {strategy} | {task} | {cells} |")
+    lines += ["", "Score in percent with its 95% interval.", "", *_origins(raw, lengths)]
     return "\n".join(lines) + "\n"
 
 
+def _origins(raw: Sequence[tuple[str, Row]], lengths: Sequence[int]) -> Iterator[str]:
+    """Yield a line for every model and machine: which lengths were measured, and where the raw numbers are."""
+    lines: dict[str, list[tuple[Sequence[int], str]]] = {}
+    for file, record in raw:
+        measured = record["settings"].get("lengths", lengths)
+        ended = ", ended before its end" if record.get("interrupted") else ""
+        said = f"{', '.join(f'{length:,}' for length in measured)} tokens (`{file}.json`{ended})"
+        origin = f"{_model(record)}, {record['date'][:10]}, {machine_of(record)}"
+        lines.setdefault(origin, []).append((measured, said))
+    for origin, files in lines.items():
+        yield f"- {origin}, raw numbers in `benchmarks/results`: {'; '.join(said for _, said in sorted(files))}."
+
+
+def _rank(strategy: str) -> int:
+    return FIRST.index(strategy) if strategy in FIRST else len(FIRST)
+
+
 def _model(record: Mapping[str, Any]) -> str:
-    return Path(str(record["settings"].get("generator", ""))).name
+    return Path(str(record["settings"].get("generator", ""))).name.removesuffix(".gguf")
 
 
 def _score(row: Row | None) -> str:

@@ -28,7 +28,7 @@ def test_a_score_stands_with_its_interval_under_its_length(tmp_path):
     (tmp_path / "pages_ruler.json").write_text(json.dumps(record), encoding="utf-8")
     table = tables.ruler_table(tmp_path)
     assert "| pages | needle | 97 (91 to 100) |" in table
-    assert "small.gguf, 2026-01-02, H100" in table
+    assert "- small, 2026-01-02, H100, raw numbers in `benchmarks/results`: 8,192 tokens (`pages_ruler.json`)." in table
 
 
 def test_runs_of_some_lengths_each_make_one_table_and_models_stay_apart(tmp_path):
@@ -42,12 +42,25 @@ def test_runs_of_some_lengths_each_make_one_table_and_models_stay_apart(tmp_path
     table = tables.ruler_table(tmp_path)
     assert "| strategy | task | 8,192 | 32,768 |" in table
     assert "| rag | vt | 50 (0 to 100) | 25 (0 to 100) |" in table
-    assert "- 32,768 tokens: q.gguf, 2026-01-02, H100; it was ended before its end. Raw" in table
+    assert "8,192 tokens (`pages_ruler.json`); 32,768 tokens (`pages_ruler_32768.json`, ended before its end)." in table
     record["settings"]["generator"] = "s.gguf"
     (tmp_path / "pages_ruler_32768.json").write_text(json.dumps(record), encoding="utf-8")
     table = tables.ruler_table(tmp_path)
-    assert "| rag, q.gguf | vt | 50 (0 to 100) |  |" in table
-    assert "| rag, s.gguf | vt |  | 25 (0 to 100) |" in table
+    assert "| q | rag | vt | 50 (0 to 100) |  |" in table
+    assert "| s | rag | vt |  | 25 (0 to 100) |" in table
+
+
+def test_the_row_of_more_questions_stands_and_what_nobody_chose_comes_first(tmp_path):
+    row = {"task": "needle", "low": 0.0, "high": 100.0, "length": 8192}
+    for name, strategy, score, questions in (
+        ("pages_needle_a", "pages min-max", 25.0, 33), ("pages_needle_b", "pages low-rank", 50.0, 33),
+        ("pages_needle_c", "pages low-rank", 75.0, 17),
+    ):  # fmt: skip
+        record = {**FACTS, "rows": [{**row, "strategy": strategy, "score": score, "questions": questions}],
+                  "cells": [], "settings": {"generator": "q.gguf", "lengths": [8192]}}  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    rows = [line for line in tables.needle_table(tmp_path).splitlines() if line.startswith("| pages")]
+    assert [line.split(" (")[0] for line in rows] == ["| pages low-rank | needle | 50", "| pages min-max | needle | 25"]
 
 
 def test_decoding_and_reading_that_were_measured_apart_stand_with_a_command_each(tmp_path):
