@@ -169,7 +169,8 @@ def work(arguments: argparse.Namespace, gpu: int, waiting: Any, done: Any) -> No
         stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
         with stream:
             answerers = make_answerers(strategies, tools)
-            while True:
+            parent = multiprocessing.parent_process()
+            while parent is not None and parent.is_alive():  # a parent that is killed ends nobody
                 try:
                     place = waiting.get(timeout=1)
                 except Empty:
