@@ -15,7 +15,6 @@ was ended goes on with `--go-on` and the same arguments. Settings come from the 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -23,12 +22,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
 import torch
+from earlier_answers import GAVE_UP, HOW, UNANSWERED, Document, Earlier, earlier_answers
 from report import RESULTS, commit
 
 from ragkit.bench.long_answers import AnswererTools, LongContextAnswerer, PagesVariants, frame_tokens
@@ -36,6 +35,7 @@ from ragkit.bench.long_context import LongContextEval, LongPlan
 from ragkit.bench.long_items import LongTask, Material
 from ragkit.bench.long_report import LongReport, Outcome, depth_cells, score_rows, task_cells
 from ragkit.bench.long_strategies import make_answerers
+from ragkit.bench.machine import machine_facts
 from ragkit.bench.needle import NeedleTask, spaced_depths
 from ragkit.bench.ruler_tasks import ruler_tasks
 from ragkit.cli.eval_long import report_facts, report_json
@@ -45,8 +45,6 @@ from ragkit.pipeline import Pipeline
 from ragkit.progress import Silent
 from ragkit.settings import load_settings
 
-HOW = ("processes", "threads", "gpus")  # changes how soon a run is done, not what it finds
-UNANSWERED = "documents were not answered"
 Place = tuple[int, int, int]  # of a document: its length, which task, which one of its kind
 
 
@@ -58,9 +56,14 @@ def main() -> None:
     count = arguments.needles * documents if arguments.evaluation == "needle" else arguments.items
     # The longest first, so that no process is left with one at the end.
     places = [(length, task, index) for length in lengths[::-1] for index in range(count) for task in range(len(tasks))]
-    before = earlier(arguments, lengths) if arguments.go_on else Earlier()
-    there = {(one.length, one.task, one.index) for one in before.outcomes}
-    places = [place for place in places if (place[0], tasks[place[1]].name, place[2]) not in there]
+    before = Earlier()
+    if arguments.go_on:
+        before = earlier_answers(path_of(arguments), facts_of(arguments, lengths), machine_facts())
+        there = set(before.done)
+        places = [place for place in places if document_of(place, tasks) not in there]
+        if not places:
+            print(f"nothing is left of {path_of(arguments)}")
+            return
     context = multiprocessing.get_context("spawn")
     waiting, done = context.Queue(), context.Queue()
     for place in places:
@@ -71,17 +74,7 @@ def main() -> None:
     ]
     for worker in workers:
         worker.start()
-    gather(arguments, lengths, len(places), workers, done, before)
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """What the raw file of a run that was ended holds: answers, notes about them, seconds, and of which commit."""
-
-    outcomes: Sequence[Outcome] = ()
-    notes: Sequence[str] = ()
-    seconds: float = 0.0
-    commits: Sequence[str] = ()
+    Gathering(arguments, lengths, tasks, len(places), before).run(workers, done)
 
 
 def parsed() -> argparse.Namespace:
@@ -107,23 +100,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--name", default="", help="behind pages_ in the name of the raw file")
     parser.add_argument("--go-on", action="store_true", help="keep the raw file's answers and ask for the others")
     return parser.parse_args()
-
-
-def earlier(arguments: argparse.Namespace, lengths: Sequence[int]) -> Earlier:
-    """Return what the run's raw file holds already; leave where it was measured with other settings."""
-    path = path_of(arguments)
-    if not path.exists():
-        return Earlier()
-    record = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json_text(facts_of(arguments, lengths)))
-    for facts in (now, record["settings"]):  # a model's place may be another one
-        facts["generator"] = Path(facts["generator"]).name
-    other = [name for name, value in now.items() if name not in HOW and record["settings"].get(name) != value]
-    if other:
-        raise SystemExit(f"{path} was measured with other settings: {', '.join(other)}; give another --name")
-    outcomes = [Outcome(**{**one, "answers": tuple(one["answers"])}) for one in record["outcomes"]]
-    notes = [note for note in record["notes"] if not note.endswith(UNANSWERED)]
-    return Earlier(outcomes, notes, record["seconds"], [*record.get("earlier_commits", ()), record["commit"]])
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[LongTask]:
@@ -194,80 +170,89 @@ def answered(
     return report.outcomes, report.notes
 
 
-def gather(
-    arguments: argparse.Namespace,
-    lengths: Sequence[int],
-    count: int,
-    workers: Sequence[Any],
-    done: Any,
-    before: Earlier,
-) -> None:
-    """Collect what processes answer, and write it now and then, until all is done or the time is over."""
-    started = written = time.perf_counter()
-    outcomes = [*before.outcomes]
-    notes = dict.fromkeys(before.notes)
-    documents = len({(one.length, one.task, one.index) for one in before.outcomes})
-    left = count
+class Gathering:
+    """Collects what processes answer, and writes it now and then."""
 
-    def save(*, interrupted: bool) -> Path:
-        seconds = before.seconds + time.perf_counter() - started
-        return write(arguments, lengths, outcomes, [*notes], seconds, before.commits, interrupted=interrupted)
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        lengths: Sequence[int],
+        tasks: Sequence[LongTask],
+        count: int,
+        before: Earlier,
+    ) -> None:
+        self.arguments, self.lengths, self.tasks = arguments, lengths, tasks
+        self.left = self.count = count
+        self.before = before
+        self.outcomes = [*before.outcomes]
+        self.done = [*before.done]
+        self.notes = dict.fromkeys(before.notes)
+        self.started = self.written = time.perf_counter()
 
-    while left and time.perf_counter() - started < arguments.time_limit:
-        try:
-            place, some, why = done.get(timeout=1)
-        except Empty:
-            if not any(worker.is_alive() for worker in workers):
-                break
-            continue
-        left -= 1
-        outcomes += some
-        notes |= dict.fromkeys(why)
+    @property
+    def seconds(self) -> float:
+        """Of this run."""
+        return time.perf_counter() - self.started
+
+    def run(self, workers: Sequence[Any], done: Any) -> None:
+        """Go on until all is done, nobody works any more, or the time is over; print what was found."""
+        while self.left and self.seconds < self.arguments.time_limit:
+            try:
+                self.take(*done.get(timeout=1))
+            except Empty:
+                if not any(worker.is_alive() for worker in workers):
+                    break
+        if self.left:
+            self.notes[f"{self.left} of {self.count + len(self.before.done)} {UNANSWERED}"] = None
+        path = self.write()
+        for row in score_rows(self.outcomes):
+            print(
+                f"{row.strategy:24} {row.task:18} {row.length:>9,} {row.score:6.1f} ({row.low:.0f}-{row.high:.0f}) "
+                f"gold shown {row.gold_shown:.0f} n={row.questions} read {row.document_seconds:.1f}s"
+            )
+        print(f"raw numbers: {path}")
+        for worker in workers:
+            worker.kill()
+
+    def take(self, place: Place, some: Sequence[Outcome], why: Sequence[str]) -> None:
+        """Take the answers to a document, and what was left out."""
+        self.left -= 1
+        self.outcomes += some
+        self.notes |= dict.fromkeys(why)
+        if not any(GAVE_UP in note for note in why):
+            self.done.append(document_of(place, self.tasks))
         said = " ".join(f"{one.strategy}={one.score:.2f}" for one in some[:8])
         read = max((one.document_seconds for one in some), default=0.0)
-        print(f"{time.perf_counter() - started:6.1f}s {place} {said} read {read:.1f}s", flush=True)
-        if time.perf_counter() - written > 10:
-            save(interrupted=True)
-            written = time.perf_counter()
-    if left:
-        notes[f"{left} of {count + documents} {UNANSWERED}"] = None
-    path = save(interrupted=left > 0)
-    for row in score_rows(outcomes):
-        print(
-            f"{row.strategy:24} {row.task:18} {row.length:>9,} {row.score:6.1f} ({row.low:.0f}-{row.high:.0f}) "
-            f"gold shown {row.gold_shown:.0f} n={row.questions} read {row.document_seconds:.1f}s"
+        print(f"{self.seconds:6.1f}s {place} {said} read {read:.1f}s", flush=True)
+        if time.perf_counter() - self.written > 10:
+            self.write()
+            self.written = time.perf_counter()
+
+    def write(self) -> Path:
+        """Write the raw file, and return its path."""
+        cells = depth_cells if self.arguments.evaluation == "needle" else task_cells
+        order = {name: at for at, name in enumerate(dict.fromkeys(one.strategy for one in self.outcomes))}
+        ordered = sorted(
+            self.outcomes, key=lambda one: (order[one.strategy], one.task, one.length, one.index, one.number)
         )
-    print(f"raw numbers: {path}")
-    for worker in workers:
-        worker.kill()
+        facts = facts_of(self.arguments, self.lengths)
+        seconds = self.before.seconds + self.seconds
+        report = LongReport(score_rows(ordered), cells(ordered), ordered, [*self.notes], facts, seconds)
+        record = report_json(report, self.arguments.evaluation, [], interrupted=self.left > 0)
+        record |= {"commit": commit(), "command": "python benchmarks/pages_quality.py " + " ".join(sys.argv[1:])}
+        record["done"] = sorted(self.done)
+        if others := [one for one in dict.fromkeys(self.before.commits) if one != record["commit"]]:
+            record["earlier_commits"] = others
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path = path_of(self.arguments)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json_text(record) + "\n", encoding="utf-8")
+        partial.replace(path)
+        return path
 
 
-def write(
-    arguments: argparse.Namespace,
-    lengths: Sequence[int],
-    outcomes: Sequence[Outcome],
-    notes: Sequence[str],
-    seconds: float,
-    commits: Sequence[str],
-    *,
-    interrupted: bool,
-) -> Path:
-    """Write the raw file, and return its path; `commits` are those of earlier runs whose answers are in it."""
-    cells = depth_cells if arguments.evaluation == "needle" else task_cells
-    order = {name: at for at, name in enumerate(dict.fromkeys(one.strategy for one in outcomes))}
-    ordered = sorted(outcomes, key=lambda one: (order[one.strategy], one.task, one.length, one.index, one.number))
-    facts = facts_of(arguments, lengths)
-    report = LongReport(score_rows(ordered), cells(ordered), ordered, notes, facts, seconds)
-    record = report_json(report, arguments.evaluation, [], interrupted=interrupted)
-    record |= {"commit": commit(), "command": "python benchmarks/pages_quality.py " + " ".join(sys.argv[1:])}
-    if others := [one for one in dict.fromkeys(commits) if one != record["commit"]]:
-        record["earlier_commits"] = others
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = path_of(arguments)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json_text(record) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+def document_of(place: Place, tasks: Sequence[LongTask]) -> Document:
+    return place[0], tasks[place[1]].name, place[2]
 
 
 def path_of(arguments: argparse.Namespace) -> Path:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ragkit.bench.drawn_texts import DrawnTexts
 from ragkit.bench.haystacks import Haystack, Pieces
 from ragkit.bench.made_text import made_sentences
 from ragkit.chunking.sentences import sentence_spans
@@ -37,13 +37,9 @@ class Prose:
     """
 
     def __init__(self, sentences: Sequence[str], beyond: Iterator[str], tokenizer: TextTokenizer) -> None:
-        self._texts = list(sentences)
-        self._counts = _counted(self._texts, tokenizer)
-        self._size = len(self._texts)
-        self._beyond = beyond
-        self._tokenizer = tokenizer
-        self._drawing = threading.Lock()
-        self.own_tokens = int(sum(self._counts))
+        self._drawn = DrawnTexts(sentences, beyond, tokenizer.count_batch, _BATCH)
+        self._size = len(self._drawn.texts)
+        self.own_tokens = int(sum(self._drawn.counts))
 
     def starting_at(self, place: float) -> Haystack:
         """Return the text from `place`, a share of the finite part, on; what stands before it follows at its end."""
@@ -51,29 +47,21 @@ class Prose:
 
     def first(self, tokens: float, start: int) -> Pieces:
         """Return what `Haystack.take` returns, from sentence `start` on."""
+        own = np.concatenate([np.arange(start, self._size), np.arange(start)])
         while True:
-            own = np.concatenate([np.arange(start, self._size), np.arange(start)])
-            drawn = len(self._counts)  # another thread may draw more meanwhile; texts are there before their counts
-            order = np.concatenate([own, np.arange(self._size, drawn)])
-            counts = np.asarray(self._counts[:drawn])[order]
+            there = len(self._drawn.texts)  # another thread may draw more meanwhile
+            order = np.concatenate([own, np.arange(self._size, there)])
+            counts = np.asarray(self._drawn.counts[:there])[order]
             whole = int(np.searchsorted(np.cumsum(counts), tokens, side="right"))
             if whole + _SEARCHED <= len(order):  # what is looked at must not depend on what was drawn before
                 break
-            self._draw(drawn)
+            self._drawn.draw(there + 1)
         chosen = list(order[:whole])
         rest = tokens - float(counts[:whole].sum())
         following = counts[whole : whole + _SEARCHED]
         if len(following) and following.min() <= rest:  # the sentence that fills the rest best, instead of the next
             chosen.append(order[whole + int(np.where(following <= rest, following, 0).argmax())])
-        return Pieces([self._texts[at] for at in chosen], [self._counts[at] for at in chosen])
-
-    def _draw(self, had: int) -> None:
-        """Draw more, unless another thread did since there were `had` pieces."""
-        with self._drawing:
-            if len(self._counts) == had:
-                texts = list(itertools.islice(self._beyond, _BATCH))
-                self._texts += texts
-                self._counts += _counted(texts, self._tokenizer)
+        return Pieces([self._drawn.texts[at] for at in chosen], [self._drawn.counts[at] for at in chosen])
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +125,3 @@ def _sentences(texts: Sequence[str] | Iterator[str]) -> Iterator[str]:
                 before = " "
             if sentence[len(sentence.rstrip()) :].count("\n") > 1:
                 before = "\n\n"
-
-
-def _counted(texts: Sequence[str], tokenizer: TextTokenizer) -> list[float]:
-    return [float(count) for count in tokenizer.count_batch(texts)] if texts else []

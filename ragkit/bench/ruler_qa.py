@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from ragkit.bench.drawn_texts import DrawnTexts
 from ragkit.bench.haystacks import Needle, Pieces, TooShortError, fitted, insert
 from ragkit.bench.long_items import LongItem, LongQuestion, Material
 from ragkit.bench.long_scores import AnswerMetric
@@ -81,12 +82,11 @@ class _Passages:
         pool = _pool(material.data, hops)
         self._questions = list(pool.questions)
         material.chance(name).shuffle(self._questions)
-        self._count = material.tokenizer.count_batch
-        self._own_tokens = [sum(self._count([*one.gold, *one.beside])) for one in self._questions]
+        count = material.tokenizer.count_batch
+        self._own_tokens = [sum(count([*one.gold, *one.beside])) for one in self._questions]
         gold = (text for question in self._questions for text in question.gold)
-        self._source = itertools.chain(dict.fromkeys(gold), pool.others)
-        self._texts: list[str] = []
-        self._counts: list[int] = []
+        source = map(_passage, itertools.chain(dict.fromkeys(gold), pool.others))
+        self._drawn = DrawnTexts((), source, count, _BATCH)
 
     def question(self, index: int, room: int) -> PassageQuestion:
         """Return question `index` of those whose passages leave some of `room` to others."""
@@ -104,37 +104,35 @@ class _Passages:
 
     def take(self, tokens: float, chance: Random, asked: PassageQuestion) -> Pieces:
         """Return about `tokens` tokens of passages that the question does not bring itself, in random order."""
+        texts, counts = self._drawn.texts, self._drawn.counts
         own = {_passage(text) for text in (*asked.gold, *asked.beside)}
         chosen: list[int] = []
         rest, at = tokens, 0
-        while self._at(at) in own or self._counts[at] <= rest:
-            if self._texts[at] not in own:
+        while self._at(at) in own or counts[at] <= rest:
+            if texts[at] not in own:
                 chosen.append(at)
-                rest -= self._counts[at]
+                rest -= counts[at]
             at += 1
         if chosen:
-            rest += self._counts[chosen.pop()]
+            rest += counts[chosen.pop()]
         self._at(at + _SEARCHED)
         for _ in range(_LAST):  # what fills the rest best, instead of the next
             fitting = [
-                (self._counts[other], -other)
+                (counts[other], -other)
                 for other in range(at, at + _SEARCHED)
-                if self._counts[other] <= rest and other not in chosen[-_LAST:] and self._texts[other] not in own
+                if counts[other] <= rest and other not in chosen[-_LAST:] and texts[other] not in own
             ]
             if fitting:
                 count, other = max(fitting)
                 chosen.append(-other)
                 rest -= count
         chance.shuffle(chosen)
-        return Pieces([self._texts[at] for at in chosen], [float(self._counts[at]) for at in chosen])
+        return Pieces([texts[at] for at in chosen], [counts[at] for at in chosen])
 
     def _at(self, number: int) -> str:
         """Return a passage; what has not been read up to it is read and tokenised now."""
-        while number >= len(self._texts):
-            texts = [_passage(text) for text in itertools.islice(self._source, _BATCH)]
-            self._texts += texts
-            self._counts += self._count(texts)
-        return self._texts[number]
+        self._drawn.draw(number + 1)
+        return self._drawn.texts[number]
 
 
 def _passage(text: str) -> str:
