@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from result_tables import DOCS, RESULTS, machine_of, origin, records, write_or_check
+
+if TYPE_CHECKING:
+    from ragkit.bench.long_report import HeatCell
 
 PAGE, HEAT_MAP = DOCS / "pages.md", DOCS / "needle_heat_map.svg"
 
@@ -97,12 +101,18 @@ def write_heat_map(results: Path = RESULTS, path: Path = HEAT_MAP) -> bool:
     from ragkit.bench.long_report import HeatCell, LongReport
 
     drawn = [record for _, record in found if _model(record) == _model(found[0][1])]
-    cells = [HeatCell(**cell) for record in drawn for cell in record["cells"]]
-    lengths: dict[str, set[int]] = {}
-    for cell in cells:
-        lengths.setdefault(cell.strategy, set()).add(cell.length)
-    several = {strategy for strategy, measured in lengths.items() if len(measured) > 1} or lengths
-    cells = sorted((cell for cell in cells if cell.strategy in several), key=lambda cell: _rank(cell.strategy))
+    measured: dict[tuple[str, int], list[HeatCell]] = {}  # by the run of most questions, as in the table
+    for record in drawn:
+        own: dict[tuple[str, int], list[HeatCell]] = {}
+        for cell in record["cells"]:
+            own.setdefault((cell["strategy"], cell["length"]), []).append(HeatCell(**cell))
+        for place, some in own.items():
+            if _questions(some) >= _questions(measured.get(place, ())):
+                measured[place] = some
+    lengths = Counter(strategy for strategy, _ in measured)
+    several = {strategy for strategy, count in lengths.items() if count > 1} or lengths
+    cells = [cell for (strategy, _), some in measured.items() if strategy in several for cell in some]
+    cells.sort(key=lambda cell: _rank(cell.strategy))
     report = LongReport([], cells, [], [], found[0][1]["settings"], 0.0)
     assert path.name == heat_map_file("needle"), "drawn by the same code as `--plot` draws"
     write_heat_map(report, "needle", "depth", path.parent)
@@ -128,6 +138,9 @@ def _quality(results: Path, name: str, before: Sequence[str]) -> str:
             measured = found.setdefault((_model(record), row["strategy"], row["task"]), {})
             if row.get("questions", 0) >= measured.get(row["length"], {}).get("questions", 0):
                 measured[row["length"]] = row
+    most: Counter[str] = Counter()  # questions of a row, by task
+    for (_, _, task), by_length in found.items():
+        most[task] = max(most[task], *(row.get("questions", 0) for row in by_length.values()))
     lengths = sorted({length for by_length in found.values() for length in by_length})
     several = len(models) > 1
     heading = " | ".join(f"{length:,}" for length in lengths)
@@ -136,17 +149,18 @@ def _quality(results: Path, name: str, before: Sequence[str]) -> str:
     for (model, strategy, task), by_length in sorted(
         found.items(), key=lambda entry: (models.index(entry[0][0]), _rank(entry[0][1]))
     ):
-        cells = " | ".join(_score(by_length.get(length)) for length in lengths)
+        cells = " | ".join(_score(by_length.get(length), most[task]) for length in lengths)
         lines.append(f"|{f' {model} |' * several} {strategy} | {task} | {cells} |")
-    lines += ["", "Score in percent with its 95% interval.", "", *_origins(raw, lengths)]
+    lines += ["", "Score in percent with its 95% interval; n where fewer questions were asked than elsewhere.", ""]
+    lines += _origins(raw)
     return "\n".join(lines) + "\n"
 
 
-def _origins(raw: Sequence[tuple[str, Row]], lengths: Sequence[int]) -> Iterator[str]:
+def _origins(raw: Sequence[tuple[str, Row]]) -> Iterator[str]:
     """Yield a line for every model and machine: which lengths were measured, and where the raw numbers are."""
     lines: dict[str, list[tuple[Sequence[int], str]]] = {}
     for file, record in raw:
-        measured = record["settings"].get("lengths", lengths)
+        measured = sorted({row["length"] for row in record["rows"]})
         ended = ", ended before its end" if record.get("interrupted") else ""
         said = f"{', '.join(f'{length:,}' for length in measured)} tokens (`{file}.json`{ended})"
         origin = f"{_model(record)}, {record['date'][:10]}, {machine_of(record)}"
@@ -163,8 +177,15 @@ def _model(record: Mapping[str, Any]) -> str:
     return Path(str(record["settings"].get("generator", ""))).name.removesuffix(".gguf")
 
 
-def _score(row: Row | None) -> str:
-    return "" if row is None else f"{row['score']:.0f} ({row['low']:.0f} to {row['high']:.0f})"
+def _score(row: Row | None, most: int) -> str:
+    if row is None:
+        return ""
+    fewer = f", n={row['questions']}" if row.get("questions", most) < most else ""
+    return f"{row['score']:.0f} ({row['low']:.0f} to {row['high']:.0f}){fewer}"
+
+
+def _questions(cells: Sequence[HeatCell]) -> int:
+    return sum(cell.questions for cell in cells)
 
 
 def _latest(record: Row, found: Sequence[tuple[str, Row]]) -> Row:

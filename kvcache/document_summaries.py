@@ -95,12 +95,7 @@ class DocumentSummaries:
         try:
             known = self._records.known(selector) if on_device and not selector.loads_sooner else set()
             for section, stored in self._stored(selector, windows, known):
-                if (
-                    stored is not None
-                    and made.is_closed
-                    and self._are_shaped(shapes, section, stored)
-                    and self._fits(made, stored, first)
-                ):
+                if stored is not None and self._fits(made, shapes, section, stored, first):
                     first = first or stored
                     self._extend(made, section, stored)
                     continue
@@ -168,17 +163,29 @@ class DocumentSummaries:
     def _pages_of(self, section: range) -> int:
         return self._grid.first_page(section.stop) - self._grid.first_page(section.start)
 
-    def _are_shaped(self, shapes: PageSummaryShapes, section: range, stored: list[StoredSummary]) -> bool:
-        """Return whether a section is of so many pages as it should be, in tensors as the selector makes them."""
-        pages = self._pages_of(section)
-        return all(shapes.are_of(layer, pages, one.fitted, one.parts) for layer, one in enumerate(stored))
+    def _cuts_a_group(self, selector: PageSelector, section: range) -> bool:
+        """Return whether pages that are summarised together stand on both sides of a section's end."""
+        return bool(self._pages_of(section) % selector.group_pages) and section.stop < self._grid.num_windows
 
-    def _fits(self, made: PageSummaries, stored: list[StoredSummary], first: list[StoredSummary] | None) -> bool:
-        """Return whether a section was summarised for the same document: its bases are those of the ones before.
+    def _fits(
+        self,
+        made: PageSummaries,
+        shapes: PageSummaryShapes,
+        section: range,
+        stored: list[StoredSummary],
+        first: list[StoredSummary] | None,
+    ) -> bool:
+        """Return whether a section follows what is there, shaped as the selector makes it, for the same document.
 
-        They are compared in memory with those of the `first` section that was stored and taken, if there is one: to
-        compare them on the device waits for it, once a layer and section.
+        Of the same document are sections whose bases are those of the ones before. They are compared in memory with
+        those of the `first` section that was stored and taken, if there is one: to compare them on the device waits
+        for it, once a layer and section.
         """
+        pages = self._pages_of(section)
+        if not made.is_closed or self._cuts_a_group(made.selector, section):
+            return False
+        if not all(shapes.are_of(layer, pages, one.fitted, one.parts) for layer, one in enumerate(stored)):
+            return False
         if first is None:
             return all(
                 made.fits(layer, [part.to(self._device) for part in one.fitted]) for layer, one in enumerate(stored)
@@ -194,7 +201,9 @@ class DocumentSummaries:
             made.append(layer, read(layer, windows))
 
     def _write(self, made: PageSummaries, section: range) -> None:
-        """Store a section."""
+        """Store a section, unless its last group of pages goes on behind it."""
+        if self._cuts_a_group(made.selector, section):
+            return
         first, stop = self._grid.first_page(section.start), self._grid.first_page(section.stop)
         self._records.write(made, section, first, stop)
 

@@ -60,7 +60,19 @@ def test_the_row_of_more_questions_stands_and_what_nobody_chose_comes_first(tmp_
                   "cells": [], "settings": {"generator": "q.gguf", "lengths": [8192]}}  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     rows = [line for line in tables.needle_table(tmp_path).splitlines() if line.startswith("| pages")]
+    assert "50 (0 to 100) |" in rows[0]
     assert [line.split(" (")[0] for line in rows] == ["| pages low-rank | needle | 50", "| pages min-max | needle | 25"]
+
+
+def test_a_row_of_fewer_questions_than_others_says_so(tmp_path):
+    row = {"task": "needle", "low": 0.0, "high": 100.0}
+    rows = [{**row, "strategy": "rag", "score": 50.0, "length": 8192, "questions": 33},
+            {**row, "strategy": "rag", "score": 25.0, "length": 16384, "questions": 12}]  # fmt: skip
+    record = {**FACTS, "rows": rows, "cells": [], "settings": {"generator": "q.gguf", "lengths": [8192, 16384, 32768]}}
+    (tmp_path / "pages_needle.json").write_text(json.dumps(record), encoding="utf-8")
+    table = tables.needle_table(tmp_path)
+    assert "| rag | needle | 50 (0 to 100) | 25 (0 to 100), n=12 |" in table
+    assert "raw numbers in `benchmarks/results`: 8,192, 16,384 tokens (`pages_needle.json`)." in table
 
 
 def test_decoding_and_reading_that_were_measured_apart_stand_with_a_command_each(tmp_path):
@@ -108,3 +120,14 @@ def test_needles_that_stand_together_have_a_table_of_their_own(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     assert "| pages | needle | 100 (50 to 90) |" in tables.needle_table(tmp_path)
     assert "| pages | needle | 70 (50 to 90) |" in tables.together_table(tmp_path)
+
+
+def test_the_heat_map_shows_the_run_of_most_questions(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("ragkit.bench.long_plots.write_heat_map", lambda report, *_: drawn.append(report.cells))
+    cell = {"strategy": "pages", "row": "50%", "length": 8192}
+    for name, score, questions in (("pages_needle_a", 100.0, 3), ("pages_needle_b", 50.0, 2)):
+        record = {**FACTS, "cells": [{**cell, "score": score, "questions": questions}], "settings": {}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    assert tables.write_heat_map(tmp_path, tmp_path / "needle_heat_map.svg")
+    assert [one.score for one in drawn[0]] == [100.0]

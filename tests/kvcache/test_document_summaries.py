@@ -9,6 +9,7 @@ from ragkit.kvcache.document_summaries import DocumentSummaries
 from ragkit.kvcache.layout import KVLayout, LayerSpec
 from ragkit.kvcache.page_grid import PageGrid
 from ragkit.kvcache.page_selector import PageRows
+from ragkit.kvcache.page_selector_centroids import Centroids
 from ragkit.kvcache.page_selectors import make_page_selector
 
 WINDOWS, PAGE, PAGES = 70, 16, 140  # two sections: of 64 windows and of 6
@@ -106,3 +107,14 @@ def test_what_is_stored_in_another_shape_is_made_again(monkeypatch, name, broken
         for mine, other in zip(made.of(layer), expected.of(layer), strict=True):
             assert torch.equal(mine, other)
     assert not summaries_of(tier, selector, on_device=False)[1], "what was made again was not stored"
+
+
+def test_groups_that_a_section_would_cut_are_made_again_and_not_stored():
+    tier, selector = RecordsInMemory(), Centroids(group_pages=5)
+    assert 128 % selector.group_pages
+    expected, _ = summaries_of(tier, selector, on_device=False)
+    made, read = summaries_of(tier, selector, on_device=False)
+    assert {windows.start for _, windows in read} >= set(range(64))
+    for layer in range(2):
+        for mine, other in zip(made.of(layer), expected.of(layer), strict=True):
+            assert torch.equal(mine, other)
