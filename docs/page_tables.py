@@ -18,12 +18,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from result_tables import DOCS, RESULTS, machine_of, origin, records, write_or_check
-
-if TYPE_CHECKING:
-    from ragkit.bench.long_report import HeatCell
+from result_tables import DOCS, RESULTS, Record, machine_of, origin, records, write_or_check
 
 PAGE, HEAT_MAP = DOCS / "pages.md", DOCS / "needle_heat_map.svg"
 
@@ -100,18 +97,16 @@ def write_heat_map(results: Path = RESULTS, path: Path = HEAT_MAP) -> bool:
     from ragkit.bench.long_plots import heat_map_file, write_heat_map
     from ragkit.bench.long_report import HeatCell, LongReport
 
-    drawn = [record for _, record in found if _model(record) == _model(found[0][1])]
-    measured: dict[tuple[str, int], list[HeatCell]] = {}  # by the run of most questions, as in the table
-    for record in drawn:
-        own: dict[tuple[str, int], list[HeatCell]] = {}
-        for cell in record["cells"]:
-            own.setdefault((cell["strategy"], cell["length"]), []).append(HeatCell(**cell))
-        for place, some in own.items():
-            if _questions(some) >= _questions(measured.get(place, ())):
-                measured[place] = some
-    lengths = Counter(strategy for strategy, _ in measured)
+    model = _model(found[0][1])
+    chosen = {(name, length): record for (of, name, _, length), (_, record) in _measured(found).items() if of == model}
+    lengths = Counter(strategy for strategy, _ in chosen)
     several = {strategy for strategy, count in lengths.items() if count > 1} or lengths
-    cells = [cell for (strategy, _), some in measured.items() if strategy in several for cell in some]
+    cells = [
+        HeatCell(**cell)
+        for (strategy, length), record in chosen.items()
+        for cell in record["cells"]
+        if (cell["strategy"], cell["length"]) == (strategy, length) and strategy in several
+    ]
     cells.sort(key=lambda cell: _rank(cell.strategy))
     report = LongReport([], cells, [], [], found[0][1]["settings"], 0.0)
     assert path.name == heat_map_file("needle"), "drawn by the same code as `--plot` draws"
@@ -133,11 +128,8 @@ def _quality(results: Path, name: str, before: Sequence[str]) -> str:
         return ""
     models = list(dict.fromkeys(_model(record) for _, record in raw))
     found: dict[tuple[str, str, str], dict[int, Row]] = {}
-    for _, record in raw:
-        for row in record["rows"]:
-            measured = found.setdefault((_model(record), row["strategy"], row["task"]), {})
-            if row.get("questions", 0) >= measured.get(row["length"], {}).get("questions", 0):
-                measured[row["length"]] = row
+    for (model, strategy, task, length), (row, _) in _measured(raw).items():
+        found.setdefault((model, strategy, task), {})[length] = row
     most: Counter[str] = Counter()  # questions of a row, by task
     for (_, _, task), by_length in found.items():
         most[task] = max(most[task], *(row.get("questions", 0) for row in by_length.values()))
@@ -154,6 +146,17 @@ def _quality(results: Path, name: str, before: Sequence[str]) -> str:
     lines += ["", "Score in percent with its 95% interval; n where fewer questions were asked than elsewhere.", ""]
     lines += _origins(raw)
     return "\n".join(lines) + "\n"
+
+
+def _measured(raw: Sequence[tuple[str, Record]]) -> dict[tuple[str, str, str, int], tuple[Row, Record]]:
+    """Return the row of each model, strategy, task and length, of several that of most questions, with its record."""
+    found: dict[tuple[str, str, str, int], tuple[Row, Record]] = {}
+    for _, record in raw:
+        for row in record["rows"]:
+            place = (_model(record), row["strategy"], row["task"], row["length"])
+            if place not in found or row.get("questions", 0) >= found[place][0].get("questions", 0):
+                found[place] = row, record
+    return found
 
 
 def _origins(raw: Sequence[tuple[str, Row]]) -> Iterator[str]:
@@ -182,10 +185,6 @@ def _score(row: Row | None, most: int) -> str:
         return ""
     fewer = f", n={row['questions']}" if row.get("questions", most) < most else ""
     return f"{row['score']:.0f} ({row['low']:.0f} to {row['high']:.0f}){fewer}"
-
-
-def _questions(cells: Sequence[HeatCell]) -> int:
-    return sum(cell.questions for cell in cells)
 
 
 def _latest(record: Row, found: Sequence[tuple[str, Row]]) -> Row:

@@ -97,7 +97,7 @@ def test_the_heat_map_is_drawn_from_the_raw_results(tmp_path):
     pytest.importorskip("matplotlib")
     cell = {"strategy": "pages", "row": "50%", "length": 8192, "score": 100.0, "questions": 3}
     (tmp_path / "pages_needle.json").write_text(
-        json.dumps({**FACTS, "cells": [cell], "settings": {}}), encoding="utf-8"
+        json.dumps({**FACTS, "rows": [{**cell, "task": "needle"}], "cells": [cell], "settings": {}}), encoding="utf-8"
     )
     assert tables.write_heat_map(tmp_path, tmp_path / "needle_heat_map.svg")
     assert (tmp_path / "needle_heat_map.svg").read_bytes().startswith(b"<?xml")
@@ -127,7 +127,8 @@ def test_the_heat_map_shows_the_run_of_most_questions(tmp_path, monkeypatch):
     monkeypatch.setattr("ragkit.bench.long_plots.write_heat_map", lambda report, *_: drawn.append(report.cells))
     cell = {"strategy": "pages", "row": "50%", "length": 8192}
     for name, score, questions in (("pages_needle_a", 100.0, 3), ("pages_needle_b", 50.0, 2)):
-        record = {**FACTS, "cells": [{**cell, "score": score, "questions": questions}], "settings": {}}
+        one = {**cell, "score": score, "questions": questions}
+        record = {**FACTS, "rows": [{**one, "task": "needle"}], "cells": [one], "settings": {}}
         (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     assert tables.write_heat_map(tmp_path, tmp_path / "needle_heat_map.svg")
     assert [one.score for one in drawn[0]] == [100.0]
